@@ -1,0 +1,1 @@
+"""Convert PyTorch and other checkpoints to the canonical form the runtime reads."""

@@ -1,0 +1,141 @@
+"""Convert a checkpoint of any known layout: `python -m convert --model SRC --mlx-path DST`."""
+
+import argparse
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_fastvlm import tokenizer
+from mlx_fastvlm.cli import progress, run_command
+from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
+from mlx_fastvlm.loader import DTYPES, read_canonical
+from mlx_fastvlm.model import FastVLM
+from mlx_mobileclip.checkpoint import Fields, assign, named_parameters
+from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.hub import Checkpoint, resolve
+
+from .write import check_target, copy_licence, write_checkpoint
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `python -m convert`; names follow mlx-lm's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert a FastVLM checkpoint (Apple's, transformers', mlx-vlm's) to the form "
+        "that mlx_fastvlm loads fastest: re-parameterised, folded, NHWC.",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="SRC", help="repository or directory to convert"
+    )
+    parser.add_argument(
+        "--mlx-path", required=True, type=Path, metavar="DST", help="directory to create"
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="float16",
+        help="of the weights written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vision-from",
+        metavar="P",
+        help="checkpoint to take the image tower from, for app exports, which have none",
+    )
+    parser.add_argument(
+        "-q", "--quantize", action="store_true", help="quantise the decoder and its embedding"
+    )
+    parser.add_argument("--q-bits", type=int, metavar="B", help="bits per weight (default: 4)")
+    parser.add_argument(
+        "--q-group-size", type=int, metavar="G", help="weights that share a scale (default: 64)"
+    )
+    parser.add_argument(
+        "--q-mode",
+        choices=sorted(QUANTIZATION_MODES),
+        default="affine",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _run(args), debug=args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    check_target(args.mlx_path)
+    packing = _packing(args) if args.quantize else None
+    checkpoint = resolve(args.model, args.revision)
+    with progress(f"reading {args.model}", quiet=args.quiet) as tell:
+        config, tensors = read_canonical(checkpoint, args.vision_from)
+        words = tokenizer.read(checkpoint.path)
+        model = FastVLM(config)
+        assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
+        tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")
+    if packing is not None:
+        config = quantize(model, config, packing)
+    change = f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
+    change += f", decoder quantised to {packing.bits} bits." if packing else "."
+    with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
+        weights = named_parameters(model)
+        size_bytes = sum(tensor.nbytes for tensor in weights.values())
+
+        def other_files(directory: Path) -> None:
+            words.save(directory / "tokenizer.json")
+            copy_licence(checkpoint.path, directory, _described(checkpoint), change)
+
+        write_checkpoint(args.mlx_path, config.to_json(), weights, other_files)
+        tell(f"wrote {args.mlx_path}: {size_bytes / 1e9:.2f} GB of weights")
+
+
+def _described(checkpoint: Checkpoint) -> str:
+    revision = checkpoint.revision
+    return f"{checkpoint.name}, commit {revision}" if revision else checkpoint.name
+
+
+def _packing(args: argparse.Namespace) -> Quantization:
+    bits, group_sizes = QUANTIZATION_MODES[args.q_mode]
+    fields = {
+        "mode": args.q_mode,
+        "bits": args.q_bits or (4 if 4 in bits else bits[0]),
+        "group_size": args.q_group_size or (64 if 64 in group_sizes else group_sizes[0]),
+    }
+    return Quantization.from_json(Fields(fields, "quantization"))
+
+
+def quantize(model: FastVLM, config: FastVLMConfig, packing: Quantization) -> FastVLMConfig:
+    """Quantise the decoder and its embedding in place; returns the config that says so.
+
+    Raises:
+        ConfigError: the model is quantised already, or a layer's width has no whole groups.
+    """
+    if config.quantization:
+        raise ConfigError("the model is quantised already; convert the original instead")
+    packed: dict[str, Quantization] = {}
+
+    def pick(path: str, layer: nn.Module) -> bool:
+        if not path.startswith("language_model.") or not hasattr(layer, "to_quantized"):
+            return False
+        width = layer.weight.shape[-1]
+        if width % packing.group_size:
+            raise ConfigError(
+                f"{path} is {width} wide, no multiple of {packing.group_size}; "
+                "choose another --q-group-size"
+            )
+        packed[path] = packing
+        return True
+
+    nn.quantize(model, **asdict(packing), class_predicate=pick)
+    mx.eval(model.parameters())
+    return replace(config, quantization=packed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

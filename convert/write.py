@@ -1,0 +1,72 @@
+"""Write a canonical checkpoint directory, completely or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoint import write_tensors
+from mlx_mobileclip.errors import CheckpointError
+
+NOTICE = """This directory holds model weights converted by mlx-fastvlm from: {source}
+{change}
+
+The weights remain under the licence of their source. Apple's FastVLM and MobileCLIP weights are
+licensed for research purposes only (Apple Machine Learning Research Model License); a converted
+or quantised copy is a derivative of them: keep this notice and the licence file with it.
+"""
+
+
+def write_checkpoint(
+    target: Path,
+    config: dict[str, object],
+    tensors: dict[str, mx.array],
+    write_other_files: Callable[[Path], None],
+) -> None:
+    """Write config.json, the tensors and what the callback adds; all of it, or nothing.
+
+    Everything goes to a directory beside the target, which takes its name only when complete. A
+    directory left by a killed conversion is replaced by the next one.
+
+    Args:
+        target: Directory to create; it must not exist yet, or be empty.
+        config: Contents of config.json.
+        tensors: Tensors by name; emptied on the way.
+        write_other_files: Called with the unfinished directory.
+
+    Raises:
+        CheckpointError: the target is in use, or the disk is full.
+    """
+    check_target(target)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial, tensors)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_other_files(partial)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error}); free some space or choose another --mlx-path"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise CheckpointError if writing to the target would destroy something."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
+
+
+def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
+    """Copy the source's licence files, regular files only, and write a notice."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
+            shutil.copyfile(path, target / path.name)
+    (target / "NOTICE").write_text(NOTICE.format(source=name, change=change))

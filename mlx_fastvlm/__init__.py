@@ -1,0 +1,68 @@
+"""FastVLM on Apple silicon, native in MLX.
+
+from mlx_fastvlm import load, generate
+model, processor = load("apple/FastVLM-0.5B")
+print(generate(model, processor, "What is this?", images="cat.jpg").text)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_mobileclip import __version__
+
+if TYPE_CHECKING:
+    from mlx_mobileclip.errors import (
+        CheckpointError,
+        ConfigError,
+        ImageError,
+        ModelError,
+        PromptError,
+    )
+
+    from .generate import Chunk, Result, Stats, generate, stream_generate
+    from .loader import load
+    from .model import FastVLM
+    from .processor import Inputs, Processor
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "ConfigError",
+    "FastVLM",
+    "ImageError",
+    "Inputs",
+    "ModelError",
+    "Processor",
+    "PromptError",
+    "Result",
+    "Stats",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+_MODULES = {
+    "load": ".loader",
+    "FastVLM": ".model",
+    "Inputs": ".processor",
+    "Processor": ".processor",
+    **dict.fromkeys(("Chunk", "Result", "Stats", "generate", "stream_generate"), ".generate"),
+    **dict.fromkeys(
+        ("CheckpointError", "ConfigError", "ImageError", "ModelError", "PromptError"),
+        "mlx_mobileclip.errors",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that `import mlx_fastvlm` is cheap."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,251 @@
+"""The command line: `python -m mlx_fastvlm.generate`, `mlx-fastvlm`.
+
+stdout carries the answer (or one JSON object) and nothing else; all the rest is on stderr.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from mlx_mobileclip import __version__
+from mlx_mobileclip.errors import ModelError
+
+DEFAULT_PROMPT = "Describe the image."
+PRESETS = {  # the questions of Apple's demo app
+    "describe": ("Describe the image in English. Output should be brief, about 15 words or less."),
+    "expression": ("What is this person's facial expression? Output only one or two words."),
+    "read": "What is written in this image? Output only the text in the image.",
+}
+INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `python -m mlx_fastvlm.generate`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_fastvlm.generate",
+        description="Answer a question about images with Apple's FastVLM, natively in MLX.",
+        epilog="The answer goes to stdout, statistics and progress to stderr. "
+        "Exit status: 0 done, 1 error, 2 usage, 130 interrupted.",
+    )
+    parser.add_argument(
+        "--model",
+        default="apple/FastVLM-0.5B",
+        metavar="M",
+        help="repository on Hugging Face or checkpoint directory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="P",
+        help="image file; give it again for further images, in order",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="T", help=f'question (default: "{DEFAULT_PROMPT}")')
+    what.add_argument("--preset", choices=sorted(PRESETS), help="question of Apple's demo app")
+    parser.add_argument("--system", metavar="T", help="system prompt")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most tokens of the answer (default: %(default)s)",
+    )
+    drawing = parser.add_argument_group("drawing of tokens")
+    drawing.add_argument(
+        "--temp", type=float, default=0.0, metavar="F", help="temperature; 0 is greedy (default)"
+    )
+    drawing.add_argument("--top-p", type=float, default=1.0, metavar="F", help="1 is off (default)")
+    drawing.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
+    drawing.add_argument("--min-p", type=float, default=0.0, metavar="F", help="0 is off (default)")
+    drawing.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="F", help="1 is off (default)"
+    )
+    drawing.add_argument("--seed", type=int, metavar="N", help="for a repeatable draw")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="S",
+        help="end the answer before this text; may be given again",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=int,
+        metavar="R",
+        help="side in px, 256 to 1536 in steps of 64 (default: the checkpoint's, 1024)",
+    )
+    parser.add_argument(
+        "--image-mode",
+        choices=("pad", "crop"),
+        help="pad to a square, or crop to it as Apple's model card does (default: the "
+        "checkpoint's, pad)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="default: float16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--vision-from",
+        metavar="P",
+        help="checkpoint to take the image tower from, for app exports, which have none",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _run(args), debug=args.debug)
+
+
+def run_command(command: Callable[[], None], *, debug: bool) -> int:
+    """Run a command so that whatever ends it is told in one line; returns the exit status."""
+    try:
+        command()
+        sys.stdout.flush()
+    except ModelError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout has left; keep the interpreter from flushing into the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Say on stderr what is going on and, when done, how long it took.
+
+    Yields:
+        A function that replaces `what` in the closing line.
+    """
+    started, told = time.perf_counter(), what
+
+    def tell(text: str) -> None:
+        nonlocal told
+        told = text
+
+    live = sys.stderr.isatty() and not quiet
+    if live:
+        print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield tell
+    except BaseException:
+        if live:
+            print(file=sys.stderr)
+        raise
+    if not quiet:
+        start = "\r\x1b[K" if live else ""
+        print(f"{start}{told} ({time.perf_counter() - started:.1f} s)", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> None:
+    prompt = PRESETS[args.preset] if args.preset else args.prompt
+    from mlx_mobileclip.hub import resolve
+
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    checkpoint = resolve(args.model, args.revision)
+    started = time.perf_counter()
+    with progress(f"loading {args.model}", quiet=args.quiet) as tell:
+        from .generate import stream_generate
+        from .loader import load_checkpoint
+
+        model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
+        if checkpoint.revision:
+            tell(f"loaded {args.model} at {checkpoint.revision[:12]}")
+        else:
+            tell(f"loaded {args.model}")
+    load_s = time.perf_counter() - started
+    chunks = []
+    for chunk in stream_generate(
+        model,
+        processor,
+        DEFAULT_PROMPT if prompt is None else prompt,
+        args.image,
+        system=args.system,
+        resolution=args.resolution,
+        image_mode=args.image_mode,
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=args.stop,
+    ):
+        chunks.append(chunk)
+        if not args.json:
+            print(_printable(chunk.text), end="", flush=True)
+    stats = asdict(chunks[-1].stats)
+    if args.json:
+        print(json.dumps(_report(args, chunks, stats, load_s, processor.tokenizer.stop_ids)))
+        return
+    print()
+    if not args.quiet:
+        print(
+            "prompt {prompt_tokens} tokens ({image_tokens} image), first token after "
+            "{ttft_s:.2f} s (preprocess {preprocess_s:.2f}, vision {vision_s:.2f}, prefill "
+            "{prefill_s:.2f}); {generated_tokens} tokens at {decode_tokens_per_s:.1f} tokens/s; "
+            "peak memory {gigabytes:.2f} GB".format(
+                gigabytes=stats["peak_memory_bytes"] / 1e9, **stats
+            ),
+            file=sys.stderr,
+        )
+
+
+def _report(
+    args: argparse.Namespace,
+    chunks: list[Any],
+    stats: dict[str, Any],
+    load_s: float,
+    stop_ids: frozenset[int],
+) -> dict[str, Any]:
+    """The object that --json prints."""
+    times = ("preprocess_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")
+    counts = ("image_tokens", "prompt_tokens", "generated_tokens")
+    token_ids = [chunk.token_id for chunk in chunks]
+    if token_ids[-1] in stop_ids:
+        token_ids.pop()
+    return {
+        "text": "".join(chunk.text for chunk in chunks),
+        "token_ids": token_ids,
+        "finish_reason": chunks[-1].finish_reason,
+        "model": args.model,
+        **{name: stats[name] for name in counts},
+        "timings": {"load_s": load_s, **{name: stats[name] for name in times}},
+        "peak_memory_bytes": stats["peak_memory_bytes"],
+    }
+
+
+def _printable(text: str) -> str:
+    """On a terminal, drop the control characters that could move its cursor or worse."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))

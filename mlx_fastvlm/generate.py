@@ -1,0 +1,327 @@
+"""Answer a prompt about images: prefill in one pass, then one token at a time.
+
+Also the target of `python -m mlx_fastvlm.generate`; the command line is in `cli.py`.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mobileclip.errors import ModelError, PromptError
+
+from .model import FastVLM
+from .processor import Images, Inputs, Processor
+from .prompt import Message
+from .sampling import Sampler, Sampling
+from .tokenizer import TextDecoder
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What an answer took; seconds, tokens and bytes as the names say.
+
+    Attributes:
+        preprocess_s: Opening and resizing the images, tokenising.
+        vision_s: Image tower and projector.
+        prefill_s: The decoder over the whole prompt, to the first token.
+        ttft_s: Time to first token: all of the above.
+        decode_tokens_per_s: Tokens after the first, by the time they took; 0 if there were none.
+        image_tokens: Image embeddings in the prompt.
+        prompt_tokens: All tokens of the prompt, images included.
+        generated_tokens: Tokens of the answer, the one that ended it included.
+        peak_memory_bytes: Most memory MLX has held since the process started.
+    """
+
+    preprocess_s: float
+    vision_s: float
+    prefill_s: float
+    ttft_s: float
+    decode_tokens_per_s: float
+    image_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer.
+
+    Attributes:
+        text: New text, possibly empty.
+        token_id: The token that led to it.
+        finish_reason: None, and at the end "stop" or "length".
+        stats: Figures so far.
+    """
+
+    text: str
+    token_id: int
+    finish_reason: str | None
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer; `token_ids` excludes the end token."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+
+
+def generate(
+    model: FastVLM,
+    processor: Processor,
+    prompt: str | Sequence[Message],
+    images: Images = None,
+    **options: Any,
+) -> Result:
+    """Answer a prompt and return when the answer is complete.
+
+    Args:
+        model: From `load`.
+        processor: From `load`.
+        prompt: A question, or a list of messages.
+        images: One image or several, in the order of their places in the prompt.
+        **options: As `stream_generate` takes them.
+
+    Raises:
+        ModelError: or one of its subclasses, naming what cannot be used.
+    """
+    chunks = list(stream_generate(model, processor, prompt, images, **options))
+    last = chunks[-1]
+    token_ids = [chunk.token_id for chunk in chunks]
+    if token_ids[-1] in processor.tokenizer.stop_ids:
+        token_ids.pop()
+    text = "".join(chunk.text for chunk in chunks)
+    return Result(text, token_ids, last.finish_reason or "stop", last.stats)
+
+
+def stream_generate(
+    model: FastVLM,
+    processor: Processor,
+    prompt: str | Sequence[Message],
+    images: Images = None,
+    *,
+    system: str | None = None,
+    resolution: int | None = None,
+    image_mode: str | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> Iterator[Chunk]:
+    """Answer a prompt piece by piece, one chunk a token.
+
+    Args:
+        model: From `load`.
+        processor: From `load`.
+        prompt: A question, or a list of messages (see `prompt.render`).
+        images: One image or several, in the order of their places in the prompt.
+        system: System prompt instead of the default.
+        resolution: Side the images are resized to, px.
+        image_mode: "pad" or "crop".
+        max_tokens: Most tokens to generate; prompt and answer must fit the model together.
+        temperature: 0 for greedy; see `Sampling` for this and the next five.
+        top_p: Nucleus probability.
+        top_k: Number of tokens to choose from.
+        min_p: Least probability relative to the best token's.
+        repetition_penalty: Above 1 discourages tokens already seen.
+        seed: For a repeatable draw.
+        stop: Text or texts that end the answer; they are not part of it.
+
+    Yields:
+        Chunks; the last one has a finish_reason: "stop" at an end token or stop text, else
+        "length".
+
+    Raises:
+        ModelError: or one of its subclasses, naming what cannot be used; also when the model's
+            arithmetic overflows.
+    """
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
+    stops = _stop_texts(stop)
+    started = time.perf_counter()
+    inputs = processor(prompt, images, system=system, resolution=resolution, image_mode=image_mode)
+    length = inputs.input_ids.size
+    if max_tokens < 1 or length + max_tokens > processor.max_length:
+        raise PromptError(
+            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to "
+            f"{processor.max_length - length}"
+        )
+    clock = _Clock(started, preprocess=time.perf_counter())
+    embeddings, image_tokens = _embed(model, inputs)
+    clock.vision = time.perf_counter()
+    tokens = _tokens(
+        model,
+        processor,
+        inputs,
+        embeddings,
+        Sampler(sampling, processor.tokenizer.size, np.array(inputs.input_ids).tolist()),
+        max_tokens,
+    )
+    answer = _Answer(TextDecoder(processor.tokenizer), stops)
+    stop_ids = processor.tokenizer.stop_ids
+    for count, token in enumerate(tokens, start=1):
+        clock.token(count)
+        finish_reason = "length" if count == max_tokens else None
+        if token in stop_ids or answer.feed(token):
+            finish_reason = "stop"
+        text = answer.take(final=finish_reason is not None)
+        yield Chunk(text, token, finish_reason, clock.stats(count, length, image_tokens))
+        if finish_reason:
+            return
+
+
+def _stop_texts(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise PromptError("a stop text must be a text of at least one character")
+    return stops
+
+
+def _embed(model: FastVLM, inputs: Inputs) -> tuple[mx.array, int]:
+    """Prompt embeddings (1, L, D) and how many of them are of images, which are encoded one by
+    one so that memory does not grow with their number.
+    """
+    if inputs.pixels is None:
+        return model.embed(inputs.input_ids[None]), 0
+    features = []
+    for i in range(inputs.pixels.shape[0]):
+        features.append(model.encode_image(inputs.pixels[i : i + 1]))
+        mx.eval(features[-1])
+    joined = mx.concatenate(features)  # (n, N, D)
+    if not mx.isfinite(mx.sum(joined.astype(mx.float32))).item():
+        raise ModelError(
+            "the image tower overflowed or its weights are damaged; try --dtype float32"
+        )
+    return model.embed(inputs.input_ids[None], joined), joined.shape[0] * joined.shape[1]
+
+
+def _tokens(
+    model: FastVLM,
+    processor: Processor,
+    inputs: Inputs,
+    embeddings: mx.array,
+    sampler: Sampler,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Token after token; each step is queued before the token of the last one is read."""
+    cache = model.make_cache(inputs.input_ids.size + max_tokens)
+    known = processor.tokenizer.size
+
+    def step(ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
+        logits = model(ids, cache, embeddings, last_only=True)[0, -1, :known]
+        logits = logits.astype(mx.float32)
+        # One bad logit makes the sum bad; -1 then takes the token's place.
+        return mx.where(mx.isfinite(mx.sum(logits)), sampler(logits), -1)
+
+    token = step(inputs.input_ids[None], embeddings)
+    mx.async_eval(token)
+    for count in range(1, max_tokens + 1):
+        following = None
+        if count < max_tokens:
+            following = step(mx.maximum(token, 0).reshape(1, 1))
+            mx.async_eval(following)
+        value = cast(int, token.item())
+        if value < 0:
+            raise ModelError(
+                "the decoder's logits are not finite; try --dtype float32, or convert again"
+            )
+        yield value
+        if following is not None:
+            token = following
+
+
+class _Answer:
+    """Text so far; holds back what may yet turn out to be part of a stop text."""
+
+    def __init__(self, decoder: TextDecoder, stops: list[str]):
+        self._decoder = decoder
+        self._stops = stops
+        self._held = ""
+        self._stopped = False
+
+    def feed(self, token_id: int) -> bool:
+        """Add a token; returns whether a stop text is complete."""
+        self._held += self._decoder.feed(token_id)
+        return self._cut()
+
+    def _cut(self) -> bool:
+        places = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if places:
+            self._held, self._stopped = self._held[: min(places)], True
+        return self._stopped
+
+    def take(self, *, final: bool) -> str:
+        """The text that can be shown by now; at the end all of it."""
+        if final and not self._stopped:
+            self._held += self._decoder.finish()
+            self._cut()
+        keep = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(shown) :]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is a beginning of the stop text."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Points in time of one answer, from `time.perf_counter`."""
+
+    started: float
+    preprocess: float
+    vision: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+    def token(self, count: int) -> None:
+        self.last = time.perf_counter()
+        if count == 1:
+            self.first = self.last
+
+    def stats(self, count: int, prompt_tokens: int, image_tokens: int) -> Stats:
+        decode_s = self.last - self.first
+        return Stats(
+            preprocess_s=self.preprocess - self.started,
+            vision_s=self.vision - self.preprocess,
+            prefill_s=self.first - self.vision,
+            ttft_s=self.first - self.started,
+            decode_tokens_per_s=(count - 1) / decode_s if count > 1 else 0.0,
+            image_tokens=image_tokens,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=count,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+
+
+class _CallableModule(ModuleType):
+    """`mlx_fastvlm.generate` names this module and its main function; let either be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        return generate(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main())
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,104 @@
+"""From what the user typed to a model that is ready to answer."""
+
+import os
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
+from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.hub import Checkpoint, resolve
+
+from . import tokenizer
+from .config import MODEL_TYPE, FastVLMConfig
+from .model import FastVLM
+from .processor import Processor
+
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def default_dtype() -> mx.Dtype:
+    """float16 on a GPU; float32 on a CPU, where half precision is slow."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+
+
+def load(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    vision_from: str | os.PathLike[str] | None = None,
+) -> tuple[FastVLM, Processor]:
+    """Load any FastVLM checkpoint: converted, Apple's, transformers' or mlx-vlm's.
+
+    Args:
+        model: Repository id (`org/name`) or directory.
+        revision: Branch, tag or commit of the repository.
+        dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
+            given. The tower loses 8 times more to bfloat16 than to float16.
+        vision_from: Checkpoint to take the image tower from, for Apple's app exports, which
+            carry none. It must be the same size and training stage.
+
+    Returns:
+        The model, its weights evaluated so that any thread can use it, and its processor.
+
+    Raises:
+        ModelError: or one of its subclasses, naming what cannot be used.
+    """
+    return load_checkpoint(resolve(model, revision), dtype, vision_from)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    dtype: str | mx.Dtype | None = None,
+    vision_from: str | os.PathLike[str] | None = None,
+) -> tuple[FastVLM, Processor]:
+    """`load` for a checkpoint that is already on disk."""
+    config, tensors = read_canonical(checkpoint, vision_from)
+    words = tokenizer.read(checkpoint.path)
+    if words.size > config.text.vocab_size:
+        raise ConfigError(
+            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
+            f"ends at {config.text.vocab_size}; its files belong to different models"
+        )
+    model = FastVLM(config)
+    model.eval()
+    assign(model, tensors, _dtype(dtype), checkpoint.name)
+    return model, Processor(words, config)
+
+
+def read_canonical(
+    checkpoint: Checkpoint, vision_from: str | os.PathLike[str] | None = None
+) -> tuple[FastVLMConfig, dict[str, mx.array]]:
+    """Config and lazy tensors in canonical form, converted on the way if need be.
+
+    This is the one place where the runtime calls the converter.
+    """
+    path = checkpoint.path / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != MODEL_TYPE:
+        vision = None if vision_from is None else resolve(vision_from)
+        config, tensors = _converter().convert_fastvlm(checkpoint, values, vision)
+    else:
+        config = FastVLMConfig.from_json(values, str(path))
+        tensors = read_tensors(checkpoint.path)
+    return config, tensors
+
+
+def _converter() -> Any:
+    try:
+        return import_module("mlx_fastvlm.convert.fastvlm")
+    except ModuleNotFoundError:  # a checkout that is not installed
+        return import_module("convert.fastvlm")
+
+
+def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    if dtype is None:
+        return default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype

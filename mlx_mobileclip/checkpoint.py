@@ -1,0 +1,312 @@
+"""Files of a checkpoint directory, read as hostile input: JSON, safetensors, and their limits.
+
+MLX's own safetensors reader accepts files whose shapes wrap around, overlap or are negative, so
+every header is first checked by the reference implementation (`safetensors.safe_open`).
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, ConfigError, name_some
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_INDEX_BYTES = 16 << 20
+MAX_DIMENSIONS = 4
+MAX_SHARD_BYTES = 5 << 30
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+# Weights, packed or float; U8 are mxfp scales, I64 BatchNorm's step counters.
+DTYPES = {"F32", "F16", "BF16", "U32", "U8", "I64"}
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class Fields:
+    """One JSON object of a checkpoint, read field by field with type and range checks."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values = values
+        self.where = where
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """The error for a field that cannot be used."""
+        return ConfigError(f"{self.where}: {key}: {problem}; the checkpoint cannot be used")
+
+    def get(self, key: str, default: Any = ...) -> Any:
+        """The raw value; a field that is absent or null takes the default or is an error."""
+        value = self.values.get(key)
+        if value is None:
+            if default is ...:
+                raise self.error(key, "is missing")
+            return default
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(key) is not None
+
+    def object(self, key: str) -> "Fields":
+        """A nested object."""
+        value = self.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "is not an object")
+        return Fields(value, f"{self.where}: {key}")
+
+    def _check(self, key: str, value: Any, kinds: Any, low: float, high: float) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            text = repr(value) if len(repr(value)) < 40 else type(value).__name__
+            kind = "an integer" if kinds is int else "a number"
+            raise self.error(key, f"{text} is not {kind} from {low} to {high}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: Any = ...) -> int:
+        """An integer within [low, high]."""
+        return int(self._check(key, self.get(key, default), int, low, high))
+
+    def number(self, key: str, low: float, high: float, default: Any = ...) -> float:
+        """A finite number within [low, high]."""
+        return float(self._check(key, self.get(key, default), (int, float), low, high))
+
+    def boolean(self, key: str, default: Any = ...) -> bool:
+        """True or false, nothing else."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "is not true or false")
+        return value
+
+    def string(self, key: str, default: Any = ...) -> str:
+        """A string of at most 4096 characters."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or len(value) > 4096:
+            raise self.error(key, "is not a string of at most 4096 characters")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: Any = ...) -> str:
+        """One of the allowed strings."""
+        value = self.string(key, default)
+        if value not in allowed:
+            raise self.error(key, f"{value[:40]!r} is not one of {', '.join(allowed)}")
+        return value
+
+    def _list(self, key: str, length: int | None, most: int) -> list[Any]:
+        value = self.get(key)
+        if not isinstance(value, (list, tuple)) or not value or len(value) > most:
+            raise self.error(key, f"is not a list of 1 to {most} entries")
+        if length is not None and len(value) != length:
+            raise self.error(key, f"has {len(value)} entries instead of {length}")
+        return list(value)
+
+    def integers(
+        self, key: str, low: int, high: int, length: int | None = None, most: int = 64
+    ) -> tuple[int, ...]:
+        """A list of integers, each within [low, high]."""
+        values = self._list(key, length, most)
+        return tuple(int(self._check(key, v, int, low, high)) for v in values)
+
+    def numbers(
+        self, key: str, low: float, high: float, length: int | None = None
+    ) -> tuple[float, ...]:
+        """A list of numbers, each within [low, high]."""
+        values = self._list(key, length, 64)
+        return tuple(float(self._check(key, v, (int, float), low, high)) for v in values)
+
+    def choices(self, key: str, allowed: tuple[str, ...], length: int) -> tuple[str, ...]:
+        """A list of strings, each one of the allowed."""
+        values = self._list(key, length, 64)
+        return tuple(Fields({key: v}, self.where).choice(key, allowed) for v in values)
+
+    def booleans(self, key: str, length: int) -> tuple[bool, ...]:
+        """A list of true and false."""
+        values = self._list(key, length, 64)
+        return tuple(Fields({key: v}, self.where).boolean(key) for v in values)
+
+
+def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object of bounded size.
+
+    Raises:
+        ConfigError: the file is missing, larger than the limit, not JSON, nested too deep, or
+            repeats a key (two readers could then see two different files).
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            raise ConfigError(f"{path}: larger than {limit_bytes >> 20} MB; this is no config file")
+        value = json.loads(data, object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{path}: not valid JSON ({reason}); download the file again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or all there are.
+
+    Raises:
+        CheckpointError: there are none, or the index names a file that is missing or outside.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index}: has no weight_map; download the file again")
+        files = sorted({str(name) for name in names.values()})
+        for name in files:
+            if not SHARD_NAME.fullmatch(name):
+                raise CheckpointError(f"{index}: {name[:80]!r} is not a plain file name")
+            if not (directory / name).is_file():
+                raise CheckpointError(
+                    f"{directory / name}: the index names this shard but it is not there; "
+                    "download it again"
+                )
+        return [directory / name for name in files]
+    names = sorted(p.name for p in directory.iterdir() if SHARD_NAME.fullmatch(p.name))
+    if not names:
+        raise CheckpointError(
+            f"{directory}: holds no .safetensors file; give the directory of a checkpoint"
+        )
+    return [directory / name for name in names]
+
+
+def _check_header(path: Path) -> None:
+    """Reject what MLX's reader would take on trust; reads the header only."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if len(shape) > MAX_DIMENSIONS or any(n < 1 for n in shape):
+                    raise CheckpointError(f"{path}: {name[:200]} has the shape {shape[:8]}")
+                if dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: {name[:200]} is {dtype}, not one of {', '.join(sorted(DTYPES))}"
+                    )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a sound safetensors file ({str(error)[:200]}); download it again"
+        ) from error
+
+
+def read_tensors(directory: Path) -> dict[str, mx.array]:
+    """All tensors of a checkpoint by name, lazily: data is read when first used.
+
+    Raises:
+        CheckpointError: a file is damaged, or two files hold the same tensor.
+    """
+    tensors: dict[str, mx.array] = {}
+    for path in tensor_files(directory):
+        _check_header(path)
+        loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
+        assert isinstance(loaded, dict)
+        twice = sorted(tensors.keys() & loaded.keys())
+        if twice:
+            raise CheckpointError(f"{path}: also holds {name_some(twice)} of another shard")
+        tensors.update(loaded)
+    return tensors
+
+
+def named_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The model's parameters by their dotted names."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+
+
+def _finite(tensor: mx.array) -> mx.array:
+    # The sum of all values is finite unless one of them is not; one pass, no temporary.
+    return mx.isfinite(mx.sum(tensor.astype(mx.float32)))
+
+
+def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, where: str) -> None:
+    """Give the model its weights: names and shapes must match exactly, values must be finite.
+
+    Float tensors are cast to `dtype`, packed ones are kept. The weights are evaluated here, so
+    that another thread can use the model. `tensors` is emptied on the way, so that a source
+    tensor's memory is free as soon as its cast is done.
+
+    Raises:
+        CheckpointError: names every tensor that is missing, left over, misshapen or not finite.
+    """
+    expected = named_parameters(model)
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"missing {name_some(missing)}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"no place for {name_some(extra)}")
+    for name in sorted(expected.keys() & tensors.keys()):
+        want, have = expected[name], tensors[name]
+        packed = want.dtype not in FLOATS
+        if want.shape != have.shape:
+            problems.append(f"{name} has shape {have.shape} instead of {want.shape}")
+        elif packed != (have.dtype not in FLOATS) or (packed and want.dtype != have.dtype):
+            problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
+    if problems:
+        raise CheckpointError(f"{where}: {name_some(problems)}; its tensors do not fit its config")
+    weights = []
+    for name in list(tensors):
+        value = tensors.pop(name)
+        weights.append((name, value.astype(dtype) if value.dtype in FLOATS else value))
+    model.load_weights(weights, strict=True)
+    finite = {name: _finite(value) for name, value in weights if value.dtype == dtype}
+    try:
+        mx.eval(model.parameters(), finite)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: the weights cannot be read ({error})") from error
+    if bad := sorted(name for name, ok in finite.items() if not ok.item()):
+        raise CheckpointError(
+            f"{where}: not finite in {str(dtype).split('.')[-1]}: {name_some(bad)}; "
+            "try --dtype float32, or download the checkpoint again"
+        )
+
+
+def _shards(tensors: dict[str, mx.array], limit_bytes: int) -> Iterator[dict[str, mx.array]]:
+    """Cut the tensors, in order, into groups of at most `limit_bytes` (or one tensor)."""
+    group: dict[str, mx.array] = {}
+    size = 0
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if group and size + tensor.nbytes > limit_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group
+
+
+def write_tensors(
+    directory: Path, tensors: dict[str, mx.array], shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write model.safetensors, or numbered shards with an index; empties `tensors`."""
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    parts: list[list[str]] = []
+    for shard in _shards(tensors, shard_bytes):
+        path = directory / f"part-{len(parts):05d}.safetensors"
+        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+        parts.append(list(shard))
+    if len(parts) == 1:
+        (directory / "part-00000.safetensors").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(parts):
+        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        (directory / f"part-{i:05d}.safetensors").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2))

@@ -1,0 +1,341 @@
+"""FastViT image towers in inference form: MCi0 to MCi4 (MobileCLIP) and FastViTHD (FastVLM).
+
+Everything linear that training keeps apart is already folded into the weights: parallel
+branches, BatchNorm, layer scale, and each depthwise bias that a 1x1 layer follows. Arrays are
+NHWC throughout and every 1x1 convolution is a `Linear`.
+
+Papers: FastViT (arXiv:2303.14189), MobileCLIP (arXiv:2311.17049, section 4), FastVLM
+(arXiv:2412.13303, section 3). Reference code: apple/ml-fastvlm 592b4ad
+`llava/model/multimodal_encoder/mobileclip/mci.py`; timm 1.0.31 `timm/models/fastvit.py`.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .checkpoint import Fields
+
+HEAD_DIM = 32
+LAYER_NORM_EPS = 1e-5
+SE_RATIO_DOWNSAMPLE = 4
+SE_RATIO_FINAL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FastViTConfig:
+    """Shape of a FastViT tower; one entry per stage in each tuple.
+
+    Attributes:
+        layers: Blocks in the stage.
+        embed_dims: Channels of the stage.
+        mlp_ratios: Hidden width of the stage's ConvFFN divided by its channels.
+        token_mixers: "repmixer" or "attention".
+        se_downsamples: Whether squeeze-and-excitation sits in the downsampling before the stage.
+        attention_norm: "layer" (runs before attention) or "batch" (folded into its qkv layer).
+    """
+
+    layers: tuple[int, ...]
+    embed_dims: tuple[int, ...]
+    mlp_ratios: tuple[float, ...]
+    token_mixers: tuple[str, ...]
+    se_downsamples: tuple[bool, ...]
+    attention_norm: str
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per output position: 4 in the stem, then 2 per further stage."""
+        return 2 ** (len(self.layers) + 1)
+
+    @property
+    def features(self) -> int:
+        """Channels of the output."""
+        return 2 * self.embed_dims[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as `vision_config` of a canonical config.json holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "FastViTConfig":
+        """Read and check a `vision_config`; raises ConfigError naming the field at fault."""
+        layers = fields.integers("layers", 1, 64, most=8)
+        stages = len(layers)
+        config = cls(
+            layers=layers,
+            embed_dims=fields.integers("embed_dims", 1, 8192, length=stages),
+            mlp_ratios=fields.numbers("mlp_ratios", 0.25, 16, length=stages),
+            token_mixers=fields.choices("token_mixers", ("repmixer", "attention"), length=stages),
+            se_downsamples=fields.booleans("se_downsamples", length=stages),
+            attention_norm=fields.choice("attention_norm", ("layer", "batch")),
+        )
+        for i, (dim, mixer) in enumerate(zip(config.embed_dims, config.token_mixers, strict=True)):
+            if mixer == "attention" and dim % HEAD_DIM:
+                raise fields.error(f"embed_dims[{i}]", f"{dim} is not a multiple of {HEAD_DIM}")
+            if i and dim != 2 * config.embed_dims[i - 1]:
+                raise fields.error(f"embed_dims[{i}]", f"{dim} is not twice the stage before")
+        return config
+
+
+def _mci(layers: tuple[int, ...], width: int, mlp_ratio: float) -> FastViTConfig:
+    stages = len(layers)
+    five = stages == 5  # MCi3 and MCi4 differ from the smaller ones in more than size
+    attention = 2 if five else 1
+    return FastViTConfig(
+        layers=layers,
+        embed_dims=tuple(width * 2**i for i in range(stages)),
+        mlp_ratios=(mlp_ratio,) * stages,
+        token_mixers=("repmixer",) * (stages - attention) + ("attention",) * attention,
+        se_downsamples=(False,) * 5 if five else (False, False, True, True),
+        attention_norm="layer" if five else "batch",
+    )
+
+
+PRESETS = {
+    "mci0": _mci((2, 6, 10, 2), 64, 3),
+    "mci1": _mci((4, 12, 20, 4), 64, 3),
+    "mci2": _mci((4, 12, 24, 4), 80, 3),
+    "mci3": _mci((2, 12, 24, 4, 2), 96, 4),
+    "mci4": _mci((2, 12, 24, 4, 4), 128, 4),
+}
+PRESETS["fastvithd"] = PRESETS["mci3"]
+
+
+@partial(mx.compile, shapeless=True)
+def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
+    """One fused kernel with two outputs: x + bias, and that plus next_bias."""
+    x = x + bias
+    return x, x + next_bias
+
+
+@partial(mx.compile, shapeless=True)
+def _bias_gelu(x: mx.array, bias: mx.array) -> mx.array:
+    # The erf form: these towers were trained with it, and the pass is bandwidth bound.
+    x = x + bias
+    return x * (1 + mx.erf(x / 2**0.5)) / 2
+
+
+class Depthwise(nn.Module):
+    """Depthwise k x k convolution, "same" padding, no bias."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
+        self._stride = stride
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
+        channels, kernel_size = self.weight.shape[:2]
+        return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
+
+
+class DepthwiseDouble(nn.Module):
+    """Grouped k x k convolution with two outputs per input channel, plus bias.
+
+    Stored as two depthwise halves, because MLX's fast Metal kernel needs as many outputs as
+    inputs; the halves are the even and the odd output channels.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.even = Depthwise(channels, kernel_size, stride)
+        self.odd = Depthwise(channels, kernel_size, stride)
+        self.bias = mx.zeros((2 * channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
+        y = mx.stack([self.even(x), self.odd(x)], axis=-1)
+        return y.reshape(*y.shape[:3], -1)
+
+
+class SqueezeExcite(nn.Module):
+    """y = x * sigmoid(fc2(relu(fc1(mean(x)))))  (arXiv:1709.01507)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to the same shape."""
+        gate = mx.mean(x, axis=(1, 2))  # (B, C)
+        gate = mx.sigmoid(self.fc2(nn.relu(self.fc1(gate))))
+        return x * gate[:, None, None]
+
+
+class Stem(nn.Module):
+    """Three convolutions, each with GELU: RGB at full size to C channels at a quarter of it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False)
+        self.conv_bias = mx.zeros((channels,))
+        self.depthwise = Depthwise(channels, 3, stride=2)
+        self.depthwise_bias = mx.zeros((channels,))
+        self.pointwise = nn.Linear(channels, channels)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """(B, S, S, 3) to (B, S/4, S/4, C)."""
+        x = _bias_gelu(self.conv(pixels), self.conv_bias)
+        x = _bias_gelu(self.depthwise(x), self.depthwise_bias)
+        return nn.gelu(self.pointwise(x))
+
+
+class Downsample(nn.Module):
+    """Halve the size, double the channels: 7x7 stride 2, [SE], GELU, 1x1, GELU."""
+
+    def __init__(self, channels: int, squeeze_excite: bool):
+        super().__init__()
+        wide = 2 * channels
+        self.depthwise = DepthwiseDouble(channels, 7, stride=2)
+        self.se = SqueezeExcite(wide, wide // SE_RATIO_DOWNSAMPLE) if squeeze_excite else None
+        self.pointwise = nn.Linear(wide, wide)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
+        x, bias = self.depthwise(x), self.depthwise.bias
+        x = _bias_gelu(x, bias) if self.se is None else nn.gelu(self.se(x + bias))
+        return nn.gelu(self.pointwise(x))
+
+
+class RepMixer(nn.Module):
+    """Token mixing by one 3x3 depthwise convolution; the residual is inside the kernel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Depthwise(channels, 3)
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to the same shape, without the bias: the block adds it."""
+        return self.conv(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with the residual: y = x + proj(attend(norm(x)))."""
+
+    def __init__(self, channels: int, norm: str):
+        super().__init__()
+        layer_norm = norm == "layer"
+        self.norm = nn.LayerNorm(channels, LAYER_NORM_EPS) if layer_norm else None
+        self.qkv = nn.Linear(channels, 3 * channels, bias=not layer_norm)
+        self.proj = nn.Linear(channels, channels, bias=False)
+        self.bias = mx.zeros((channels,))  # of proj
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to the same shape, without the bias: the block adds it."""
+        B, H, W, C = x.shape
+        y = x if self.norm is None else self.norm(x)
+        qkv = self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
+        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, 32)
+        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=HEAD_DIM**-0.5)
+        y = y.transpose(0, 2, 1, 3).reshape(B * H * W, C)
+        return mx.addmm(x.reshape(B * H * W, C), y, self.proj.weight.T).reshape(B, H, W, C)
+
+
+class ConvFFN(nn.Module):
+    """7x7 depthwise (BatchNorm and bias folded away), 1x1 up, GELU, 1x1 down."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.conv = Depthwise(channels, 7)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Shapes (B, H, W, C); `residual` already holds fc2's bias."""
+        C = x.shape[-1]
+        hidden = nn.gelu(self.fc1(self.conv(x).reshape(-1, C)))
+        return mx.addmm(residual.reshape(-1, C), hidden, self.fc2.weight.T).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """x = mix(x), then y = x + ConvFFN(x); six kernels when the mixer is a RepMixer."""
+
+    def __init__(self, channels: int, mlp_ratio: float, token_mixer: str, norm: str):
+        super().__init__()
+        attention = token_mixer == "attention"
+        self.token_mixer = Attention(channels, norm) if attention else RepMixer(channels)
+        self.mlp = ConvFFN(channels, int(channels * mlp_ratio))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to the same shape."""
+        x, residual = _add_biases(self.token_mixer(x), self.token_mixer.bias, self.mlp.fc2.bias)
+        return self.mlp(x, residual)
+
+
+class PositionEncoding(nn.Module):
+    """Conditional position encoding: y = x + dw7x7(x) + bias, the identity inside the kernel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Depthwise(channels, 7)
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to the same shape."""
+        return self.conv(x) + self.bias
+
+
+class Stage(nn.Module):
+    """[Downsample], [position encoding before attention], blocks."""
+
+    def __init__(self, config: FastViTConfig, index: int):
+        super().__init__()
+        channels, mixer = config.embed_dims[index], config.token_mixers[index]
+        se = config.se_downsamples[index]
+        self.downsample = Downsample(channels // 2, se) if index else None
+        self.pos_emb = PositionEncoding(channels) if mixer == "attention" else None
+        self.blocks = [
+            Block(channels, config.mlp_ratios[index], mixer, config.attention_norm)
+            for _ in range(config.layers[index])
+        ]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The stage before's (B, H, W, C) to this one's, half as large and twice as wide."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.pos_emb is not None:
+            x = self.pos_emb(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class FinalConv(nn.Module):
+    """Double the channels once more: 3x3 (two outputs per channel), SE, GELU."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = DepthwiseDouble(channels, 3)
+        self.se = SqueezeExcite(2 * channels, 2 * channels // SE_RATIO_FINAL)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H, W, 2C)."""
+        return nn.gelu(self.se(self.depthwise(x) + self.depthwise.bias))
+
+
+class FastViT(nn.Module):
+    """The tower: stem, stages, final convolution; no pooling and no projection."""
+
+    def __init__(self, config: FastViTConfig):
+        super().__init__()
+        self.stem = Stem(config.embed_dims[0])
+        self.stages = [Stage(config, i) for i in range(len(config.layers))]
+        self.final_conv = FinalConv(config.embed_dims[-1])
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Turn images into a feature map.
+
+        Args:
+            pixels: RGB in [0, 1] (or normalised as the checkpoint asks), (B, S, S, 3).
+
+        Returns:
+            (B, S/stride, S/stride, features); sizes round up.
+        """
+        x = self.stem(pixels.astype(self.stem.conv.weight.dtype))
+        for stage in self.stages:
+            x = stage(x)
+        return self.final_conv(x)
