@@ -193,8 +193,9 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
 
 
 def _embed(model: FastVLM, inputs: Inputs) -> tuple[mx.array, int]:
-    """Prompt embeddings (1, L, D) and how many of them are of images, which are encoded one by
-    one so that memory does not grow with their number.
+    """Prompt embeddings (1, L, D), and how many of them stand for images.
+
+    Images are encoded one by one, so that memory does not grow with their number.
     """
     if inputs.pixels is None:
         return model.embed(inputs.input_ids[None]), 0
