@@ -15,10 +15,20 @@ import numpy as np  # noqa: E402
 import PIL  # noqa: E402
 import pytest  # noqa: E402
 
+from mlx_fastvlm import loader  # noqa: E402
+
 
 def pytest_report_header() -> str:
     device = mx.default_device()
     return f"mlx {mx.__version__} on {device}, numpy {np.__version__}, Pillow {PIL.__version__}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_unless_told() -> Iterator[None]:
+    """Compare in float32 on a GPU as well, where `load` would default to float16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "default_dtype", lambda: mx.float32)
+        yield
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_images_without_places_come_first_each_on_its_line() -> None:
             ],
             0,
             "can only come first",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_malformed_prompts(prompt: Any, images: int, message: str) -> None:
