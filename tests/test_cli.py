@@ -109,7 +109,7 @@ def test_repository_without_network_or_cache(tmp_path: Path) -> None:
     result = run("--model", "apple/FastVLM-0.5B", env={"HF_HOME": str(tmp_path)})
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "not in the cache, and huggingface.co cannot be reached; connect once" in result.stderr
+    assert "not in the cache, and huggingface.co cannot be reached; connect and run" in result.stderr
 
 
 def test_interrupt(model: Path) -> None:
