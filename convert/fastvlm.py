@@ -147,7 +147,7 @@ def convert_fastvlm(
         tower = fold_fastvit(source, vision, "vision.")
     decoder = _Decoder(source, text, _Packings(fields))
     canonical = {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
-    canonical |= decoder.tensors(_padded_vocabulary(fields, layout))
+    canonical |= decoder.tensors(_vocab_size(_text_fields(fields)))
     source_record: dict[str, str | None] = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -170,6 +170,7 @@ def convert_fastvlm(
     canonical |= decoder.projector(config)
     source.drop(NEVER_USED)
     source.finish()
+    decoder.compare_tied()
     config = FastVLMConfig.from_json(
         {**config.to_json(), "quantization": {p: asdict(q) for p, q in decoder.packed.items()}},
         fields.where,
@@ -293,16 +294,25 @@ def _apple_name(name: str, network: Mapping[str, int], layout: Layout) -> str:
     return name.replace("patch_embed.", layout.stem, 1)
 
 
-def _text_config(fields: Fields) -> Qwen2Config:
-    """The decoder's config, flat in LLaVA's form or under text_config in transformers'."""
-    text = fields
+def _text_fields(fields: Fields) -> Fields:
+    """The decoder's fields: at the top in LLaVA's form, under text_config in transformers'."""
     if fields.has("text_config") and fields.object("text_config").has("hidden_size"):
-        text = fields.object("text_config")
+        return fields.object("text_config")
+    return fields
+
+
+def _vocab_size(text: Fields) -> int:
+    """Rows of the vocabulary as stored, before padding is cut back."""
+    return text.integer("vocab_size", 1, 1_000_000)
+
+
+def _text_config(fields: Fields) -> Qwen2Config:
+    text = _text_fields(fields)
     for key, only in (("use_sliding_window", False), ("hidden_act", "silu")):
         if text.get(key, only) != only:
             raise text.error(key, f"only {only} is supported")
     rope = text.object("rope_parameters") if text.has("rope_parameters") else text
-    scaling = text.get("rope_scaling", None) or rope.values
+    scaling = text.object("rope_scaling") if text.has("rope_scaling") else rope
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise text.error("rope_scaling", "only plain rotary positions are supported")
     defaults = {
@@ -312,17 +322,11 @@ def _text_config(fields: Fields) -> Qwen2Config:
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
     }
     values = {key: text.get(key, default) for key, default in defaults.items()}
-    vocab_size = text.integer("vocab_size", 1, 1_000_000)
+    vocab_size = _vocab_size(text)
     if fields.get("model_type") == "fast_vlm":
         vocab_size = PADDED_VOCABULARIES.get(vocab_size, vocab_size)
     merged = {**text.values, **values, "vocab_size": vocab_size}
     return Qwen2Config.from_json(Fields(merged, text.where))
-
-
-def _padded_vocabulary(fields: Fields, layout: Layout) -> int:
-    """Rows of the vocabulary as stored, before padding is cut back."""
-    text = fields.object("text_config") if fields.has("text_config") else fields
-    return int((text if text.has("vocab_size") else fields).get("vocab_size"))
 
 
 def _vision_config(fields: Fields) -> FastViTConfig:
@@ -336,8 +340,10 @@ def _vision_config(fields: Fields) -> FastViTConfig:
         given = given.object("model_args")
     values = PRESETS[name].to_json()
     values |= {key: value for key, value in given.values.items() if key in values}
-    if "layers" in given.values and len(given.get("layers")) != len(values["se_downsamples"]):
-        values["se_downsamples"] = [False] * len(given.get("layers"))
+    if given.has("layers"):
+        stages = len(given.integers("layers", 1, 64, most=8))
+        if stages != len(values["se_downsamples"]):
+            values["se_downsamples"] = [False] * stages
     return FastViTConfig.from_json(Fields(values, given.where or fields.where))
 
 
@@ -376,6 +382,8 @@ class _Decoder:
         self.config = config
         self.packings = packings
         self.packed: dict[str, Quantization] = {}
+        self._head: dict[str, mx.array] = {}
+        self._embedding: dict[str, mx.array] = {}
 
     def tensors(self, stored_vocabulary: int) -> dict[str, mx.array]:
         """Canonical tensors of the decoder."""
@@ -404,12 +412,18 @@ class _Decoder:
         if not self.config.tie_word_embeddings:
             head = self._linear("language_model.lm_head", [("lm_head", stored)], D)
         elif self.source.has("lm_head.weight"):
-            self._compare_tied(self._linear("lm_head", [("lm_head", stored)], D), embedding)
+            self._head = self._linear("lm_head", [("lm_head", stored)], D)
+            self._embedding = embedding
             self.packed.pop("lm_head", None)
         return {name: tensor[:rows] for name, tensor in (embedding | head).items()}
 
-    def _compare_tied(self, head: dict[str, mx.array], embedding: dict[str, mx.array]) -> None:
-        """The config ties the output layer to the embedding, yet the file has both."""
+    def compare_tied(self) -> None:
+        """Warn if the config ties the output layer to the embedding, yet the file has both.
+
+        This reads data, so it comes after `Source.finish`: stand-ins for missing tensors have
+        whatever size the config claims.
+        """
+        head, embedding = self._head, self._embedding
         pairs = list(zip(head.values(), embedding.values(), strict=False))
         same = len(head) == len(embedding) and all(a.shape == b.shape for a, b in pairs)
         if not same or not all(mx.array_equal(a, b).item() for a, b in pairs):
@@ -458,6 +472,11 @@ class _Decoder:
     def _packed(
         self, name: str, rows: int, inputs: int, packing: Quantization
     ) -> dict[str, mx.array]:
+        if inputs % packing.group_size:
+            raise CheckpointError(
+                f"{self.source.where}: {name} is {inputs} wide, no multiple of the group_size "
+                f"{packing.group_size} that config.json gives"
+            )
         words, groups = inputs * packing.bits // 32, inputs // packing.group_size
         affine = packing.mode == "affine"
         scale_dtypes = {} if affine else {"dtypes": (mx.uint8,)}
