@@ -139,6 +139,10 @@ def read(directory: Path) -> Tokenizer:
     for token in (TURN_START, TURN_END, TEXT_END):
         if token not in added:
             raise ConfigError(f"{where}: has no {token}; this is not a FastVLM tokenizer")
+    if missing := BYTES.keys() - vocab.keys():
+        raise ConfigError(
+            f"{where}: has no token for {len(missing)} of the 256 bytes; text would get lost"
+        )
     overlap = set(added.values()) & set(vocab.values()) - {vocab.get(t) for t in added}
     if overlap:
         raise ConfigError(f"{where}: id {min(overlap)} is both an added token and another one")
@@ -156,8 +160,12 @@ def _check_ids(table: dict[Any, Any], where: str) -> None:
     if not table:
         raise ConfigError(f"{where}: an empty table of tokens")
     for token, token_id in table.items():
+        if not isinstance(token, str):
+            raise ConfigError(f"{where}: a token is not a text")
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
-            raise ConfigError(f"{where}: {token[:40]!r} has the id {str(token_id)[:40]}")
+            raise ConfigError(f"{where}: the id of {token[:40]!r} is not from 0 to a million")
+    if len(set(table.values())) != len(table):
+        raise ConfigError(f"{where}: two tokens share an id")
 
 
 def _from_tokenizer_json(
@@ -167,8 +175,8 @@ def _from_tokenizer_json(
     try:
         vocab = dict(data["model"]["vocab"])
         merges = [_merge(m) for m in data["model"]["merges"]]
-        added = {str(t["content"]): t["id"] for t in data["added_tokens"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        added = {t["content"]: t["id"] for t in data["added_tokens"]}
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a byte-level BPE tokenizer ({error!r})") from error
     return vocab, merges, added
 
@@ -179,6 +187,8 @@ def _from_vocab_and_merges(
     vocab = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"
     try:
+        if path.exists() and not path.is_file():  # a pipe would block, a device never end
+            raise ConfigError(f"{path}: is not a regular file")
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MB")
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -192,7 +202,7 @@ def _from_vocab_and_merges(
     table = read_json(config_path).get("added_tokens_decoder")
     try:
         assert isinstance(table, dict)
-        return vocab, merges, {str(t["content"]): int(i) for i, t in table.items()}
+        return vocab, merges, {t["content"]: int(i) for i, t in table.items()}
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{config_path}: lists no added tokens, nor does {added_path}") from error
 

@@ -1,6 +1,5 @@
 """Errors that are shown to the user as one line: what failed, what was expected, what to do."""
 
-
 MAX_MESSAGE = 4096
 MAX_NAME = 120
 

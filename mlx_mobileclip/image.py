@@ -56,8 +56,8 @@ def open_image(source: ImageSource) -> Image.Image:
     name = os.fspath(source)
     if "://" in name or name.startswith("data:"):
         raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "no such file"
             raise ImageError(f"{name}: {what}; give the path of an image")
@@ -65,7 +65,8 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
         with path.open("rb") as file:
             return _decode(file, name)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    # ValueError: a NUL in the name; RuntimeError: ~ of an unknown user.
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name[:200]!r}: cannot be read ({reason})") from error
 
@@ -73,11 +74,12 @@ def open_image(source: ImageSource) -> Image.Image:
 def _decode(file: Any, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
-        _check_size(image.width, image.height, name)
-        image.load()
-        return _to_rgb(image, name)
+            _check_size(image.width, image.height, name)
+            image.load()
+            return _to_rgb(image, name)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
