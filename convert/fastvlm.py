@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_fastvlm.config import MODEL_TYPE, FastVLMConfig, Quantization, Qwen2Config
+from mlx_fastvlm.config import MODEL_TYPE, FastVLMConfig, Quantization, Qwen2Config, projector_depth
 from mlx_mobileclip.checkpoint import Fields, read_json, read_tensors
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.fastvit import PRESETS, FastViTConfig
@@ -139,6 +139,8 @@ def convert_fastvlm(
         raise CheckpointError(_tower_advice(checkpoint.name, has_tower))
     text = _text_config(fields)
     projector_type = fields.string("mm_projector_type", "mlp2x_gelu")
+    if projector_depth(projector_type) < 0:
+        raise fields.error("mm_projector_type", f"{projector_type[:40]!r} is not known")
     vision, tower = (
         (_vision_config(fields), None) if vision_from is None else _read_tower(vision_from)
     )
