@@ -83,8 +83,8 @@ def twice_named(header: dict[str, Any], data: bytes, **changes: Any) -> bytes:
 
 def many_tensors(header: dict[str, Any], data: bytes) -> bytes:
     one = {"dtype": "U8", "shape": [1]}
-    tiny = {f"{i}": one | {"data_offsets": [i, i + 1]} for i in range(200000)}
-    return safetensors(tiny, bytes(200000))
+    tiny = {f"{i}": one | {"data_offsets": [i, i + 1]} for i in range(40000)}
+    return safetensors(tiny, bytes(40000))
 
 
 UNSOUND = "not a sound safetensors file"
@@ -121,7 +121,7 @@ MALFORMED: dict[str, tuple[Build, str]] = {
     "unknown dtype": (entry(dtype="I4"), UNSOUND),
     "dtype a number": (entry(dtype=7), UNSOUND),
     "header 2^63 bytes": (raw((1 << 63).to_bytes(8, "little") + b"{}"), "a header of"),
-    "header 200 MB": (raw((200 << 20).to_bytes(8, "little") + b"{}"), "a header of"),
+    "header 5 MB": (raw((5 << 20).to_bytes(8, "little") + b"{}"), "a header of"),
     "header longer than file": (raw((1000).to_bytes(8, "little") + b"{}"), UNSOUND),
     "header no JSON": (raw(safetensors(b"{x", b"")), UNSOUND),
     "header no UTF-8": (raw(safetensors(b'{"\xff": 1}', b"")), UNSOUND),
@@ -132,7 +132,7 @@ MALFORMED: dict[str, tuple[Build, str]] = {
         rewritten(lambda h, d: safetensors(h | {"__metadata__": {"a": [1]}}, d)),
         UNSOUND,
     ),
-    "200000 tensors": (rewritten(many_tensors), "named like no known FastVLM"),
+    "40000 tensors": (rewritten(many_tensors), "named like no known FastVLM"),
     "empty": (raw(b""), UNSOUND),
     "7 bytes": (raw(b"1234567"), "a header of"),
     "GGUF": (raw(b"GGUF\x03\0\0\0" + b"\xff" * 64), "a header of"),
