@@ -104,8 +104,10 @@ def _packing(args: argparse.Namespace) -> Quantization:
     bits, group_sizes = QUANTIZATION_MODES[args.q_mode]
     fields = {
         "mode": args.q_mode,
-        "bits": args.q_bits or (4 if 4 in bits else bits[0]),
-        "group_size": args.q_group_size or (64 if 64 in group_sizes else group_sizes[0]),
+        "bits": args.q_bits if args.q_bits is not None else (4 if 4 in bits else bits[0]),
+        "group_size": args.q_group_size
+        if args.q_group_size is not None
+        else (64 if 64 in group_sizes else group_sizes[0]),
     }
     return Quantization.from_json(Fields(fields, "quantization"))
 

@@ -43,6 +43,8 @@ class Decoder:
         self.features, self.projector_depth = config.vision.features, config.projector_depth
         self.packings = packings
         self.packed: dict[str, Quantization] = {}
+        self._head: dict[str, mx.array] = {}
+        self._embedding: dict[str, mx.array] = {}
 
     def layers(self) -> dict[str, mx.array]:
         """Canonical tensors of the decoder's layers and final norm."""
@@ -71,12 +73,18 @@ class Decoder:
         if not self.config.tie_word_embeddings:
             head = self._linear("language_model.lm_head", [("lm_head", stored)], D)
         elif self.source.has("lm_head.weight"):
-            self._compare_tied(self._linear("lm_head", [("lm_head", stored)], D), embedding)
+            self._head = self._linear("lm_head", [("lm_head", stored)], D)
+            self._embedding = embedding
             self.packed.pop("lm_head", None)
         return {name: tensor[:rows] for name, tensor in (embedding | head).items()}
 
-    def _compare_tied(self, head: dict[str, mx.array], embedding: dict[str, mx.array]) -> None:
-        """The config ties the output layer to the embedding, yet the file has both."""
+    def compare_tied(self) -> None:
+        """Warn if the config ties the output layer to the embedding, yet the file has another.
+
+        This reads data, so it comes after `Source.finish`: stand-ins for missing tensors have
+        whatever size the config claims.
+        """
+        head, embedding = self._head, self._embedding
         pairs = list(zip(head.values(), embedding.values(), strict=False))
         same = len(head) == len(embedding) and all(a.shape == b.shape for a, b in pairs)
         if not same or not all(mx.array_equal(a, b).item() for a, b in pairs):
@@ -125,6 +133,11 @@ class Decoder:
     def _packed(
         self, name: str, rows: int, inputs: int, packing: Quantization
     ) -> dict[str, mx.array]:
+        if inputs % packing.group_size:
+            raise CheckpointError(
+                f"{self.source.where}: {name} is {inputs} wide, no multiple of the group_size "
+                f"{packing.group_size} that config.json gives"
+            )
         words, groups = inputs * packing.bits // 32, inputs // packing.group_size
         affine = packing.mode == "affine"
         scale_dtypes = {} if affine else {"dtypes": (mx.uint8,)}

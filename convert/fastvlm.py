@@ -63,6 +63,7 @@ def convert_fastvlm(
     canonical |= decoder.projector() | decoder.layers() | decoder.vocabulary(_stored_rows(fields))
     source.drop(NEVER_USED)
     source.finish()
+    decoder.compare_tied()
     record: dict[str, str | None] = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
@@ -135,11 +136,20 @@ def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.arr
     return vision, tower
 
 
-def _text_config(fields: Fields) -> dict[str, Any]:
-    """The decoder's config, flat in LLaVA's form or under text_config in transformers'."""
-    text = fields
+def _text_fields(fields: Fields) -> Fields:
+    """The decoder's fields: at the top in LLaVA's form, under text_config in transformers'."""
     if fields.has("text_config") and fields.object("text_config").has("hidden_size"):
-        text = fields.object("text_config")
+        return fields.object("text_config")
+    return fields
+
+
+def _stored_rows(fields: Fields) -> int:
+    """Rows of the vocabulary as stored, padding included."""
+    return _text_fields(fields).integer("vocab_size", 1, 1_000_000)
+
+
+def _text_config(fields: Fields) -> dict[str, Any]:
+    text = _text_fields(fields)
     for key, only in (("use_sliding_window", False), ("hidden_act", "silu")):
         if text.get(key, only) != only:
             raise text.error(key, f"only {only} is supported")
@@ -161,12 +171,6 @@ def _text_config(fields: Fields) -> dict[str, Any]:
     return {**values, "vocab_size": vocab_size}
 
 
-def _stored_rows(fields: Fields) -> int:
-    """Rows of the vocabulary as stored, padding included."""
-    text = fields.object("text_config") if fields.has("text_config") else fields
-    return (text if text.has("vocab_size") else fields).integer("vocab_size", 1, 1_000_000)
-
-
 def _vision_config(fields: Fields) -> FastViTConfig:
     """The tower's config: FastViTHD, or as vision_config spells it out."""
     given = fields.object("vision_config") if fields.has("vision_config") else Fields({}, "")
@@ -178,8 +182,10 @@ def _vision_config(fields: Fields) -> FastViTConfig:
         given = given.object("model_args")
     values = PRESETS[name].to_json()
     values |= {key: value for key, value in given.values.items() if key in values}
-    if "layers" in given.values and len(given.get("layers")) != len(values["se_downsamples"]):
-        values["se_downsamples"] = [False] * len(given.get("layers"))
+    if given.has("layers"):
+        stages = len(given.integers("layers", 1, 64, most=8))
+        if stages != len(values["se_downsamples"]):
+            values["se_downsamples"] = [False] * stages
     return FastViTConfig.from_json(Fields(values, given.where or fields.where))
 
 

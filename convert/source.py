@@ -49,7 +49,7 @@ class Source:
 
     def take(self, name: str, shape: Shape, dtypes: Iterable[mx.Dtype] = FLOATS) -> mx.array:
         """Take a tensor; one that is missing or misshapen is noted for `finish`."""
-        key = self._name(name)
+        key, dtypes = self._name(name), tuple(dtypes)
         tensor = self._tensors.pop(key, None)
         if tensor is None:
             self._missing.append(key)
@@ -59,7 +59,7 @@ class Source:
             self._misfits.append(f"{key} is {tensor.dtype}")
         else:
             return tensor
-        return mx.zeros(shape)
+        return mx.zeros(shape, dtypes[0])
 
     def conv(self, name: str, shape: Shape) -> mx.array:
         """Take a convolution weight, given its (O, I, H, W) shape, in that order and float64."""

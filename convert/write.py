@@ -1,6 +1,7 @@
 """Write a canonical checkpoint directory, completely or not at all."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import mlx.core as mx
 from mlx_mobileclip.checkpoint import write_tensors
 from mlx_mobileclip.errors import CheckpointError
 
+LICENCE_NAME = re.compile(r"LICEN[CS]E[\w-]*(\.(md|txt|rst|pdf))?", re.IGNORECASE)
 NOTICE = """This directory holds model weights converted by mlx-fastvlm from: {source}
 {change}
 
@@ -65,8 +67,14 @@ def check_target(target: Path) -> None:
 
 
 def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
-    """Copy the source's licence files, regular files only, and write a notice."""
+    """Copy the source's licence files and write a notice.
+
+    A link is followed only within the source, or from a snapshot of the Hub's cache to the files
+    of its repository: a planted one would publish whatever file of the user's it points to.
+    """
+    home = source.parent.parent if source.parent.name == "snapshots" else source
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
+        inside = path.resolve().is_relative_to(home.resolve())
+        if LICENCE_NAME.fullmatch(path.name) and path.is_file() and inside:
             shutil.copyfile(path, target / path.name)
     (target / "NOTICE").write_text(NOTICE.format(source=name, change=change))

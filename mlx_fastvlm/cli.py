@@ -8,13 +8,17 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_mobileclip import __version__
 from mlx_mobileclip.errors import ModelError
+
+if TYPE_CHECKING:
+    from .generate import Result, Stats
 
 DEFAULT_PROMPT = "Describe the image."
 PRESETS = {  # the questions of Apple's demo app
@@ -107,14 +111,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.image and args.prompt is None:
+        parser.error("nothing to answer: give --image, --prompt, or both")
     return run_command(lambda: _run(args), debug=args.debug)
 
 
 def run_command(command: Callable[[], None], *, debug: bool) -> int:
     """Run a command so that whatever ends it is told in one line; returns the exit status."""
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries' remarks; errors are told below
+            command()
         sys.stdout.flush()
     except ModelError as error:
         if debug:
@@ -125,16 +134,22 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read stdout has left; keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return INTERRUPTED
     except Exception as error:
         if debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
+        if isinstance(error, OSError):
+            _abandon_stdout()
         return 1
     return 0
+
+
+def _abandon_stdout() -> None:
+    """Keep the interpreter from flushing, when it exits, into a closed pipe or a full disk."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -173,7 +188,7 @@ def _run(args: argparse.Namespace) -> None:
     checkpoint = resolve(args.model, args.revision)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
-        from .generate import stream_generate
+        from .generate import join, stream_generate
         from .loader import load_checkpoint
 
         model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
@@ -203,41 +218,35 @@ def _run(args: argparse.Namespace) -> None:
         chunks.append(chunk)
         if not args.json:
             print(_printable(chunk.text), end="", flush=True)
-    stats = asdict(chunks[-1].stats)
+    result = join(chunks, processor)
     if args.json:
-        print(json.dumps(_report(args, chunks, stats, load_s, processor.tokenizer.stop_ids)))
+        print(json.dumps(_report(args.model, result, load_s)))
         return
     print()
     if not args.quiet:
-        print(
-            "prompt {prompt_tokens} tokens ({image_tokens} image), first token after "
-            "{ttft_s:.2f} s (preprocess {preprocess_s:.2f}, vision {vision_s:.2f}, prefill "
-            "{prefill_s:.2f}); {generated_tokens} tokens at {decode_tokens_per_s:.1f} tokens/s; "
-            "peak memory {gigabytes:.2f} GB".format(
-                gigabytes=stats["peak_memory_bytes"] / 1e9, **stats
-            ),
-            file=sys.stderr,
-        )
+        print(_summary(result.stats), file=sys.stderr)
 
 
-def _report(
-    args: argparse.Namespace,
-    chunks: list[Any],
-    stats: dict[str, Any],
-    load_s: float,
-    stop_ids: frozenset[int],
-) -> dict[str, Any]:
+def _summary(stats: "Stats") -> str:
+    return (
+        f"prompt {stats.prompt_tokens} tokens ({stats.image_tokens} image), first token after "
+        f"{stats.ttft_s:.2f} s (preprocess {stats.preprocess_s:.2f}, vision {stats.vision_s:.2f}, "
+        f"prefill {stats.prefill_s:.2f}); {stats.generated_tokens} tokens at "
+        f"{stats.decode_tokens_per_s:.1f} tokens/s; "
+        f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def _report(model: str, result: "Result", load_s: float) -> dict[str, Any]:
     """The object that --json prints."""
-    times = ("preprocess_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")
+    stats = asdict(result.stats)
     counts = ("image_tokens", "prompt_tokens", "generated_tokens")
-    token_ids = [chunk.token_id for chunk in chunks]
-    if token_ids[-1] in stop_ids:
-        token_ids.pop()
+    times = ("preprocess_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")
     return {
-        "text": "".join(chunk.text for chunk in chunks),
-        "token_ids": token_ids,
-        "finish_reason": chunks[-1].finish_reason,
-        "model": args.model,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "model": model,
         **{name: stats[name] for name in counts},
         "timings": {"load_s": load_s, **{name: stats[name] for name in times}},
         "peak_memory_bytes": stats["peak_memory_bytes"],

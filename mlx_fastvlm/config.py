@@ -156,10 +156,10 @@ class FastVLMConfig:
             }
             if packed
             else {},
-            source=dict(fields.get("source", {})),
+            source=_source(fields),
         )
         if config.image_size not in RESOLUTIONS:
-            raise fields.error("image_size", f"{config.image_size} is not a multiple of 64")
+            raise fields.error("image_size", f"is not a multiple of {RESOLUTIONS.step}")
         if config.max_length > config.text.max_position_embeddings:
             config = replace(config, max_length=config.text.max_position_embeddings)
         if projector_depth(config.projector_type) < 0:
@@ -167,6 +167,13 @@ class FastVLMConfig:
         if config.projector_depth == 0 and config.vision.features != config.text.hidden_size:
             raise fields.error("projector_type", "identity needs features as wide as the decoder")
         return config
+
+
+def _source(fields: Fields) -> dict[str, str | None]:
+    if not fields.has("source"):
+        return {}
+    given = fields.object("source")
+    return {key: given.string(key) if given.has(key) else None for key in given.values}
 
 
 def projector_depth(projector_type: str) -> int:

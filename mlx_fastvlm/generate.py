@@ -97,7 +97,11 @@ def generate(
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
     """
-    chunks = list(stream_generate(model, processor, prompt, images, **options))
+    return join(list(stream_generate(model, processor, prompt, images, **options)), processor)
+
+
+def join(chunks: list[Chunk], processor: Processor) -> Result:
+    """The whole answer that a completed stream amounts to."""
     last = chunks[-1]
     token_ids = [chunk.token_id for chunk in chunks]
     if token_ids[-1] in processor.tokenizer.stop_ids:

@@ -2,12 +2,12 @@
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
-from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import Checkpoint, resolve
 
 from . import tokenizer
@@ -16,6 +16,7 @@ from .model import FastVLM
 from .processor import Processor
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
+Canonical = tuple[FastVLMConfig, dict[str, mx.array]]
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -71,7 +72,7 @@ def load_checkpoint(
 
 def read_canonical(
     checkpoint: Checkpoint, vision_from: str | os.PathLike[str] | None = None
-) -> tuple[FastVLMConfig, dict[str, mx.array]]:
+) -> Canonical:
     """Config and lazy tensors in canonical form, converted on the way if need be.
 
     This is the one place where the runtime calls the converter.
@@ -80,11 +81,12 @@ def read_canonical(
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         vision = None if vision_from is None else resolve(vision_from)
-        config, tensors = _converter().convert_fastvlm(checkpoint, values, vision)
-    else:
-        config = FastVLMConfig.from_json(values, str(path))
-        tensors = read_tensors(checkpoint.path)
-    return config, tensors
+        return cast(Canonical, _converter().convert_fastvlm(checkpoint, values, vision))
+    if vision_from is not None:
+        raise CheckpointError(
+            f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+        )
+    return FastVLMConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
 
 
 def _converter() -> Any:

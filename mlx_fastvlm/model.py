@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mobileclip.errors import ImageError, PromptError
+from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
 
 from .cache import STEP, KVCache
@@ -32,6 +32,18 @@ class FastVLM(nn.Module):
             self._quantize(config.quantization)
 
     def _quantize(self, quantization: dict[str, Quantization]) -> None:
+        layers = dict(self.named_modules())
+        for path, layer in quantization.items():
+            module = layers.get(path)
+            packable = module is not None and hasattr(module, "to_quantized")
+            if module is None or not packable or path.startswith("vision_tower."):
+                raise ConfigError(f"quantization: {path[:80]!r} is no layer that can be packed")
+            if module.weight.shape[-1] % layer.group_size:
+                raise ConfigError(
+                    f"quantization: {path} is {module.weight.shape[-1]} wide, no multiple of "
+                    f"group_size {layer.group_size}"
+                )
+
         def packing(path: str, _: nn.Module) -> bool | dict[str, Any]:
             layer = quantization.get(path)
             if layer is None:

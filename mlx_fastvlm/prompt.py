@@ -141,10 +141,17 @@ def encode(
         elif isinstance(part, Control):
             ids.append(tokenizer.added[part.token])
         else:
-            ids += tokenizer.encode(part)
+            ids += _encode_text(part, tokenizer)
     if len(ids) > max_length:
         raise PromptError(
             f"the prompt has {len(ids)} tokens, {ids.count(IMAGE_TOKEN)} of them for images; the "
             f"model reads {max_length}. Shorten it, give fewer images or a lower resolution"
         )
     return ids
+
+
+def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:  # half a surrogate pair, as from undecodable arguments
+        raise PromptError(f"the prompt is not valid Unicode ({error.reason}); retype it") from error

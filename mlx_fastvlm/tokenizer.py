@@ -8,11 +8,12 @@ Source: transformers 5.23 `models/qwen2/tokenization_qwen2.py`.
 """
 
 import codecs
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from mlx_mobileclip.checkpoint import read_json
@@ -58,7 +59,7 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: end of turn and end of text."""
-        return frozenset((self.added[TURN_END], self.added[TEXT_END]))
+        return frozenset(self.added[t] for t in (TURN_END, TEXT_END) if t in self.added)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, taken literally: "<|im_end|>" in it becomes ordinary tokens."""
@@ -80,16 +81,15 @@ class Tokenizer:
         return "".join(map(decoder.feed, token_ids)) + decoder.finish()
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json that other programs read as well."""
-        backend = _backend(self._vocab, self._merges)
-        in_order = sorted(self.added, key=self.added.__getitem__)
-        backend.add_special_tokens(
-            [AddedToken(t, normalized=False, special=True) for t in in_order]
-        )
-        moved = [t for t in in_order if backend.token_to_id(t) != self.added[t]]
-        if moved:
-            raise ConfigError(f"{path}: added tokens {moved[:4]} do not follow the vocabulary")
-        backend.save(str(path), pretty=False)
+        """Write a tokenizer.json that other programs read as well, every id in its place."""
+        data = json.loads(_backend(self._vocab, self._merges).to_str())
+        data["model"]["vocab"] |= self.added
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        data["added_tokens"] = [
+            {"id": token_id, "content": token, **flags, "special": True}
+            for token, token_id in sorted(self.added.items(), key=lambda item: item[1])
+        ]
+        path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
 class TextDecoder:
@@ -136,9 +136,13 @@ def read(directory: Path) -> Tokenizer:
     where = f"{directory}: tokenizer"
     _check_ids(vocab, where)
     _check_ids(added, where)
-    for token in (TURN_START, TURN_END, TEXT_END):
+    for token in (TURN_START, TURN_END):
         if token not in added:
             raise ConfigError(f"{where}: has no {token}; this is not a FastVLM tokenizer")
+    if missing := BYTES.keys() - vocab.keys():
+        raise ConfigError(
+            f"{where}: has no token for {len(missing)} of the 256 bytes; text would get lost"
+        )
     overlap = set(added.values()) & set(vocab.values()) - {vocab.get(t) for t in added}
     if overlap:
         raise ConfigError(f"{where}: id {min(overlap)} is both an added token and another one")
@@ -156,8 +160,12 @@ def _check_ids(table: dict[Any, Any], where: str) -> None:
     if not table:
         raise ConfigError(f"{where}: an empty table of tokens")
     for token, token_id in table.items():
+        if not isinstance(token, str):
+            raise ConfigError(f"{where}: a token is not a text")
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
-            raise ConfigError(f"{where}: {token[:40]!r} has the id {str(token_id)[:40]}")
+            raise ConfigError(f"{where}: the id of {token[:40]!r} is not from 0 to a million")
+    if len(set(table.values())) != len(table):
+        raise ConfigError(f"{where}: two tokens share an id")
 
 
 def _from_tokenizer_json(
@@ -167,8 +175,8 @@ def _from_tokenizer_json(
     try:
         vocab = dict(data["model"]["vocab"])
         merges = [_merge(m) for m in data["model"]["merges"]]
-        added = {str(t["content"]): t["id"] for t in data["added_tokens"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        added = {t["content"]: t["id"] for t in data["added_tokens"]}
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a byte-level BPE tokenizer ({error!r})") from error
     return vocab, merges, added
 
@@ -179,6 +187,8 @@ def _from_vocab_and_merges(
     vocab = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"
     try:
+        if path.exists() and not path.is_file():  # a pipe would block, a device never end
+            raise ConfigError(f"{path}: is not a regular file")
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MB")
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -192,7 +202,7 @@ def _from_vocab_and_merges(
     table = read_json(config_path).get("added_tokens_decoder")
     try:
         assert isinstance(table, dict)
-        return vocab, merges, {str(t["content"]): int(i) for i, t in table.items()}
+        return vocab, merges, {t["content"]: int(i) for i, t in table.items()}
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{config_path}: lists no added tokens, nor does {added_path}") from error
 

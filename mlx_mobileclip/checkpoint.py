@@ -21,6 +21,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 16 << 20
 MAX_DIMENSIONS = 4
 MAX_SHARD_BYTES = 5 << 30
+MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 # Weights, packed or float; U8 are mxfp scales, I64 BatchNorm's step counters.
 DTYPES = {"F32", "F16", "BF16", "U32", "U8", "I64"}
@@ -60,7 +61,8 @@ class Fields:
 
     def _check(self, key: str, value: Any, kinds: Any, low: float, high: float) -> Any:
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            text = repr(value) if len(repr(value)) < 40 else type(value).__name__
+            scalar = isinstance(value, (int, float, str)) and len(repr(value)) < 40
+            text = repr(value) if scalar else type(value).__name__
             kind = "an integer" if kinds is int else "a number"
             raise self.error(key, f"{text} is not {kind} from {low} to {high}")
         return value
@@ -142,6 +144,8 @@ def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]
         return result
 
     try:
+        if path.exists() and not path.is_file():  # a pipe would block, a device never end
+            raise ConfigError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
         if len(data) > limit_bytes:
@@ -168,17 +172,24 @@ def tensor_files(directory: Path) -> list[Path]:
         names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CheckpointError(f"{index}: has no weight_map; download the file again")
-        files = sorted({str(name) for name in names.values()})
+        for name in names.values():
+            if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+                shown = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+                raise CheckpointError(f"{index}: {shown} is not the name of a shard beside it")
+        files = sorted(set(names.values()))
         for name in files:
-            if not SHARD_NAME.fullmatch(name):
-                raise CheckpointError(f"{index}: {name[:80]!r} is not a plain file name")
             if not (directory / name).is_file():
                 raise CheckpointError(
                     f"{directory / name}: the index names this shard but it is not there; "
                     "download it again"
                 )
         return [directory / name for name in files]
-    names = sorted(p.name for p in directory.iterdir() if SHARD_NAME.fullmatch(p.name))
+    # Hidden files are not weights: macOS leaves a "._model.safetensors" beside each unpacked file.
+    names = sorted(
+        p.name
+        for p in directory.iterdir()
+        if SHARD_NAME.fullmatch(p.name) and p.name[0] != "." and p.is_file()
+    )
     if not names:
         raise CheckpointError(
             f"{directory}: holds no .safetensors file; give the directory of a checkpoint"
@@ -189,6 +200,10 @@ def tensor_files(directory: Path) -> list[Path]:
 def _check_header(path: Path) -> None:
     """Reject what MLX's reader would take on trust; reads the header only."""
     try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: a header of {header_bytes} bytes; download it again")
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)

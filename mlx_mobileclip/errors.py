@@ -1,8 +1,19 @@
 """Errors that are shown to the user as one line: what failed, what was expected, what to do."""
 
+MAX_MESSAGE = 4096
+MAX_NAME = 120
+
 
 class ModelError(Exception):
-    """Base of every error whose text is meant for the user; the command line exits 1 on it."""
+    """Base of every error whose text is meant for the user; the command line exits 1 on it.
+
+    The text is one line and holds no control characters, whatever names a checkpoint brings.
+    """
+
+    def __init__(self, message: str):
+        """Keep the message, made safe to print."""
+        shown = message[:MAX_MESSAGE]
+        super().__init__("".join(c if c.isprintable() else "\ufffd" for c in shown))
 
 
 class CheckpointError(ModelError):
@@ -23,5 +34,5 @@ class PromptError(ModelError):
 
 def name_some(names: list[str], limit: int = 8) -> str:
     """List at most `limit` names and say how many more there are."""
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(name[:MAX_NAME] for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

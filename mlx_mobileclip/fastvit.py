@@ -65,7 +65,7 @@ class FastViTConfig:
         stages = len(layers)
         config = cls(
             layers=layers,
-            embed_dims=fields.integers("embed_dims", 1, 8192, length=stages),
+            embed_dims=fields.integers("embed_dims", 8, 8192, length=stages),
             mlp_ratios=fields.numbers("mlp_ratios", 0.25, 16, length=stages),
             token_mixers=fields.choices("token_mixers", ("repmixer", "attention"), length=stages),
             se_downsamples=fields.booleans("se_downsamples", length=stages),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import read_json, tensor_files
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = (
@@ -56,11 +56,16 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Check
     name = os.fspath(model)
     if isinstance(model, str) and REPOSITORY.fullmatch(name) and not name.startswith("."):
         return _fetch(name, revision)
-    path = Path(name).expanduser()
-    if path.suffix == ".zip" and path.is_file():
+    try:
+        path = Path(name).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
+    if is_file and path.suffix == ".zip":
         raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
-    if not path.is_dir():
-        what = "is a file, not a directory" if path.exists() else "no such directory"
+    if not is_directory:
+        what = "is a file, not a directory" if is_file else "no such directory"
         raise CheckpointError(
             f"{name}: {what}; give a checkpoint's directory or a repository such as "
             "apple/FastVLM-0.5B"
@@ -72,7 +77,6 @@ def _fetch(name: str, revision: str | None) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -80,7 +84,11 @@ def _fetch(name: str, revision: str | None) -> Checkpoint:
     )
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        path = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*.py", "*/*"]
+            )
+        )
         # Without network this is whatever the cache holds, which may be half a download.
         read_json(path / "config.json")
         tensor_files(path)
@@ -100,7 +108,7 @@ def _fetch(name: str, revision: str | None) -> Checkpoint:
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
             f"connect and run the command again to download it{local}"
         ) from error
-    except (HfHubHTTPError, OSError, ModelError) as error:
+    except Exception as error:  # each release of the client has its own transport errors
         raise CheckpointError(
             f"{name}: the download is incomplete ({str(error)[:200]}); "
             "connect and run the command again"

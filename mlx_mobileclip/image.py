@@ -6,7 +6,6 @@ Resizing is Pillow's antialiased bicubic on uint8, as in the CLIPImageProcessor 
 
 import io
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
 MAX_IMAGE_SIDE = 16384
 MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
 MAX_IMAGE_BYTES = 512 << 20
+MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole image
 STRIP_PIXELS = 1 << 20  # fits a processor's cache
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -46,7 +46,7 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "image")
+        return _decode(source, "image")
     if isinstance(source, (bytes, bytearray)):
         return _decode(io.BytesIO(source), "image")
     if not isinstance(source, (str, os.PathLike)):
@@ -57,8 +57,8 @@ def open_image(source: ImageSource) -> Image.Image:
     name = os.fspath(source)
     if "://" in name or name.startswith("data:"):
         raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "no such file"
             raise ImageError(f"{name}: {what}; give the path of an image")
@@ -66,17 +66,20 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
         with path.open("rb") as file:
             return _decode(file, name)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    # ValueError: a NUL in the name; RuntimeError: ~ of an unknown user.
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name[:200]!r}: cannot be read ({reason})") from error
 
 
-def _decode(file: Any, name: str) -> Image.Image:
+def _decode(source: Any, name: str) -> Image.Image:
+    """RGB from a file, or from a PIL image that may not be read yet."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
+        opened = isinstance(source, Image.Image)
+        image = source if opened else Image.open(source, formats=FORMATS)
         _check_size(image.width, image.height, name)
+        if not opened and image.info.get("progressive"):
+            _check_scans(source, name)
         image.load()
         return _to_rgb(image, name)
     except ImageError:
@@ -92,6 +95,15 @@ def _decode(file: Any, name: str) -> Image.Image:
         raise ImageError(f"{name}: not an image in {', '.join(FORMATS)}{hint}") from error
     except Exception as error:  # decoders raise almost anything on damaged files
         raise ImageError(f"{name}: damaged image ({str(error)[:120]}); save it again") from error
+
+
+def _check_scans(file: Any, name: str) -> None:
+    place = file.tell()
+    file.seek(0)
+    scans = file.read(MAX_IMAGE_BYTES).count(b"\xff\xda")
+    file.seek(place)
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError(f"{name}: has {scans} progressive scans, a bomb; save it again")
 
 
 def _check_size(width: int, height: int, name: str) -> None:

@@ -92,12 +92,12 @@ def test_errors_take_one_line_and_exit_1(model: Path, options: list[str], messag
 
 
 def test_debug_shows_the_traceback(model: Path) -> None:
-    result = run("--model", "./nowhere", "--debug")
+    result = run("--model", "./nowhere", "--prompt", "q", "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize(
-    "options", [["--nonsense"], ["--max-tokens", "x"], ["--preset", "sing"],
+    "options", [[], ["--nonsense"], ["--max-tokens", "x"], ["--preset", "sing"],
                 ["--preset", "read", "--prompt", "q"]],
 )  # fmt: skip
 def test_usage_errors_exit_2(options: list[str]) -> None:
@@ -106,10 +106,12 @@ def test_usage_errors_exit_2(options: list[str]) -> None:
 
 
 def test_repository_without_network_or_cache(tmp_path: Path) -> None:
-    result = run("--model", "apple/FastVLM-0.5B", env={"HF_HOME": str(tmp_path)})
+    result = run("--model", "apple/FastVLM-0.5B", "--prompt", "q", env={"HF_HOME": str(tmp_path)})
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "not in the cache, and huggingface.co cannot be reached; connect and run" in result.stderr
+    assert (
+        "not in the cache, and huggingface.co cannot be reached; connect and run" in result.stderr
+    )
 
 
 def test_interrupt(model: Path) -> None:

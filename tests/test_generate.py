@@ -196,7 +196,7 @@ def test_same_seed_same_answer(tiny: tuple[FastVLM, Processor]) -> None:
 # The sampler against numpy, by the distribution it draws from.
 
 
-def drawn(sampling: Sampling, logits: np.ndarray, prompt: list[int], n: int = 4000) -> np.ndarray:
+def drawn(sampling: Sampling, logits: np.ndarray, prompt: list[int], n: int = 1500) -> np.ndarray:
     sampler = Sampler(sampling, logits.size, prompt)
     tokens = [sampler._draw(mx.array(logits)) for _ in range(n)]
     return np.bincount(np.array(mx.stack(tokens)), minlength=logits.size) / n
@@ -235,7 +235,7 @@ def test_sampler_draws_from_the_right_distribution(options: dict[str, Any]) -> N
     expected = filtered(sampling, logits) if sampling.top_p else np.eye(8)[4]
     observed = drawn(sampling, logits, [])
     assert np.all((observed > 0) <= (expected > 0))
-    assert np.abs(observed - expected).max() < 0.03
+    assert np.abs(observed - expected).max() < 0.06
 
 
 def test_repetition_penalty_follows_its_formula() -> None:

@@ -49,10 +49,10 @@ class Answer(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def do_HEAD(self) -> None:  # noqa: N802 (the base class's name)
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802 (the base class's name)
+    def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
         api = f"/api/models/{REPOSITORY}"
         if path.startswith(api):

@@ -1,5 +1,6 @@
 """The conversation format and the tokenizer, against transformers' own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,26 @@ def test_saved_tokenizer_is_read_by_tokenizers(words: tokenizer.Tokenizer, tmp_p
     assert again.added == words.added and again.size == words.size
 
 
+def test_control_tokens_may_stand_anywhere(tmp_path: Path) -> None:
+    """Trainers put them first; a saved tokenizer keeps every id where it was."""
+    from tokenizers import Tokenizer
+
+    vocab, merges, added = synthetic.tokenizer_tables()
+    vocab = {token: i + 3 for token, i in vocab.items()}
+    first = {token: i for i, token in enumerate(added)}
+    entries = [{"id": i, "content": t, "special": True} for t, i in first.items()]
+    model = {"vocab": vocab | first, "merges": merges}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"added_tokens": entries, "model": model}))
+    words = tokenizer.read(tmp_path)
+    words.save(path)
+    again, theirs = tokenizer.read(tmp_path), Tokenizer.from_file(str(path))
+    assert again.added == words.added == first
+    assert again.encode("in the") == words.encode("in the") == theirs.encode("in the").ids
+    assert theirs.encode("<|im_end|>").ids == [first["<|im_end|>"]]
+    assert words.decode(words.encode("é<|im_end|>")) == "é<|im_end|>"
+
+
 def test_streamed_text_is_whole_text(words: tokenizer.Tokenizer) -> None:
     for text in NASTY:
         ids = words.encode(text)
@@ -178,8 +199,8 @@ def test_streamed_text_is_whole_text(words: tokenizer.Tokenizer) -> None:
     ("change", "message"),
     [
         (lambda d: d.pop("model"), "not a byte-level BPE"),
-        (lambda d: d["model"]["vocab"].update(x=-1), "has the id -1"),
-        (lambda d: d["model"]["vocab"].update(x=1.5), "has the id 1.5"),
+        (lambda d: d["model"]["vocab"].update(x=-1), "the id of 'x' is not from 0"),
+        (lambda d: d["model"]["vocab"].update(x=1.5), "the id of 'x' is not from 0"),
         (lambda d: d["added_tokens"].pop(), r"has no <\|im_end\|>"),
         (lambda d: d["added_tokens"][0].update(id=3), "id 3 is both"),
         (lambda d: d["model"].update(merges=["a b c"]), "not a byte-level BPE"),
@@ -187,8 +208,6 @@ def test_streamed_text_is_whole_text(words: tokenizer.Tokenizer) -> None:
     ],
 )
 def test_damaged_tokenizers(tmp_path: Path, change: Any, message: str) -> None:
-    import json
-
     synthetic.write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     data = json.loads(path.read_text())
