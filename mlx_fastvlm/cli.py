@@ -132,7 +132,9 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
-        if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()
+        except OSError:
             _abandon_stdout()
         return 1
     return 0

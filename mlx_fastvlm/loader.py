@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
-from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import Checkpoint, resolve
 
 from . import tokenizer
@@ -57,12 +57,7 @@ def load_checkpoint(
 ) -> tuple[FastVLM, Processor]:
     """`load` for a checkpoint that is already on disk."""
     config, tensors = read_canonical(checkpoint, vision_from)
-    words = tokenizer.read(checkpoint.path)
-    if words.size > config.text.vocab_size:
-        raise ConfigError(
-            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
-            f"ends at {config.text.vocab_size}; its files belong to different models"
-        )
+    words = read_tokenizer(checkpoint, config)
     model = FastVLM(config)
     model.eval()
     assign(model, tensors, _dtype(dtype), checkpoint.name)
@@ -81,10 +76,25 @@ def read_canonical(
     if values.get("model_type") != MODEL_TYPE:
         vision = None if vision_from is None else resolve(vision_from)
         config, tensors = _converter().convert_fastvlm(checkpoint, values, vision)
+    elif vision_from is not None:
+        raise CheckpointError(
+            f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+        )
     else:
         config = FastVLMConfig.from_json(values, str(path))
         tensors = read_tensors(checkpoint.path)
     return config, tensors
+
+
+def read_tokenizer(checkpoint: Checkpoint, config: FastVLMConfig) -> tokenizer.Tokenizer:
+    """The checkpoint's tokenizer, which must not know more ids than the embedding has rows."""
+    words = tokenizer.read(checkpoint.path)
+    if words.size > config.text.vocab_size:
+        raise ConfigError(
+            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
+            f"ends at {config.text.vocab_size}; its files belong to different models"
+        )
+    return words
 
 
 def _converter() -> Any:
