@@ -8,10 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fastvlm import tokenizer
 from mlx_fastvlm.cli import progress, run_command
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
-from mlx_fastvlm.loader import DTYPES, read_canonical
+from mlx_fastvlm.loader import DTYPES, read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
 from mlx_mobileclip.checkpoint import Fields, assign, named_parameters
 from mlx_mobileclip.errors import ConfigError
@@ -75,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
     checkpoint = resolve(args.model, args.revision)
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
         config, tensors = read_canonical(checkpoint, args.vision_from)
-        words = tokenizer.read(checkpoint.path)
+        words = read_tokenizer(checkpoint, config)
         model = FastVLM(config)
         assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
         tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")

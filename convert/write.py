@@ -62,7 +62,12 @@ def write_checkpoint(
 
 def check_target(target: Path) -> None:
     """Raise CheckpointError if writing to the target would destroy something."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    try:
+        in_use = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{target}: cannot be written ({reason})") from error
+    if in_use:
         raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
 
 

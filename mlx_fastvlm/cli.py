@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_mobileclip import __version__
-from mlx_mobileclip.errors import ModelError
+from mlx_mobileclip.errors import ModelError, PromptError
 
 if TYPE_CHECKING:
     from .generate import Result, Stats
@@ -111,10 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not args.image and args.prompt is None:
-        parser.error("nothing to answer: give --image, --prompt, or both")
+    args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args), debug=args.debug)
 
 
@@ -141,7 +138,9 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
-        if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()
+        except OSError:
             _abandon_stdout()
         return 1
     return 0
@@ -186,6 +185,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     checkpoint = resolve(args.model, args.revision)
+    if not args.image and prompt is None:
+        raise PromptError("there is nothing to answer; give --image, --prompt or both")
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
         from .generate import join, stream_generate

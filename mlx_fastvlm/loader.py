@@ -58,12 +58,7 @@ def load_checkpoint(
 ) -> tuple[FastVLM, Processor]:
     """`load` for a checkpoint that is already on disk."""
     config, tensors = read_canonical(checkpoint, vision_from)
-    words = tokenizer.read(checkpoint.path)
-    if words.size > config.text.vocab_size:
-        raise ConfigError(
-            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
-            f"ends at {config.text.vocab_size}; its files belong to different models"
-        )
+    words = read_tokenizer(checkpoint, config)
     model = FastVLM(config)
     model.eval()
     assign(model, tensors, _dtype(dtype), checkpoint.name)
@@ -87,6 +82,17 @@ def read_canonical(
             f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
         )
     return FastVLMConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
+
+
+def read_tokenizer(checkpoint: Checkpoint, config: FastVLMConfig) -> tokenizer.Tokenizer:
+    """The checkpoint's tokenizer, which must not know more ids than the embedding has rows."""
+    words = tokenizer.read(checkpoint.path)
+    if words.size > config.text.vocab_size:
+        raise ConfigError(
+            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
+            f"ends at {config.text.vocab_size}; its files belong to different models"
+        )
+    return words
 
 
 def _converter() -> Any:

@@ -34,9 +34,8 @@ class FastVLM(nn.Module):
     def _quantize(self, quantization: dict[str, Quantization]) -> None:
         layers = dict(self.named_modules())
         for path, layer in quantization.items():
-            module = layers.get(path)
-            packable = module is not None and hasattr(module, "to_quantized")
-            if module is None or not packable or path.startswith("vision_tower."):
+            module: Any = layers.get(path)
+            if not hasattr(module, "to_quantized") or path.startswith("vision_tower."):
                 raise ConfigError(f"quantization: {path[:80]!r} is no layer that can be packed")
             if module.weight.shape[-1] % layer.group_size:
                 raise ConfigError(

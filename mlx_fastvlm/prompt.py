@@ -57,6 +57,8 @@ def render(
     Raises:
         PromptError: a malformed message, or another number of image parts than images.
     """
+    if not isinstance(prompt, (str, list, tuple)):
+        raise PromptError("a prompt must be a question or a list of messages")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [_turn(message) for message in messages]
     if not turns or turns[-1][0] != "user":
@@ -152,6 +154,7 @@ def encode(
 
 def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
+        text.encode()
         return tokenizer.encode(text)
     except UnicodeEncodeError as error:  # half a surrogate pair, as from undecodable arguments
         raise PromptError(f"the prompt is not valid Unicode ({error.reason}); retype it") from error

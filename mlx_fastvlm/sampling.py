@@ -40,8 +40,12 @@ class Sampling:
         )
         for name, low, high in bounds:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise PromptError(f"{name} is {value}; it must be from {low} to {high}")
+            if name == "seed" and value is None:
+                continue
+            kinds = int if name in ("top_k", "seed") else (int, float)
+            if not isinstance(value, kinds) or not low <= value <= high:
+                kind = "an integer" if kinds is int else "a number"
+                raise PromptError(f"{name} is {value!r}; it must be {kind} from {low} to {high}")
 
 
 class Sampler:

@@ -91,13 +91,19 @@ def test_errors_take_one_line_and_exit_1(model: Path, options: list[str], messag
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
+def test_neither_image_nor_prompt(model: Path) -> None:
+    result = run("--model", model)
+    assert result.returncode == 1
+    assert result.stderr == "error: there is nothing to answer; give --image, --prompt or both\n"
+
+
 def test_debug_shows_the_traceback(model: Path) -> None:
     result = run("--model", "./nowhere", "--prompt", "q", "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--nonsense"], ["--max-tokens", "x"], ["--preset", "sing"],
+    "options", [["--nonsense"], ["--max-tokens", "x"], ["--preset", "sing"],
                 ["--preset", "read", "--prompt", "q"]],
 )  # fmt: skip
 def test_usage_errors_exit_2(options: list[str]) -> None:
