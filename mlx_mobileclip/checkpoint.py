@@ -83,10 +83,10 @@ class Fields:
         return value
 
     def string(self, key: str, default: Any = ...) -> str:
-        """A string of at most 4096 characters."""
+        """A string of at most 4096 printable characters."""
         value = self.get(key, default)
-        if not isinstance(value, str) or len(value) > 4096:
-            raise self.error(key, "is not a string of at most 4096 characters")
+        if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+            raise self.error(key, "is not a string of at most 4096 printable characters")
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...], default: Any = ...) -> str:

@@ -5,6 +5,7 @@ Resizing is Pillow's antialiased bicubic on uint8, as in the CLIPImageProcessor 
 """
 
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ ORIENTATION = 0x0112  # EXIF tag
 
 # float32(value * (1 / 255)) computed in float64, as the reference rescales.
 RESCALE = (np.arange(256) * (1 / 255)).astype(np.float32)
+
+# Without a handler its remarks on damaged files would go to stderr, beside our one line.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def open_image(source: ImageSource) -> Image.Image:

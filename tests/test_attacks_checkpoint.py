@@ -83,8 +83,8 @@ def twice_named(header: dict[str, Any], data: bytes, **changes: Any) -> bytes:
 
 def many_tensors(header: dict[str, Any], data: bytes) -> bytes:
     one = {"dtype": "U8", "shape": [1]}
-    tiny = {f"{i}": one | {"data_offsets": [i, i + 1]} for i in range(40000)}
-    return safetensors(tiny, bytes(40000))
+    tiny = {f"{i}": one | {"data_offsets": [i, i + 1]} for i in range(20000)}
+    return safetensors(tiny, bytes(20000))
 
 
 UNSOUND = "not a sound safetensors file"
@@ -132,7 +132,7 @@ MALFORMED: dict[str, tuple[Build, str]] = {
         rewritten(lambda h, d: safetensors(h | {"__metadata__": {"a": [1]}}, d)),
         UNSOUND,
     ),
-    "40000 tensors": (rewritten(many_tensors), "named like no known FastVLM"),
+    "20000 tensors": (rewritten(many_tensors), "named like no known FastVLM"),
     "empty": (raw(b""), UNSOUND),
     "7 bytes": (raw(b"1234567"), "a header of"),
     "GGUF": (raw(b"GGUF\x03\0\0\0" + b"\xff" * 64), "a header of"),
@@ -165,6 +165,13 @@ def with_value(bad: float) -> mx.array:
     return mx.where(mx.arange(64) == 7, bad, 1.0)
 
 
+def overflowing(loaded: dict[str, Any]) -> None:
+    """Finite weights, infinite logits."""
+    loaded[VICTIM] = mx.full((64,), 1e36)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        loaded[name] = loaded[name] * 1e4
+
+
 MISFITS: dict[str, tuple[Build, str]] = {
     "missing": (tensors(lambda t: t.pop(VICTIM)), f"1 missing: {VICTIM}"),
     "extra": (tensors(lambda t: t.update(x=mx.ones(3))), "1 with no place in the model: x"),
@@ -177,6 +184,7 @@ MISFITS: dict[str, tuple[Build, str]] = {
     "int64 for float": (victim(mx.ones((64,), mx.int64)), f"{VICTIM} is mlx.core.int64"),
     "NaN": (victim(with_value(float("nan"))), "not finite in float32"),
     "infinite": (victim(with_value(float("-inf"))), "not finite in float32"),
+    "overflowing": (tensors(overflowing), "the decoder's logits are not finite"),
     "escapes in a name": (
         tensors(lambda t: t.update({"\x1b]0;owned\x07\n\nok: done": mx.ones(3)})),
         "\ufffd]0;owned\ufffd\ufffd\ufffdok: done",
@@ -296,7 +304,7 @@ CONFIGS: dict[str, tuple[Build, str]] = {
     "pipe": (config_pipe, "is not a regular file"),
     "link to itself": (config_loop, "cannot be read"),
     "other model": (config(model_type="clip"), "is not a FastVLM"),
-    "escapes in the type": (config(model_type="\x1b[2J\nok"), "is not a FastVLM"),
+    "escapes in the type": (config(model_type="\x1b[2J\nok"), "model_type: is not a string"),
     "model type an object": (config(model_type={}), "model_type: is not a string"),
     "model_file": (config(model_file="evil.py"), "code of a checkpoint is never run"),
     "hidden size 2^62": (config(hidden_size=1 << 62), "hidden_size"),
@@ -403,6 +411,7 @@ CANONICAL: dict[str, tuple[Build, str]] = {
     "no version": (canonical(format_version=None), "format_version: is missing"),
     "source a list": (canonical(source=[1, 2]), "source: is not an object"),
     "source nested": (canonical(source={"model": {"a": 1}}), "source: model: is not a string"),
+    "source with escapes": (canonical(source={"layout": "\x1b[2J"}), "source: layout: is not a"),
     "packs nothing": (canonical(quantization={"x.y": packing()}), "no layer that can be packed"),
     "packs the tower": (
         canonical(quantization={"vision_tower.stages.0.blocks.0.mlp.fc1": packing()}),
@@ -628,7 +637,7 @@ def test_flipped_bytes_never_crash(tmp_path: Path) -> None:
     header_bytes = 8 + int.from_bytes(data[:8], "little")
     rng = np.random.default_rng(5)
     cases = []
-    for i in range(60):
+    for i in range(40):
         case = tmp_path / f"case{i}"
         shutil.copytree(sound, case, copy_function=os.link)
         damaged = bytearray(data)
@@ -643,4 +652,4 @@ def test_flipped_bytes_never_crash(tmp_path: Path) -> None:
         if outcome.status:
             isolated.assert_refused(outcome, "")
     assert set(statuses) <= {0, 1}
-    assert statuses.count(1) > 20
+    assert statuses.count(1) > 15

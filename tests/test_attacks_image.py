@@ -79,8 +79,9 @@ def tiff_claims(**sizes: int) -> bytes:
     for i in range(struct.unpack("<H", data[start : start + 2])[0]):
         place = start + 2 + 12 * i
         tag = struct.unpack("<H", data[place : place + 2])[0]
-        if tag in (256, 257):
-            new = sizes["width" if tag == 256 else "height"]
+        names = {256: "width", 257: "height", 277: "samples"}
+        if names.get(tag) in sizes:
+            new = sizes[names[tag]]
             data[place + 2 : place + 12] = struct.pack("<HII", 4, 1, new)
     return bytes(data)
 
@@ -99,6 +100,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "bomb 60000.gif": (b"GIF89a" + struct.pack("<HHBBB", 60000, 60000, 0, 0, 0) + b";", ""),
     "bomb.tiff": (tiff_claims(width=16000, height=16000), PIXELS),
     "bomb sides.tiff": (tiff_claims(width=1 << 31, height=2), ""),
+    "samples.tiff": (tiff_claims(width=9, height=9, samples=65283), FORMATS),
     "bomb.webp": (
         b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\xff\x3f\0\xff\x3f\0ANIM\x06\0\0\0" + bytes(6),
         "",

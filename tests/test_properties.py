@@ -23,7 +23,7 @@ from mlx_mobileclip.hub import Checkpoint
 from mlx_mobileclip.image import MAX_IMAGE_SIDE, resize_crop, resize_pad, to_array
 
 TOKENS_PER_IMAGE = 16  # (256 / 64)^2
-LOGIT_TOLERANCE = 2e-5  # float32 sums in another order
+LOGIT_TOLERANCE = 1e-4  # float32 sums in another order; a wrong mask or position gives > 1e-2
 
 # The same examples every time, and no limit on the time of one: machines differ.
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -89,7 +89,7 @@ def test_one_id_per_embedding(loaded: Any, content: list[str | int]) -> None:
     assert all(layer.offset == len(ids) for layer in cache)
 
 
-@few
+@settings(few, max_examples=4)
 @given(values=st.lists(st.integers(0, 255), min_size=2, max_size=3), data=st.data())
 def test_images_keep_their_order(loaded: Any, values: list[int], data: st.DataObject) -> None:
     """Permuting the images permutes the rows in their places, and nothing else."""
