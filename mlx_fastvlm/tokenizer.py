@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from mlx_mobileclip.checkpoint import read_json
 from mlx_mobileclip.errors import ConfigError
 
-MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 32 << 20  # Qwen2.5's takes 7
 MAX_VOCABULARY = 1_000_000
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -481,7 +481,7 @@ def split_tables(merges: str | bytes | None, added: str = "added_tokens.json") -
 TOKENIZERS: dict[str, tuple[Build, str]] = {
     "missing": (lambda case: (case / "tokenizer.json").unlink(), "neither tokenizer.json nor"),
     "no JSON": (lambda case: put(case / "tokenizer.json", "x"), "not valid JSON"),
-    "65 MB": (sparse, "larger than 64 MB"),
+    "65 MB": (sparse, "larger than 32 MB"),
     "nested": (lambda case: put(case / "tokenizer.json", "[" * 1000000), "not valid JSON"),
     "no model": (tokenizer(lambda d: {"added_tokens": []}), "not a byte-level BPE tokenizer"),
     "model a list": (tokenizer(lambda d: d | {"model": []}), "not a byte-level BPE tokenizer"),
