@@ -23,6 +23,12 @@ def pytest_report_header() -> str:
     return f"mlx {mx.__version__} on {device}, numpy {np.__version__}, Pillow {PIL.__version__}"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Keep PyTorch from being imported for tests that will not run."""
+    unwanted = collection_path.name == "parity" and "not parity" in config.option.markexpr
+    return True if unwanted else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def float32_unless_told() -> Iterator[None]:
     """Compare in float32 on a GPU as well, where `load` would default to float16."""
