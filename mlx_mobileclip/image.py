@@ -7,6 +7,7 @@ Resizing is Pillow's antialiased bicubic on uint8, as in the CLIPImageProcessor 
 import io
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,26 +151,25 @@ def resize_pad(image: Image.Image, size: int) -> Image.Image:
     """Pad to a black, centred square and resize it to (size, size), without ever building it.
 
     Equal to apple/ml-fastvlm 592b4ad `llava/mm_utils.py` expand2square followed by a bicubic
-    resize. Pillow resizes rows first, then columns, so a wide image needs its bars only between
-    the two passes, and a tall one is widened strip by strip.
+    resize. Pillow resizes along rows first, then along columns; each row is on its own, so
+    strips of rows are padded and resized side by side in threads, and bars above and below the
+    image are only added between the two passes.
     """
     width, height = image.size
     side = max(width, height)
-    if width == height:
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-    if width > height:
-        rows = image.resize((size, height), Image.Resampling.BICUBIC)
-        tall = Image.new("RGB", (size, side))
-        tall.paste(rows, (0, (side - height) // 2))
-    else:
-        tall = Image.new("RGB", (size, side))
-        strip_height = max(1, STRIP_PIXELS // side)
-        for top in range(0, height, strip_height):
-            bottom = min(top + strip_height, height)
-            strip = Image.new("RGB", (side, bottom - top))
-            strip.paste(image, ((side - width) // 2, -top))
-            tall.paste(strip.resize((size, bottom - top), Image.Resampling.BICUBIC), (0, top))
-    return tall.resize((size, size), Image.Resampling.BICUBIC)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (size, side))  # after the first pass
+    strip_height = max(1, STRIP_PIXELS // side)
+
+    def resize_strip(start: int) -> None:
+        rows = min(strip_height, height - start)
+        strip = Image.new("RGB", (side, rows))
+        strip.paste(image, (left, -start))
+        narrow.paste(strip.resize((size, rows), Image.Resampling.BICUBIC), (0, top + start))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(resize_strip, range(0, height, strip_height)))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def resize_crop(
