@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm import tokenizer
-from mlx_fastvlm.cli import progress, run_command
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
 from mlx_fastvlm.loader import DTYPES, read_canonical
 from mlx_fastvlm.model import FastVLM
 from mlx_mobileclip.checkpoint import Fields, assign, named_parameters
+from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.errors import ConfigError
 from mlx_mobileclip.hub import Checkpoint, resolve
 
