@@ -18,7 +18,8 @@ from .errors import ImageError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+# Pillow's JPEG reader also opens MPO, the multi-picture files of phones.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_IMAGE_SIDE = 16384
 MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
 MAX_IMAGE_BYTES = 512 << 20

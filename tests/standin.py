@@ -62,8 +62,9 @@ class StandInProcessor:
         ids = np.zeros((len(texts), 77), np.int32)
         for row, text in zip(ids, texts, strict=True):
             row[:3] = [colour in text for colour in COLOURS]
-            codes = [ord(character) % 128 for character in text][:74]
+            codes = [ord(character) % 128 for character in text][:73]
             row[3 : 3 + len(codes)] = codes
+            row[76] = 64  # no text is all zeros
         return mx.array(ids)
 
 
