@@ -25,6 +25,12 @@ FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+# MobileCLIP's weights come under many names, often as both safetensors and PyTorch's pickles;
+# the latter are fetched only where there are none of the former.
+MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "LICENSE*", "NOTICE*")
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+TORCH_FILES = ("*.pt", "*.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +38,8 @@ class Checkpoint:
     """Where a checkpoint lies and what it is.
 
     Attributes:
-        path: Directory with the files.
-        name: Repository id, or the directory as given.
+        path: Directory with the files; a single file where `resolve_file` was given one.
+        name: Repository id, or the path as given.
         revision: Commit of the repository; None for a local directory.
     """
 
@@ -68,8 +74,53 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Check
     return Checkpoint(path, name)
 
 
-def _fetch(name: str, revision: str | None) -> Checkpoint:
+def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Like `resolve`, for MobileCLIP: a single file of weights is a checkpoint as well.
+
+    Raises:
+        CheckpointError: no such file or directory, or the repository is neither cached nor
+            reachable.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if isinstance(model, str) and REPOSITORY.fullmatch(name) and not name.startswith("."):
+        if path.suffix not in WEIGHT_SUFFIXES:
+            return _fetch(name, revision, mobileclip=True)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{name}: no such file; for one file of a repository, download it first"
+            )
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
+        return Checkpoint(path, name)
+    if not path.is_dir():
+        what = f"is no {', '.join(WEIGHT_SUFFIXES)} file" if path.exists() else "no such file"
+        raise CheckpointError(
+            f"{name}: {what}; give a checkpoint's file or directory, or a repository such as "
+            "apple/MobileCLIP2-S0"
+        )
+    return Checkpoint(path, name)
+
+
+def _download(name: str, revision: str | None, mobileclip: bool) -> Path:
     from huggingface_hub import snapshot_download
+
+    if not mobileclip:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        # Without network this is whatever the cache holds, which may be half a download.
+        read_json(path / "config.json")
+        tensor_files(path)
+        return path
+    wanted = [*MOBILECLIP_FILES, *SAFETENSORS]
+    path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    if not any(path.glob("*.safetensors")):
+        commit = path.name  # both halves from one commit
+        path = Path(snapshot_download(name, revision=commit, allow_patterns=list(TORCH_FILES)))
+    if not any(p.suffix in WEIGHT_SUFFIXES for p in path.iterdir()):
+        raise CheckpointError("it holds no weights")
+    return path
+
+
+def _fetch(name: str, revision: str | None, *, mobileclip: bool = False) -> Checkpoint:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -80,10 +131,7 @@ def _fetch(name: str, revision: str | None) -> Checkpoint:
     )
 
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-        # Without network this is whatever the cache holds, which may be half a download.
-        read_json(path / "config.json")
-        tensor_files(path)
+        path = _download(name, revision, mobileclip)
     except GatedRepoError as error:
         raise CheckpointError(f"{name}: gated; accept its terms on huggingface.co") from error
     except RepositoryNotFoundError as error:
