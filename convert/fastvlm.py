@@ -8,7 +8,7 @@ stand for. Source of the maps: apple/ml-fastvlm 592b4ad `llava/model`, transform
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.fastvit import PRESETS, FastViTConfig
 from mlx_mobileclip.hub import Checkpoint
 
+from .apple import apple_tower_name, network_indices
 from .fuse import fold_fastvit
 from .source import Source
 
@@ -30,22 +31,6 @@ IMAGE_SIZE = 1024
 # transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
 PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
 NEVER_USED = r"\.num_batches_tracked$|\.rotary_emb\.inv_freq$|\.head\.(proj|fc\.weight|fc\.bias)$"
-
-# timm's name of a part of the tower -> Apple's, applied in order.
-APPLE_NAMES = (
-    (r"^stem\.", "patch_embed."),
-    (r"^final_conv\.", "conv_exp."),
-    (r"\.proj\.0\.reparam_conv\.", ".proj.0.lkb_reparam."),
-    (r"\.large_conv\.", ".lkb_origin."),
-    (r"\.mlp\.", ".convffn."),
-    (r"\.se\.fc1\.", ".se.reduce."),
-    (r"\.se\.fc2\.", ".se.expand."),
-    (r"\bconv_kxk\b", "rbr_conv"),
-    (r"\bconv_scale\b", "rbr_scale"),
-    (r"\bidentity\b", "rbr_skip"),
-    (r"\bpos_enc\b", "pe"),
-    (r"\.gamma$", ""),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +240,17 @@ def _source(
     where: str,
 ) -> Source:
     """The tensors under common names: vision.*, projector.N.*, model.*, lm_head.*."""
-    network = _network_indices(vision)
+    network = network_indices(vision)
+
+    def tower(rest: str) -> str:
+        if not layout.apple:
+            return rest
+        return apple_tower_name(rest, network).replace("patch_embed.", layout.stem, 1)
 
     def name(common: str) -> str:
         part, _, rest = common.partition(".")
         if part == "vision":
-            return layout.vision + (_apple_name(rest, network, layout) if layout.apple else rest)
+            return layout.vision + tower(rest)
         if part == "projector":
             if projector_type == "linear" and "{even}" in layout.projector:
                 return layout.projector.removesuffix(".{even}") + "." + rest.partition(".")[2]
@@ -272,25 +262,6 @@ def _source(
         return layout.decoder + rest
 
     return Source(tensors, name, where, layout.nhwc)
-
-
-def _network_indices(vision: FastViTConfig) -> dict[str, int]:
-    """Apple numbers downsampling, position encoding and blocks in one flat list."""
-    parts = []
-    for stage, mixer in enumerate(vision.token_mixers):
-        parts += [f"stages.{stage}.downsample"] if stage else []
-        parts += [f"stages.{stage}.pos_emb"] if mixer == "attention" else []
-        parts += [f"stages.{stage}.blocks"]
-    return {part: index for index, part in enumerate(parts)}
-
-
-def _apple_name(name: str, network: Mapping[str, int], layout: Layout) -> str:
-    stage = re.match(r"stages\.\d+\.(?:downsample|pos_emb|blocks)", name)
-    if stage:
-        name = f"network.{network[stage[0]]}{name[stage.end() :]}"
-    for pattern, replacement in APPLE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name.replace("patch_embed.", layout.stem, 1)
 
 
 def _text_config(fields: Fields) -> Qwen2Config:

@@ -121,7 +121,7 @@ def clean(text: str) -> str:
 
 @cache
 def _mender() -> Callable[[str], str]:
-    """ftfy if it is installed; it also repairs text that was decoded wrongly."""
+    """What mends broken text: ftfy if installed, which also undoes wrong decoding."""
     try:
         from ftfy import fix_text
     except ModuleNotFoundError:
