@@ -6,8 +6,10 @@ stdout belongs to the result; everything here writes to stderr.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from .errors import ModelError
 
@@ -20,8 +22,10 @@ LINE_SECONDS = 10.0  # elsewhere: one plain line in this time
 def run_command(command: Callable[[], None], *, debug: bool) -> int:
     """Run a command so that whatever ends it is told in one line; returns the exit status."""
     try:
-        command()
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
+            sys.stdout.flush()
     except ModelError as error:
         if debug:
             raise
@@ -41,6 +45,18 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
         return 1
     return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{start}warning: {printable(str(message))}", file=sys.stderr)
 
 
 @contextmanager

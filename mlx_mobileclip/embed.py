@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from .clip import MobileCLIP
 from .command import Bar, printable
 from .errors import DataError, ModelError
 from .fingerprint import fingerprint
 from .journal import Journal
-
-if TYPE_CHECKING:
-    from .clip import MobileCLIP
-    from .processor import Processor
+from .processor import Processor
+from .zeroshot import text_tower
 
 IMAGE_SUFFIXES = frozenset(
     # HEIC cannot be opened, but passing over it in silence would lose half a phone's photos.
@@ -131,8 +130,8 @@ def check_output(output: Path) -> None:
 
 
 def embed_images(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     paths: Sequence[str],
     output: str | os.PathLike[str],
     *,
@@ -162,15 +161,17 @@ def embed_images(
     """
 
     def prepare(path: str) -> NDArray[Any]:
-        return np.asarray(processor.images([path]))[0]
+        return processor.pixels(path)
 
+    config = model.config
+    same = fingerprint(model.image, config.image, config.preprocess)
     return _embed(
         {path: _stamp(path) for path in paths},
         list(paths),
         prepare,
         lambda batch: model.encode_image(batch, normalize=True),
         Path(output),
-        {"kind": "images", "model": name, "fingerprint": fingerprint(model.image, model.config)},
+        {"kind": "images", "model": name, "fingerprint": same},
         batch_size=batch_size,
         workers=workers,
         quiet=quiet,
@@ -178,8 +179,8 @@ def embed_images(
 
 
 def embed_texts(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     texts: Sequence[str],
     output: str | os.PathLike[str],
     *,
@@ -194,13 +195,14 @@ def embed_texts(
             raise DataError("is not UTF-8")
         return np.asarray(processor.texts([text]))[0]
 
+    same = fingerprint(text_tower(model)[0], model.config.text)
     return _embed(
         dict.fromkeys(texts, ""),
         list(texts),
         prepare,
         lambda batch: model.encode_text(batch, normalize=True),
         Path(output),
-        {"kind": "texts", "model": name, "fingerprint": fingerprint(model.text, model.config)},
+        {"kind": "texts", "model": name, "fingerprint": same},
         batch_size=batch_size,
         workers=1,
         quiet=quiet,

@@ -8,21 +8,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from .clip import MobileCLIP
 from .embed import embed_images, embed_texts, find_images
 from .errors import DataError
+from .processor import Processor
 from .retrieval import recall, top_k_accuracy
 from .zeroshot import imagenet_classes
-
-if TYPE_CHECKING:
-    from .clip import MobileCLIP
-    from .processor import Processor
 
 CAPTIONS_PER_IMAGE = 5  # as clip_benchmark takes them; a few COCO images have six or seven
 MAX_CAPTIONS_BYTES = 512 << 20
@@ -95,8 +93,8 @@ def _image_file(directory: Path, folder: str, name: str) -> str:
 
 
 def evaluate_imagenet(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     paths: Sequence[str],
     targets: Sequence[int],
     texts: mx.array,
@@ -121,8 +119,8 @@ def evaluate_imagenet(
 
 
 def evaluate_retrieval(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     paths: Sequence[str],
     captions: Sequence[str],
     owners: Sequence[int],
@@ -155,7 +153,7 @@ def evaluate_retrieval(
 
 
 def _image_rows(
-    model: "MobileCLIP", processor: "Processor", paths: Sequence[str], batch_size: int, quiet: bool
+    model: MobileCLIP, processor: Processor, paths: Sequence[str], batch_size: int, quiet: bool
 ) -> NDArray[np.float32]:
     with TemporaryDirectory() as directory:
         output = Path(directory, "images.safetensors")

@@ -10,19 +10,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from . import text_cache
+from .clip import MobileCLIP
 from .errors import DataError, ModelError
 from .fingerprint import fingerprint
 from .image import ImageSource
-
-if TYPE_CHECKING:
-    from .clip import MobileCLIP
-    from .processor import Processor
+from .processor import Processor
 
 PLAIN_TEMPLATE = ("a photo of a {}.",)
 TEMPLATE_SETS = ("openai", "simple")
@@ -68,9 +67,19 @@ def _data(name: str) -> dict[str, Any]:
     return values
 
 
+def text_tower(model: MobileCLIP) -> tuple[nn.Module, mx.array]:
+    """The text tower and the logit scale; ModelError if the model has neither."""
+    if model.text is None or model.logit_scale is None:
+        raise ModelError(
+            "this checkpoint holds an image tower only; texts and labels need one with both "
+            "towers, such as apple/MobileCLIP2-S0"
+        )
+    return model.text, model.logit_scale
+
+
 def text_matrix(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     labels: Sequence[str],
     templates: Sequence[str] = PLAIN_TEMPLATE,
     *,
@@ -102,6 +111,7 @@ def text_matrix(
     for template in templates:
         if "{}" not in template:
             raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
+    text_tower(model)
     key = _cache_key(model, processor, labels, templates) if cache else ""
     if cache and (stored := text_cache.read(key, len(labels))) is not None:
         return mx.array(stored)
@@ -122,7 +132,7 @@ def text_matrix(
 
 
 def _embed_labels(
-    model: "MobileCLIP", processor: "Processor", labels: Sequence[str], templates: Sequence[str]
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
 ) -> mx.array:
     # Not str.format: a label or a template may hold other braces.
     prompts = [template.replace("{}", label) for label in labels for template in templates]
@@ -138,17 +148,17 @@ def _embed_labels(
 
 
 def _cache_key(
-    model: "MobileCLIP", processor: "Processor", labels: Sequence[str], templates: Sequence[str]
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
 ) -> str:
     probe = np.asarray(processor.texts([TOKENIZER_PROBE])).tolist()
-    tower = fingerprint(model.text, getattr(model, "config", None))
+    tower = fingerprint(text_tower(model)[0], model.config.text)
     content = [CACHE_FORMAT, tower, probe, list(templates), list(labels)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def classify(
-    model: "MobileCLIP",
-    processor: "Processor",
+    model: MobileCLIP,
+    processor: Processor,
     images: Sequence[ImageSource],
     labels: Sequence[str],
     *,
@@ -185,7 +195,8 @@ def classify(
         texts = text_matrix(model, processor, labels, templates, cache=cache)
     if texts.ndim != 2 or texts.shape[0] != len(labels):
         raise DataError(f"texts has shape {texts.shape}, but there are {len(labels)} labels")
-    scale = mx.minimum(mx.exp(model.logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
+    _, logit_scale = text_tower(model)
+    scale = mx.minimum(mx.exp(logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
     results = []
     for start in range(0, len(images), batch_size):
         pixels = processor.images(images[start : start + batch_size])

@@ -6,6 +6,7 @@ embeddings differ in detail.
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +38,7 @@ class StandIn(nn.Module):
         self.image = Tower(SIZE * SIZE * 3, seed)
         self.text = Tower(77, seed + 1)
         self.logit_scale = mx.array(np.log(50.0), mx.float32)
-        self.config = {"image_size": SIZE}
+        self.config = SimpleNamespace(image="tower", text="tower", preprocess=SIZE)
         self.image_batches: list[int] = []
         self.texts_seen = 0
 
@@ -54,9 +55,11 @@ class StandIn(nn.Module):
 
 
 class StandInProcessor:
+    def pixels(self, source: Any) -> Any:
+        return to_array(open_image(source).resize((SIZE, SIZE)))
+
     def images(self, sources: list[Any]) -> mx.array:
-        side = (SIZE, SIZE)
-        return mx.array(np.stack([to_array(open_image(s).resize(side)) for s in sources]))
+        return mx.array(np.stack([self.pixels(source) for source in sources]))
 
     def texts(self, texts: list[str]) -> mx.array:
         ids = np.zeros((len(texts), 77), np.int32)

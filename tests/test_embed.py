@@ -43,7 +43,7 @@ ORDER = ["a.JPG", "b.png", "z.png", "sub/c.png", "sub/deep/d.webp"]
 
 def run(paths: list[str], output: Path, model: StandIn | None = None, **options: Any) -> Any:
     model = model or StandIn()
-    return embed.embed_images(model, StandInProcessor(), paths, output, **options)  # type: ignore
+    return embed.embed_images(model, StandInProcessor(), paths, output, **options)
 
 
 def read(path: Path) -> tuple[list[str], np.ndarray]:
@@ -114,7 +114,7 @@ def test_texts(tmp_path: Path) -> None:
     lines.write_bytes("a red bus\r\n\nein grünes Haus\na red bus\n".encode() + b"\xff\xfe\n")
     output = tmp_path / "texts.npz"
     texts = embed.read_lines(lines)
-    summary = embed.embed_texts(StandIn(), StandInProcessor(), texts, output)  # type: ignore
+    summary = embed.embed_texts(StandIn(), StandInProcessor(), texts, output)
     names, rows = read(output)
     assert names == ["a red bus", "", "ein grünes Haus", "a red bus"]
     expected = StandIn().encode_text(StandInProcessor().texts(names))
@@ -180,13 +180,13 @@ def test_rows_that_are_not_finite_are_skipped(photos: Path, tmp_path: Path) -> N
 
 def test_surprises_in_a_decoder_are_skipped(photos: Path, tmp_path: Path) -> None:
     class Odd(StandInProcessor):
-        def images(self, sources: list[Any]) -> mx.array:
-            if sources[0].endswith("b.png"):
+        def pixels(self, source: Any) -> Any:
+            if source.endswith("b.png"):
                 raise MemoryError("no\nmemory")
-            return super().images(sources)
+            return super().pixels(source)
 
     paths = [str(photos / name) for name in ORDER]
-    summary = embed.embed_images(StandIn(), Odd(), paths, tmp_path / "x.npz")  # type: ignore
+    summary = embed.embed_images(StandIn(), Odd(), paths, tmp_path / "x.npz")
     assert summary.skipped == {str(photos / "b.png"): "MemoryError: no memory"}
 
 

@@ -177,7 +177,7 @@ def test_loss_and_gradient_equal_torch() -> None:
         for scores, target in ((logits, shares(a, b)), (logits.T, shares(b, a))):
             total = total + weights[0] / 2 * functional.cross_entropy(scores, torch.arange(B))
             total = total + weights[1] / 2 * functional.cross_entropy(scores, target)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
 
     def loss(parts: dict[str, mx.array]) -> mx.array:
         return ours(
