@@ -1,6 +1,6 @@
 """What a canonical config.json says: the shapes of the three parts, and how to use them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mlx_mobileclip.checkpoint import Fields
@@ -158,6 +158,10 @@ class FastVLMConfig:
             else {},
             source=dict(fields.get("source", {})),
         )
+        if config.image_size not in RESOLUTIONS:
+            raise fields.error("image_size", f"{config.image_size} is not a multiple of 64")
+        if config.max_length > config.text.max_position_embeddings:
+            config = replace(config, max_length=config.text.max_position_embeddings)
         if projector_depth(config.projector_type) < 0:
             raise fields.error("projector_type", f"{config.projector_type[:40]!r} is not known")
         if config.projector_depth == 0 and config.vision.features != config.text.hidden_size:

@@ -183,7 +183,8 @@ class MobileCLIP(nn.Module):
         length, vocab_size = self.config.text.context_length, self.config.text.vocab_size
         if ids.ndim != 2 or ids.shape[1] != length or not len(ids):
             raise PromptError(f"ids have shape {ids.shape}; expected (B, {length})")
-        if mx.min(ids).item() < 0 or mx.max(ids).item() >= vocab_size:
+        values = np.asarray(ids)
+        if values.min() < 0 or values.max() >= vocab_size:
             raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")
         return _embedding(self.text(ids), normalize)
 

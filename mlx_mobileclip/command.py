@@ -35,16 +35,24 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read stdout has left; keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return INTERRUPTED
     except Exception as error:
         if debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _abandon_stdout()
         return 1
     return 0
+
+
+def _abandon_stdout() -> None:
+    """Keep the interpreter from flushing, when it exits, into a closed pipe or a full disk."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(

@@ -30,14 +30,16 @@ def imagenet_images(directory: Path) -> tuple[list[str], list[int]]:
     """The validation images and their classes.
 
     Args:
-        directory: Holds 1000 directories, whose sorted names are in the order of the classes.
+        directory: Holds 1000 directories in the order of the classes: by name, as WordNet ids
+            are, or by number, as in ImageNet-V2.
 
     Raises:
         DataError: there are not 1000 directories, or one holds no image.
     """
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory; give ImageNet's validation images")
-    folders = sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(found, key=lambda p: (int(p.name) if p.name.isdecimal() else 0, p.name))
     classes = len(imagenet_classes())
     if len(folders) != classes:
         raise DataError(
@@ -46,9 +48,9 @@ def imagenet_images(directory: Path) -> tuple[list[str], list[int]]:
         )
     paths, targets = [], []
     for index, folder in enumerate(folders):
-        found = find_images(str(folder))
-        paths += found
-        targets += [index] * len(found)
+        files = find_images(str(folder))
+        paths += files
+        targets += [index] * len(files)
     return paths, targets
 
 

@@ -146,11 +146,11 @@ def _fetch(name: str, revision: str | None, *, mobileclip: bool = False) -> Chec
         local = f", or write ./{name} for the directory here" if Path(name).is_dir() else ""
         raise CheckpointError(
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
-            f"connect once to download it{local}"
+            f"connect and run the command again to download it{local}"
         ) from error
     except (HfHubHTTPError, OSError, ModelError) as error:
         raise CheckpointError(
             f"{name}: the download is incomplete ({str(error)[:200]}); "
-            "run the same command again while connected"
+            "connect and run the command again"
         ) from error
     return Checkpoint(path, name, path.name)

@@ -293,17 +293,18 @@ def byte_characters() -> list[str]:
     return characters
 
 
-def tokenizer_tables() -> tuple[dict[str, int], list[str], dict[str, int]]:
-    """Vocabulary of 264 tokens, its merges, and the three control tokens after it."""
+def tokenizer_tables(size: int = 0) -> tuple[dict[str, int], list[str], dict[str, int]]:
+    """Vocabulary of 264 tokens, filled up to `size`, its merges, and three control tokens."""
     tokens = byte_characters() + [merge.replace(" ", "") for merge in MERGES]
+    tokens += [f"Ġfiller{i}" for i in range(len(tokens), size)]
     vocab = {token: i for i, token in enumerate(tokens)}
     added = {token: len(vocab) + i for i, token in enumerate(CONTROL_TOKENS)}
     return vocab, list(MERGES), added
 
 
-def write_tokenizer(directory: Path, *, split: bool = False) -> None:
+def write_tokenizer(directory: Path, *, split: bool = False, size: int = 0) -> None:
     """tokenizer.json, or `split` the older vocab.json, merges.txt and added_tokens.json."""
-    vocab, merges, added = tokenizer_tables()
+    vocab, merges, added = tokenizer_tables(size)
     if split:
         (directory / "vocab.json").write_text(json.dumps(vocab))
         (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

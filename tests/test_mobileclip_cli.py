@@ -309,6 +309,17 @@ def test_evaluate_imagenet(
     assert "would not be comparable" in capsys.readouterr().err
 
 
+def test_numbered_classes_are_in_the_order_of_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "imagenet_classes", lambda: ("class",) * 12)
+    for i in range(12):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "x.png").touch()
+    paths, targets = evaluate.imagenet_images(tmp_path)
+    assert [int(Path(path).parent.name) for path in paths] == targets == list(range(12))
+
+
 def test_evaluate_retrieval(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

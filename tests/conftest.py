@@ -1,0 +1,40 @@
+"""Settings for all tests: offline, exact float32, this directory importable."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLX_ENABLE_TF32"] = "0"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
+
+import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
+import PIL  # noqa: E402
+import pytest  # noqa: E402
+
+from mlx_fastvlm import loader  # noqa: E402
+
+
+def pytest_report_header() -> str:
+    device = mx.default_device()
+    return f"mlx {mx.__version__} on {device}, numpy {np.__version__}, Pillow {PIL.__version__}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_unless_told() -> Iterator[None]:
+    """Compare in float32 on a GPU as well, where `load` would default to float16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "default_dtype", lambda: mx.float32)
+        yield
+
+
+@pytest.fixture
+def keep_limits() -> Iterator[None]:
+    """Importing mlx_lm lowers the number of files this process may open; put it back."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], most), most))

@@ -1,0 +1,141 @@
+"""`python -m convert`: what it writes, and that it writes all or nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import synthetic
+from tolerances import relative_error
+
+from convert import __main__ as command
+from convert import write
+from mlx_fastvlm import CheckpointError, load
+from mlx_mobileclip import checkpoint
+from mlx_mobileclip.checkpoint import named_parameters
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = synthetic.write_layout(tmp_path / "source", "llava_qwen2", split_tokenizer=True)
+    (path / "LICENSE").write_text("research only")
+    (path / "evil.py").write_text("raise SystemExit('ran')")
+    return path
+
+
+def convert(source: Path, target: Path, *options: str) -> int:
+    return command.main(["--model", str(source), "--mlx-path", str(target), *options])
+
+
+def test_a_converted_checkpoint_is_the_same_model(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert convert(source, target, "--dtype", "float32") == 0
+    assert sorted(p.name for p in target.iterdir()) == [
+        "LICENSE", "NOTICE", "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    ours, processor = load(target)
+    theirs, their_processor = load(source)
+    ours, theirs = named_parameters(ours), named_parameters(theirs)
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+    text = "the <|im_end|> thin\n\ncafé"
+    assert processor.tokenizer.encode(text) == their_processor.tokenizer.encode(text)
+    assert processor.tokenizer.added == their_processor.tokenizer.added
+    config = json.loads((target / "config.json").read_text())
+    assert config["format_version"] == 1
+    assert config["source"] == {"model": str(source), "revision": None, "layout": "llava_qwen2"}
+    assert "research purposes only" in (target / "NOTICE").read_text()
+
+
+def test_converting_again_changes_nothing(source: Path, tmp_path: Path) -> None:
+    assert convert(source, tmp_path / "one", "--dtype", "float16") == 0
+    assert convert(tmp_path / "one", tmp_path / "two", "--dtype", "float16") == 0
+    files = ("model.safetensors", "tokenizer.json", "config.json")
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--q-bits", "8", "--q-group-size", "32"), ("--q-group-size", "32"), ("--q-mode", "mxfp4")],
+)
+def test_quantised(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert convert(source, tmp_path / "q", "-q", "--dtype", "float32", *options) == 0
+    model, processor = load(tmp_path / "q")
+    assert model.config.quantization.keys() >= {"language_model.embed_tokens"}
+    inputs = processor("the", [np.full((9, 9, 3), 50, np.uint8)])
+    assert mx.isfinite(model(inputs.input_ids[None], pixels=inputs.pixels)).all().item()
+
+
+def test_eight_bits_stay_close(source: Path, tmp_path: Path) -> None:
+    assert convert(source, tmp_path / "q", "-q", "--q-bits", "8", "--q-group-size", "32") == 0
+    model, processor = load(tmp_path / "q")
+    reference, _ = load(source)
+    ids = processor("in the end").input_ids[None]
+    assert relative_error(model(ids), reference(ids)) < 5e-2
+
+
+def test_bad_quantisation(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(source, tmp_path / "q", "-q", "--q-bits", "7") == 1
+    assert "7 is not one of" in capsys.readouterr().err
+    assert convert(source, tmp_path / "q", "-q", "--q-group-size", "128") == 1
+    assert "no multiple of 128" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+
+
+def test_shards_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tensors = {f"t{i}": mx.full((10,), i, mx.float32) for i in range(7)}
+    checkpoint.write_tensors(tmp_path, dict(tensors), shard_bytes=100)
+    assert len(checkpoint.tensor_files(tmp_path)) == 4
+    back = checkpoint.read_tensors(tmp_path)
+    assert back.keys() == tensors.keys()
+    assert all(mx.array_equal(back[name], tensors[name]).item() for name in tensors)
+
+
+def test_an_existing_target_is_left_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    assert convert(source, target) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert [p.name for p in target.iterdir()] == ["mine.txt"]
+
+
+def test_a_failure_half_way_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_tensors", fail)
+    with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
+        write.write_checkpoint(tmp_path / "out", {}, {}, lambda _: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> None:
+    """Killed between the tensors and the rename; the target appears only when complete."""
+    target = tmp_path / "out"
+    code = (
+        "import sys, time; from convert import __main__ as c\n"
+        "from mlx_fastvlm.tokenizer import Tokenizer\n"
+        "Tokenizer.save = lambda *_: (print('half', flush=True), time.sleep(60))\n"
+        f"c.main(['--model', {str(source)!r}, '--mlx-path', {str(target)!r}])"
+    )
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    time.sleep(0.05)
+    assert not target.exists()
+    assert convert(source, target) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
