@@ -66,7 +66,8 @@ def check_target(target: Path) -> None:
 
 def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
     """Copy the source's licence files, regular files only, and write a notice."""
-    for path in sorted(source.iterdir()):
+    # What lies beside a single file may belong to another.
+    for path in sorted(source.iterdir()) if source.is_dir() else ():
         if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE")):
             shutil.copyfile(path, target / path.name)
     (target / "NOTICE").write_text(NOTICE.format(source=name, change=change))
