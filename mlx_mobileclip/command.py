@@ -23,9 +23,11 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
     """Run a command so that whatever ends it is told in one line; returns the exit status."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries' remarks; errors are told below
+            warnings.filterwarnings("always", module="mlx_mobileclip|mlx_fastvlm")
             warnings.showwarning = _show_warning
             command()
-            sys.stdout.flush()
+        sys.stdout.flush()
     except ModelError as error:
         if debug:
             raise
@@ -42,9 +44,7 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:
+        if isinstance(error, OSError):
             _abandon_stdout()
         return 1
     return 0
