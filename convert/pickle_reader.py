@@ -10,10 +10,12 @@ File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6).
 """
 
 import io
+import itertools
 import math
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,7 +28,8 @@ import numpy as np
 
 from mlx_mobileclip.errors import CheckpointError, name_some
 
-MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 16 << 20
+MAX_STEPS = 2_000_000  # of the pickle; the largest MobileCLIP takes some 100,000
 MAX_ENTRIES = 100_000
 MAX_DIMENSIONS = 8
 MAX_COUNT = 1 << 40
@@ -165,8 +168,14 @@ class _Machine:
 
     def run(self) -> Any:
         """Interpret to the end; returns the object that is left."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # about escapes in names, which have none
+            return self._run()
+
+    def _run(self) -> Any:
+        steps = pickletools.genops(io.BytesIO(self.data))
         try:
-            for opcode, argument, _ in pickletools.genops(io.BytesIO(self.data)):
+            for opcode, argument, _ in itertools.islice(steps, MAX_STEPS):
                 if opcode.name == "STOP":
                     return self.pop()
                 step = _STEPS.get(opcode.name)
@@ -178,9 +187,9 @@ class _Machine:
                     self.stack.append(argument)
                 else:
                     raise self.error(f"its pickle uses the instruction {opcode.name}")
-        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, DeprecationWarning) as error:
             raise self.error(f"its pickle is damaged ({str(error)[:120]})") from error
-        raise self.error("its pickle has no end")
+        raise self.error(f"its pickle has no end within {MAX_STEPS} steps")
 
     def pop(self) -> Any:
         if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
