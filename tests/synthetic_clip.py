@@ -16,7 +16,6 @@ from torch_file import write_torch
 
 from mlx_mobileclip.clip import MobileCLIPConfig
 from mlx_mobileclip.fastvit import FastViTConfig
-from mlx_mobileclip.text import TextConfig
 from mlx_mobileclip.variants import VARIANTS
 from mlx_mobileclip.vit import ViTConfig
 
@@ -103,9 +102,7 @@ def tiny_shapes(variant: str, layout: str, fused: bool = False) -> Shapes:
                 continue
             if index == last_text:
                 key = key.replace(f".{index}.", f".{DEPTH + 1}.", 1)
-        elif (text or vit) and index >= DEPTH:
-            continue
-        elif not text and not vit and _block(key) > 0:
+        elif ((text or vit) and index >= DEPTH) or (not text and not vit and _block(key) > 0):
             continue
         if text or key == "logit_scale":
             result[key] = tuple(
@@ -151,7 +148,7 @@ def values(shapes: Shapes, seed: int = 0) -> Tensors:
         elif name.endswith("running_var"):
             result[name] = 0.5 + unit
         elif "layer_scale" in name:
-            result[name] = 0.3 + 0.4 * unit
+            result[name] = 0.1 + 0.2 * unit
         elif len(shape) == 1 and name.endswith("weight"):
             result[name] = 0.75 + 0.5 * unit
         elif len(shape) < 2:

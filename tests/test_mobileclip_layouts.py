@@ -325,7 +325,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=words):
             load(path)
-    with pytest.raises(CheckpointError, match="holds no .safetensors, .bin or .pt"):
+    with pytest.raises(CheckpointError, match=r"holds no .safetensors, .bin or .pt"):
         load(tmp_path / "empty", variant="MobileCLIP-S0")
     for name in ("a.pt", "b.pt"):
         (tmp_path / "empty" / name).write_bytes(b"")
