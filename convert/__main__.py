@@ -4,17 +4,23 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_fastvlm.cli import progress, run_command
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
 from mlx_fastvlm.loader import DTYPES, read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
-from mlx_mobileclip.checkpoint import Fields, assign, named_parameters
+from mlx_fastvlm.tokenizer import Tokenizer
+from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json
+from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
+from mlx_mobileclip.clip import MobileCLIP
+from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.errors import ConfigError
-from mlx_mobileclip.hub import Checkpoint, resolve
+from mlx_mobileclip.hub import WEIGHT_SUFFIXES, Checkpoint, resolve, resolve_file
+from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.variants import published_variant
 
 from .write import check_target, copy_licence, write_checkpoint
 
@@ -23,11 +29,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of `python -m convert`; names follow mlx-lm's."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert a FastVLM checkpoint (Apple's, transformers', mlx-vlm's) to the form "
-        "that mlx_fastvlm loads fastest: re-parameterised, folded, NHWC.",
+        description="Convert a FastVLM or MobileCLIP checkpoint of any known layout to the form "
+        "that loads fastest: re-parameterised, folded, NHWC.",
     )
     parser.add_argument(
-        "--model", required=True, metavar="SRC", help="repository or directory to convert"
+        "--model",
+        required=True,
+        metavar="SRC",
+        help="repository or directory to convert; for MobileCLIP also a .pt, .bin or "
+        ".safetensors file",
     )
     parser.add_argument(
         "--mlx-path", required=True, type=Path, metavar="DST", help="directory to create"
@@ -38,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=sorted(DTYPES),
         default="float16",
         help="of the weights written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--variant",
+        metavar="V",
+        help="MobileCLIP: the published model it is built like, such as MobileCLIP2-S0, where "
+        "its name does not tell",
     )
     parser.add_argument(
         "--vision-from",
@@ -70,6 +86,40 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     check_target(args.mlx_path)
+    if _is_mobileclip(args.model, args.variant):
+        _run_mobileclip(args)
+    else:
+        _run_fastvlm(args)
+
+
+def _is_mobileclip(model: str, variant: str | None) -> bool:
+    """MobileCLIP by its name, as a single file, or by a config that names no other model."""
+    path = Path(model).expanduser()
+    if variant is not None or published_variant(model) is not None:
+        return True
+    if path.is_file():
+        return path.suffix in WEIGHT_SUFFIXES
+    config = path / "config.json"
+    if not path.is_dir():
+        return False
+    return not config.is_file() or read_json(config).get("model_type") in (None, MOBILECLIP_TYPE)
+
+
+def _run_mobileclip(args: argparse.Namespace) -> None:
+    if args.quantize or args.vision_from:
+        option = "--quantize" if args.quantize else "--vision-from"
+        raise ConfigError(f"{option} is for FastVLM; leave it out for a MobileCLIP checkpoint")
+    checkpoint = resolve_file(args.model, args.revision)
+    with progress(f"reading {args.model}", quiet=args.quiet) as tell:
+        config, tensors = read_mobileclip(checkpoint, args.variant)
+        model = MobileCLIP(config)
+        assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
+        layout = config.source.get("layout", "canonical")
+        tell(f"read {args.model}, {config.variant}, layout {layout}")
+    _write(args, checkpoint, config.to_json(), model)
+
+
+def _run_fastvlm(args: argparse.Namespace) -> None:
     packing = _packing(args) if args.quantize else None
     checkpoint = resolve(args.model, args.revision)
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
@@ -80,6 +130,17 @@ def _run(args: argparse.Namespace) -> None:
         tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")
     if packing is not None:
         config = quantize(model, config, packing)
+    _write(args, checkpoint, config.to_json(), model, packing, words)
+
+
+def _write(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    model: nn.Module,
+    packing: Quantization | None = None,
+    words: Tokenizer | None = None,
+) -> None:
     change = f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
     change += f", decoder quantised to {packing.bits} bits." if packing else "."
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
@@ -87,10 +148,11 @@ def _run(args: argparse.Namespace) -> None:
         size_bytes = sum(tensor.nbytes for tensor in weights.values())
 
         def other_files(directory: Path) -> None:
-            words.save(directory / "tokenizer.json")
+            if words is not None:
+                words.save(directory / "tokenizer.json")
             copy_licence(checkpoint.path, directory, _described(checkpoint), change)
 
-        write_checkpoint(args.mlx_path, config.to_json(), weights, other_files)
+        write_checkpoint(args.mlx_path, config, weights, other_files)
         tell(f"wrote {args.mlx_path}: {size_bytes / 1e9:.2f} GB of weights")
 
 

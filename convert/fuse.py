@@ -1,4 +1,4 @@
-"""Fold a FastViT tower into inference form: parallel branches, BatchNorm, layer scale, biases.
+"""Fold towers into inference form: parallel branches, BatchNorm, layer scale, biases.
 
 All arithmetic is float64 and lazy. Source names are timm's; fused and multi-branch ("unfused")
 towers are both read, module by module.
@@ -10,6 +10,7 @@ reference code: apple/ml-fastvlm 592b4ad `mobileclip/mci.py` `reparameterize` me
 import mlx.core as mx
 
 from mlx_mobileclip.fastvit import SE_RATIO_DOWNSAMPLE, SE_RATIO_FINAL, FastViTConfig
+from mlx_mobileclip.text import KERNEL_SIZE as TEXT_KERNEL_SIZE
 
 from .source import Source
 
@@ -29,7 +30,7 @@ def fold_fastvit(source: Source, config: FastViTConfig, path: str = "") -> dict[
     Returns:
         Tensors by their names in `FastViT`.
     """
-    fold = _Fold(source, config)
+    fold = _FastViT(source, config)
     with mx.stream(mx.cpu):  # float64 exists on the CPU only
         fold.stem(f"{path}stem")
         for i, channels in enumerate(config.embed_dims):
@@ -44,17 +45,59 @@ def fold_fastvit(source: Source, config: FastViTConfig, path: str = "") -> dict[
         return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
 
 
-class _Fold:
-    """One tower on its way; each method takes a module at `src` and puts it down at `dst`."""
+def fold_text_block(source: Source, src: str, channels: int) -> dict[str, mx.array]:
+    """Canonical float32 tensors of a RepMixer block along text.
 
-    def __init__(self, source: Source, config: FastViTConfig):
+    Args:
+        source: Where the tensors are taken from.
+        src: Common name of the block.
+        channels: Its width.
+
+    Returns:
+        Tensors by their names in `RepMixerBlock`.
+    """
+    fold, shape = _Fold(source), (channels, 1, 1, TEXT_KERNEL_SIZE)
+    with mx.stream(mx.cpu):
+        # No "scale" branch: MobileOne has none for kernels of height 1.
+        weight, bias = fold.rep_mixer(f"{src}.token_mixer", shape, scale=False)
+        fold.tensors["mixer.weight"], fold.tensors["bias"] = _ohwi(weight)[:, 0], bias
+        gamma = source.scale(f"{src}.layer_scale.gamma", channels)
+        weight = fold.conv_ffn(f"{src}.mlp", "", shape, 4 * channels, gamma)
+        fold.tensors["conv.weight"] = _ohwi(weight)[:, 0]
+        return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
+
+
+def fold_conv_norm(
+    source: Source, conv: str, norm: str | None, shape: tuple[int, ...]
+) -> tuple[mx.array, mx.array]:
+    """Float32 weight (O, H, W, I) and bias of a convolution.
+
+    Args:
+        source: Where the tensors are taken from.
+        conv: Common name of the convolution.
+        norm: Common name of the BatchNorm after it; None if it has a bias instead.
+        shape: Of the weight, (O, I, H, W).
+    """
+    with mx.stream(mx.cpu):
+        weight = source.conv(f"{conv}.weight", shape)
+        if norm is None:
+            bias = source.vector(f"{conv}.bias", shape[0])
+        else:
+            gain, bias = _Fold(source).batch_norm(norm, shape[0])
+            weight = weight * gain[:, None, None, None]
+        return _ohwi(weight).astype(mx.float32), bias.astype(mx.float32)
+
+
+class _Fold:
+    """Tensors on their way; methods take a module at `src` and return it or put it at `dst`."""
+
+    def __init__(self, source: Source):
         self.source = source
-        self.config = config
         self.tensors: dict[str, mx.array] = {}
 
     # What the tensors of one affine map amount to.
 
-    def _batch_norm(self, src: str, channels: int) -> Affine:
+    def batch_norm(self, src: str, channels: int) -> Affine:
         """Scale and shift of a BatchNorm with fixed statistics."""
         gamma, beta, mean, variance = (
             self.source.vector(f"{src}.{name}", channels)
@@ -65,7 +108,7 @@ class _Fold:
 
     def _conv_norm(self, src: str, shape: tuple[int, ...]) -> Affine:
         weight = self.source.conv(f"{src}.conv.weight", shape)
-        scale, shift = self._batch_norm(f"{src}.bn", shape[0])
+        scale, shift = self.batch_norm(f"{src}.bn", shape[0])
         return weight * scale[:, None, None, None], shift
 
     def _mobile_one(
@@ -82,9 +125,9 @@ class _Fold:
             weight, bias, branch = weight + w, bias + b, branch + 1
         if scale:
             w, b = self._conv_norm(f"{src}.conv_scale", (*shape[:2], 1, 1))
-            weight, bias = weight + _centred(w, shape[2]), bias + b
+            weight, bias = weight + _centred(w, shape), bias + b
         if identity:
-            gain, shift = self._batch_norm(f"{src}.identity", shape[0])
+            gain, shift = self.batch_norm(f"{src}.identity", shape[0])
             weight = weight + _identity(shape) * gain[:, None, None, None]
             bias = bias + shift
         return weight, bias
@@ -109,7 +152,40 @@ class _Fold:
         self._put(f"{dst}.fc1", self._linear(f"{src}.fc1", hidden, channels))
         self._put(f"{dst}.fc2", self._linear(f"{src}.fc2", channels, hidden))
 
-    # The modules of the tower.
+    # The modules that image and text towers share.
+
+    def rep_mixer(self, src: str, shape: tuple[int, ...], *, scale: bool) -> Affine:
+        """Mixer, norm and residual, y = x + gamma * (mixer(x) - norm(x)), in one kernel."""
+        channels = shape[0]
+        if self.source.has(f"{src}.reparam_conv.weight"):
+            weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
+            return weight, self.source.vector(f"{src}.reparam_conv.bias", channels)
+        weight, bias = self._mobile_one(f"{src}.mixer", shape, scale=scale, identity=True)
+        gain, shift = self.batch_norm(f"{src}.norm.identity", channels)
+        gamma = self.source.scale(f"{src}.layer_scale.gamma", channels)
+        one = _identity(shape)
+        change = weight - one * gain[:, None, None, None]
+        return one + gamma[:, None, None, None] * change, gamma * (bias - shift)
+
+    def conv_ffn(
+        self, src: str, dst: str, shape: tuple[int, ...], hidden: int, gamma: mx.array
+    ) -> mx.array:
+        """Put fc1 and fc2 down, prefixed with `dst`; returns the depthwise kernel."""
+        channels = shape[0]
+        kernel, shift = self._conv_norm(f"{src}.conv", shape)
+        weight, bias = self._linear(f"{src}.fc1", hidden, channels)
+        self._put(f"{dst}fc1", (weight, bias + mx.sum(weight * shift, axis=1)))
+        weight, bias = self._linear(f"{src}.fc2", channels, hidden)
+        self._put(f"{dst}fc2", (weight * gamma[:, None], bias * gamma))
+        return kernel
+
+
+class _FastViT(_Fold):
+    """The modules of one image tower."""
+
+    def __init__(self, source: Source, config: FastViTConfig):
+        super().__init__(source)
+        self.config = config
 
     def stem(self, src: str) -> None:
         C = self.config.embed_dims[0]
@@ -129,13 +205,14 @@ class _Fold:
 
     def downsample(self, src: str, dst: str, channels: int, stage: int) -> None:
         wide, large = 2 * channels, f"{src}.proj.0"
+        shape = (wide, 1, 7, 7)
         if self.source.has(f"{large}.reparam_conv.weight"):
-            weight = self.source.conv(f"{large}.reparam_conv.weight", (wide, 1, 7, 7))
+            weight = self.source.conv(f"{large}.reparam_conv.weight", shape)
             bias = self.source.vector(f"{large}.reparam_conv.bias", wide)
         else:
-            weight, bias = self._conv_norm(f"{large}.large_conv", (wide, 1, 7, 7))
+            weight, bias = self._conv_norm(f"{large}.large_conv", shape)
             w, b = self._conv_norm(f"{large}.small_conv", (wide, 1, 3, 3))
-            weight, bias = weight + _centred(w, 7), bias + b
+            weight, bias = weight + _centred(w, shape), bias + b
         self._put_double(f"{dst}.depthwise", weight, bias)
         if self.config.se_downsamples[stage]:
             self._squeeze_excite(f"{large}.se", f"{dst}.se", wide, wide // SE_RATIO_DOWNSAMPLE)
@@ -159,29 +236,13 @@ class _Fold:
         if attention:
             self._attention(src, dst, channels)
         else:
-            self._rep_mixer(f"{src}.token_mixer", f"{dst}.token_mixer", channels)
+            weight, bias = self.rep_mixer(f"{src}.token_mixer", (channels, 1, 3, 3), scale=True)
+            self.tensors[f"{dst}.token_mixer.conv.weight"] = _ohwi(weight)
+            self.tensors[f"{dst}.token_mixer.bias"] = bias
         gamma = self.source.scale(f"{src}.layer_scale{'_2' if attention else ''}.gamma", channels)
         hidden = int(channels * self.config.mlp_ratios[stage])
-        weight, shift = self._conv_norm(f"{src}.mlp.conv", (channels, 1, 7, 7))
-        self.tensors[f"{dst}.mlp.conv.weight"] = _ohwi(weight)
-        weight, bias = self._linear(f"{src}.mlp.fc1", hidden, channels)
-        self._put(f"{dst}.mlp.fc1", (weight, bias + mx.sum(weight * shift, axis=1)))
-        weight, bias = self._linear(f"{src}.mlp.fc2", channels, hidden)
-        self._put(f"{dst}.mlp.fc2", (weight * gamma[:, None], bias * gamma))
-
-    def _rep_mixer(self, src: str, dst: str, channels: int) -> None:
-        shape = (channels, 1, 3, 3)
-        if self.source.has(f"{src}.reparam_conv.weight"):
-            weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
-            bias = self.source.vector(f"{src}.reparam_conv.bias", channels)
-        else:  # y = x + gamma * (mixer(x) - norm(x))
-            weight, bias = self._mobile_one(f"{src}.mixer", shape, scale=True, identity=True)
-            gain, shift = self._batch_norm(f"{src}.norm.identity", channels)
-            gamma = self.source.scale(f"{src}.layer_scale.gamma", channels)
-            one = _identity(shape)
-            change = weight - one * gain[:, None, None, None]
-            weight, bias = one + gamma[:, None, None, None] * change, gamma * (bias - shift)
-        self.tensors[f"{dst}.conv.weight"], self.tensors[f"{dst}.bias"] = _ohwi(weight), bias
+        kernel = self.conv_ffn(f"{src}.mlp", f"{dst}.mlp.", (channels, 1, 7, 7), hidden, gamma)
+        self.tensors[f"{dst}.mlp.conv.weight"] = _ohwi(kernel)
 
     def _attention(self, src: str, dst: str, channels: int) -> None:
         C = channels
@@ -196,7 +257,7 @@ class _Fold:
             )
             self.tensors[f"{dst}.token_mixer.qkv.weight"] = qkv
         else:
-            gain, shift = self._batch_norm(f"{src}.norm", C)
+            gain, shift = self.batch_norm(f"{src}.norm", C)
             self._put(f"{dst}.token_mixer.qkv", (qkv * gain, mx.sum(qkv * shift, axis=1)))
         gamma = self.source.scale(f"{src}.layer_scale_1.gamma", C)
         proj = self.source.take(f"{src}.token_mixer.proj.weight", (C, C)).astype(mx.float64)
@@ -215,14 +276,14 @@ def _ohwi(weight: mx.array) -> mx.array:
     return weight.transpose(0, 2, 3, 1)
 
 
-def _centred(weight: mx.array, size: int) -> mx.array:
-    """A smaller odd kernel in the middle of zeros."""
-    margin = (size - weight.shape[2]) // 2
-    return mx.pad(weight, [(0, 0), (0, 0), (margin, margin), (margin, margin)])
+def _centred(weight: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """A smaller odd kernel in the middle of zeros, as large as `shape` says."""
+    margins = [(whole - part) // 2 for whole, part in zip(shape[2:], weight.shape[2:], strict=True)]
+    return mx.pad(weight, [(0, 0), (0, 0), *((margin, margin) for margin in margins)])
 
 
 def _identity(shape: tuple[int, ...]) -> mx.array:
-    """The kernel that returns its input: depthwise (C, 1, k, k) or dense (C, C, 1, 1)."""
-    outputs, inputs, size, _ = shape
+    """The kernel that returns its input: depthwise (C, 1, h, w) or dense (C, C, 1, 1)."""
+    outputs, inputs = shape[:2]
     centre = mx.eye(outputs) if inputs > 1 else mx.ones((outputs, 1))
-    return _centred(centre.astype(mx.float64)[:, :, None, None], size)
+    return _centred(centre.astype(mx.float64)[:, :, None, None], shape)

@@ -7,8 +7,7 @@ transformers 5.23 `models/fast_vlm/convert_fastvlm_weights_to_hf.py`, mlx-vlm 0.
 `models/fastvlm`.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,23 +15,8 @@ import mlx.core as mx
 from mlx_mobileclip.errors import CheckpointError
 from mlx_mobileclip.fastvit import FastViTConfig
 
+from .apple import apple_tower_name, network_indices
 from .source import Source
-
-# timm's name of a part of the tower -> Apple's, applied in order.
-APPLE_NAMES = (
-    (r"^stem\.", "patch_embed."),
-    (r"^final_conv\.", "conv_exp."),
-    (r"\.proj\.0\.reparam_conv\.", ".proj.0.lkb_reparam."),
-    (r"\.large_conv\.", ".lkb_origin."),
-    (r"\.mlp\.", ".convffn."),
-    (r"\.se\.fc1\.", ".se.reduce."),
-    (r"\.se\.fc2\.", ".se.expand."),
-    (r"\bconv_kxk\b", "rbr_conv"),
-    (r"\bconv_scale\b", "rbr_scale"),
-    (r"\bidentity\b", "rbr_skip"),
-    (r"\bpos_enc\b", "pe"),
-    (r"\.gamma$", ""),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +119,17 @@ def named_source(
     where: str,
 ) -> Source:
     """The tensors under common names: vision.*, projector.N.*, model.*, lm_head.*."""
-    network = _network_indices(vision)
+    network = network_indices(vision)
+
+    def tower_name(rest: str) -> str:
+        if not layout.apple:
+            return rest
+        return apple_tower_name(rest, network).replace("patch_embed.", layout.stem, 1)
 
     def name(common: str) -> str:
         part, _, rest = common.partition(".")
         if part == "vision":
-            return layout.vision + (_apple_name(rest, network, layout) if layout.apple else rest)
+            return layout.vision + tower_name(rest)
         if part == "projector":
             if projector_type == "linear" and "{even}" in layout.projector:
                 return layout.projector.removesuffix(".{even}") + "." + rest.partition(".")[2]
@@ -152,22 +141,3 @@ def named_source(
         return layout.decoder + rest
 
     return Source(tensors, name, where, layout.nhwc)
-
-
-def _network_indices(vision: FastViTConfig) -> dict[str, int]:
-    """Apple numbers downsampling, position encoding and blocks in one flat list."""
-    parts = []
-    for stage, mixer in enumerate(vision.token_mixers):
-        parts += [f"stages.{stage}.downsample"] if stage else []
-        parts += [f"stages.{stage}.pos_emb"] if mixer == "attention" else []
-        parts += [f"stages.{stage}.blocks"]
-    return {part: index for index, part in enumerate(parts)}
-
-
-def _apple_name(name: str, network: Mapping[str, int], layout: Layout) -> str:
-    stage = re.match(r"stages\.\d+\.(?:downsample|pos_emb|blocks)", name)
-    if stage:
-        name = f"network.{network[stage[0]]}{name[stage.end() :]}"
-    for pattern, replacement in APPLE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name.replace("patch_embed.", layout.stem, 1)

@@ -78,7 +78,8 @@ def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
     of its repository: a planted one would publish whatever file of the user's it points to.
     """
     home = source.parent.parent if source.parent.name == "snapshots" else source
-    for path in sorted(source.iterdir()):
+    # What lies beside a single file may belong to another.
+    for path in sorted(source.iterdir()) if source.is_dir() else ():
         inside = path.resolve().is_relative_to(home.resolve())
         if LICENCE_NAME.fullmatch(path.name) and path.is_file() and inside:
             shutil.copyfile(path, target / path.name)

@@ -8,14 +8,12 @@ import json
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_mobileclip import __version__
-from mlx_mobileclip.errors import ModelError, PromptError
+from mlx_mobileclip.command import progress, run_command
+from mlx_mobileclip.errors import PromptError
 
 if TYPE_CHECKING:
     from .generate import Result, Stats
@@ -26,7 +24,6 @@ PRESETS = {  # the questions of Apple's demo app
     "expression": ("What is this person's facial expression? Output only one or two words."),
     "read": "What is written in this image? Output only the text in the image.",
 }
-INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,69 +110,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
     return run_command(lambda: _run(args), debug=args.debug)
-
-
-def run_command(command: Callable[[], None], *, debug: bool) -> int:
-    """Run a command so that whatever ends it is told in one line; returns the exit status."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # libraries' remarks; errors are told below
-            command()
-        sys.stdout.flush()
-    except ModelError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        _abandon_stdout()
-        return INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _abandon_stdout()
-        return 1
-    return 0
-
-
-def _abandon_stdout() -> None:
-    """Keep the interpreter from flushing, when it exits, into a closed pipe or a full disk."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Say on stderr what is going on and, when done, how long it took.
-
-    Yields:
-        A function that replaces `what` in the closing line.
-    """
-    started, told = time.perf_counter(), what
-
-    def tell(text: str) -> None:
-        nonlocal told
-        told = text
-
-    live = sys.stderr.isatty() and not quiet
-    if live:
-        print(f"{what} ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield tell
-    except BaseException:
-        if live:
-            print(file=sys.stderr)
-        raise
-    if not quiet:
-        start = "\r\x1b[K" if live else ""
-        print(f"{start}{told} ({time.perf_counter() - started:.1f} s)", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> None:

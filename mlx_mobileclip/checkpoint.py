@@ -220,6 +220,18 @@ def _check_header(path: Path) -> None:
         ) from error
 
 
+def read_safetensors(path: Path) -> dict[str, mx.array]:
+    """All tensors of one file by name, lazily: data is read when first used.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    _check_header(path)
+    loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
 def read_tensors(directory: Path) -> dict[str, mx.array]:
     """All tensors of a checkpoint by name, lazily: data is read when first used.
 
@@ -228,9 +240,7 @@ def read_tensors(directory: Path) -> dict[str, mx.array]:
     """
     tensors: dict[str, mx.array] = {}
     for path in tensor_files(directory):
-        _check_header(path)
-        loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
-        assert isinstance(loaded, dict)
+        loaded = read_safetensors(path)
         twice = sorted(tensors.keys() & loaded.keys())
         if twice:
             raise CheckpointError(f"{path}: also holds {name_some(twice)} of another shard")

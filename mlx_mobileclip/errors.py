@@ -32,6 +32,10 @@ class PromptError(ModelError):
     """A prompt is malformed, too long, or disagrees with the images given."""
 
 
+class DataError(ModelError):
+    """A file of the user's data (labels, lists, texts, training shards, output) cannot be used."""
+
+
 def name_some(names: list[str], limit: int = 8) -> str:
     """List at most `limit` names and say how many more there are."""
     shown = ", ".join(name[:MAX_NAME] for name in names[:limit])

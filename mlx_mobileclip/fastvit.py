@@ -86,7 +86,7 @@ def _mci(layers: tuple[int, ...], width: int, mlp_ratio: float) -> FastViTConfig
     return FastViTConfig(
         layers=layers,
         embed_dims=tuple(width * 2**i for i in range(stages)),
-        mlp_ratios=(mlp_ratio,) * stages,
+        mlp_ratios=(float(mlp_ratio),) * stages,
         token_mixers=("repmixer",) * (stages - attention) + ("attention",) * attention,
         se_downsamples=(False,) * 5 if five else (False, False, True, True),
         attention_norm="layer" if five else "batch",

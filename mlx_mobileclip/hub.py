@@ -6,6 +6,7 @@ all of them. This is the only place that touches the network.
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,12 @@ FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+# MobileCLIP's weights come under many names, often as both safetensors and PyTorch's pickles;
+# the latter are fetched only where there are none of the former.
+MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "LICENSE*", "NOTICE*")
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+TORCH_FILES = ("*.pt", "*.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +39,8 @@ class Checkpoint:
     """Where a checkpoint lies and what it is.
 
     Attributes:
-        path: Directory with the files.
-        name: Repository id, or the directory as given.
+        path: Directory with the files; a single file where `resolve_file` was given one.
+        name: Repository id, or the path as given.
         revision: Commit of the repository; None for a local directory.
     """
 
@@ -43,7 +50,7 @@ class Checkpoint:
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Turn what the user typed into a checkpoint directory.
+    """Turn what the user typed into a FastVLM checkpoint's directory.
 
     Args:
         model: `org/name` is always a repository on the Hub, so that a directory planted under
@@ -54,14 +61,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Check
         CheckpointError: no such directory, or the repository is neither cached nor reachable.
     """
     name = os.fspath(model)
-    if isinstance(model, str) and REPOSITORY.fullmatch(name) and not name.startswith("."):
-        return _fetch(name, revision)
-    try:
-        path = Path(name).expanduser()
-        is_directory, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
+    if _is_repository(model):
+        return _fetch(name, revision, _download_fastvlm)
+    path, is_directory, is_file = _look(name)
     if is_file and path.suffix == ".zip":
         raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
     if not is_directory:
@@ -73,8 +75,71 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Check
     return Checkpoint(path, name)
 
 
-def _fetch(name: str, revision: str | None) -> Checkpoint:
+def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Like `resolve`, for MobileCLIP: a single file of weights is a checkpoint as well.
+
+    Raises:
+        CheckpointError: no such file or directory, or the repository is neither cached nor
+            reachable.
+    """
+    name = os.fspath(model)
+    of_weights = Path(name).suffix in WEIGHT_SUFFIXES
+    if _is_repository(model) and not of_weights:
+        return _fetch(name, revision, _download_mobileclip)
+    path, is_directory, is_file = _look(name)
+    if is_directory or (is_file and of_weights):
+        return Checkpoint(path, name)
+    what = f"is no {', '.join(WEIGHT_SUFFIXES)} file" if is_file else "no such file"
+    raise CheckpointError(
+        f"{name}: {what}; give a checkpoint's file or directory, or a repository such as "
+        "apple/MobileCLIP2-S0"
+    )
+
+
+def _is_repository(model: str | os.PathLike[str]) -> bool:
+    return isinstance(model, str) and bool(REPOSITORY.fullmatch(model)) and model[0] != "."
+
+
+def _look(name: str) -> tuple[Path, bool, bool]:
+    """A local path, whether it is a directory, and whether it is a file."""
+    try:
+        path = Path(name).expanduser()
+        return path, path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
+
+
+def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py", "*/*"]
+        )
+    )
+
+
+def _download_fastvlm(name: str, revision: str | None) -> Path:
+    path = _snapshot(name, revision, FILES)
+    # Without network this is whatever the cache holds, which may be half a download.
+    read_json(path / "config.json")
+    tensor_files(path)
+    return path
+
+
+def _download_mobileclip(name: str, revision: str | None) -> Path:
+    path = _snapshot(name, revision, (*MOBILECLIP_FILES, *SAFETENSORS))
+    if not any(path.glob("*.safetensors")):
+        path = _snapshot(name, path.name, TORCH_FILES)  # both halves from one commit
+    if not any(p.suffix in WEIGHT_SUFFIXES for p in path.iterdir()):
+        raise CheckpointError("it holds no weights")
+    return path
+
+
+def _fetch(
+    name: str, revision: str | None, download: Callable[[str, str | None], Path]
+) -> Checkpoint:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -84,14 +149,7 @@ def _fetch(name: str, revision: str | None) -> Checkpoint:
     )
 
     try:
-        path = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*.py", "*/*"]
-            )
-        )
-        # Without network this is whatever the cache holds, which may be half a download.
-        read_json(path / "config.json")
-        tensor_files(path)
+        path = download(name, revision)
     except GatedRepoError as error:
         raise CheckpointError(f"{name}: gated; accept its terms on huggingface.co") from error
     except RepositoryNotFoundError as error:

@@ -90,7 +90,7 @@ def _convert(arguments: list[str]) -> int:
 
 def _image(arguments: list[str]) -> int:
     """Open and preprocess: path, mode; prints the colour in the middle."""
-    from mlx_fastvlm.cli import run_command
+    from mlx_mobileclip.command import run_command
     from mlx_mobileclip.image import open_image, resize_crop, resize_pad, to_array
 
     def show() -> None:

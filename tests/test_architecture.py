@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mlx_mobileclip", "mlx_fastvlm", "convert")
 MAY_IMPORT = {
-    "mlx_mobileclip": {"mlx", "numpy", "PIL", "safetensors", "huggingface_hub", "tokenizers"},
+    "mlx_mobileclip": {
+        *("mlx", "numpy", "PIL", "safetensors", "huggingface_hub", "tokenizers"),
+        *("ftfy", "pyarrow"),  # used if installed
+    },
     "mlx_fastvlm": {"mlx", "numpy", "tokenizers", "mlx_mobileclip"},
     "convert": {"mlx", "numpy", "mlx_mobileclip", "mlx_fastvlm"},
 }
@@ -49,7 +53,9 @@ def test_files_can_be_read_in_one_sitting(package: str) -> None:
 def test_only_the_loader_calls_the_converter() -> None:
     for package in ("mlx_mobileclip", "mlx_fastvlm"):
         for path in files(package):
-            assert path.name == "loader.py" or "convert.fastvlm" not in path.read_text()
+            assert path.name == "loader.py" or not re.search(
+                r"\bconvert\.\w+\"\)", path.read_text()
+            )
 
 
 def fresh(code: str) -> str:
@@ -86,9 +92,14 @@ def test_import_is_quick(package: str) -> None:
 
 
 def test_no_code_of_a_checkpoint_can_run() -> None:
-    banned = ("trust_remote_code", "eval(", "exec(", "pickle.load", "jinja")
+    banned = (
+        r"trust_remote_code",
+        r"(?<![\w.])eval\(",
+        r"(?<![\w.])exec\(",
+        r"pickle\.load",
+        r"jinja",
+    )
     for package in PACKAGES:
         for path in files(package):
-            source = path.read_text().replace("model.eval(", "").replace("mx.eval(", "")
-            source = source.replace("mx.async_eval(", "")
-            assert not [word for word in banned if word in source], path.name
+            source = path.read_text()
+            assert not [w for w in banned if re.search(w, source)], path.name

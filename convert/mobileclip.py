@@ -1,0 +1,306 @@
+"""MobileCLIP checkpoints of every known layout, read as canonical config and tensors.
+
+Common names are timm's for image towers and open_clip's for the rest. Source of the maps:
+apple/ml-mobileclip 4144bb1, open_clip 3.3.0 `convert.py`, timm 1.0.31 `timm/models/fastvit.py`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoint import Fields, read_json, read_safetensors
+from mlx_mobileclip.clip import MobileCLIPConfig, PreprocessConfig
+from mlx_mobileclip.errors import CheckpointError, ConfigError
+from mlx_mobileclip.hub import Checkpoint
+from mlx_mobileclip.text import TextConfig
+from mlx_mobileclip.variants import VARIANTS, published_variant, variant_named
+from mlx_mobileclip.vit import STEM_SIZES, ViTConfig
+
+from .apple import TEXT_NAMES, VIT_NAMES, apple_name, apple_tower_name, network_indices
+from .fuse import fold_conv_norm, fold_fastvit, fold_text_block
+from .pickle_reader import read_torch
+from .source import Source
+
+NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$"
+WRAPPERS = ("module.", "model.", "timm_model.")  # left by DistributedDataParallel and the like
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one family of checkpoints names its tensors.
+
+    Attributes:
+        name: For messages and for the record.
+        image: Prefix of the image tower.
+        text: Prefix of the text tower; empty if the layout has none.
+        apple: Whether the names after the prefixes are Apple's.
+        marker: Start of a name that only this layout has.
+    """
+
+    name: str
+    image: str
+    text: str
+    apple: bool
+    marker: tuple[str, ...]
+
+
+LAYOUTS = (
+    Layout("apple", "image_encoder.model.", "text_encoder.", True, ("image_encoder.model.",)),
+    Layout("open_clip", "visual.trunk.", "text.", False, ("visual.trunk.",)),
+    Layout("timm", "", "", False, ("stem.", "patch_embed.")),
+)
+
+
+def convert_mobileclip(
+    checkpoint: Checkpoint, variant: str | None = None
+) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
+    """Read a source checkpoint as canonical config and canonical tensors, mostly lazy.
+
+    Args:
+        checkpoint: A directory, or a file of weights.
+        variant: Which published model it is built like; by default as its name says.
+
+    Raises:
+        CheckpointError: there are no weights, or tensors are missing, left over or misshapen.
+        ConfigError: the variant is not known, or disagrees with the checkpoint's own config.
+    """
+    file = _weights_file(checkpoint)
+    config = _config(checkpoint, file, variant)
+    tensors = _without_wrapper(
+        read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    )
+    layout = _detect(tensors, checkpoint.name)
+    if not layout.text:
+        config = replace(config, text=None)
+    record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
+    config = replace(config, source=record)
+    return config, canonical_tensors(tensors, config, layout, checkpoint.name)
+
+
+def canonical_tensors(
+    tensors: dict[str, mx.array], config: MobileCLIPConfig, layout: Layout, where: str
+) -> dict[str, mx.array]:
+    """Turn the tensors of a layout into those of `MobileCLIP`; takes `tensors` over.
+
+    Raises:
+        CheckpointError: naming what is missing, left over or misshapen.
+    """
+    source = _source(tensors, config, layout, where)
+    vit = isinstance(config.image, ViTConfig)
+    trunk = (
+        _vit(source, config.image, layout)
+        if isinstance(config.image, ViTConfig)
+        else fold_fastvit(source, config.image, "image.")
+    )
+    result = {f"image.trunk.{name}": tensor for name, tensor in trunk.items()}
+    head = "image.head" if vit else "image.head.fc"
+    result |= _head(source, head, config, layout)
+    if config.text is not None:
+        text = _text(source, config.text, config.embed_dim, layout)
+        result |= {f"text.{name}": tensor for name, tensor in text.items()}
+        result["logit_scale"] = source.take("logit_scale", ())
+    source.drop(NEVER_USED)
+    source.finish()
+    return result
+
+
+def _weights_file(checkpoint: Checkpoint) -> Path:
+    """The one file of a checkpoint that holds its weights; safetensors before pickles."""
+    if checkpoint.path.is_file():
+        return checkpoint.path
+    for suffix in (".safetensors", ".bin", ".pt"):
+        found = sorted(p for p in checkpoint.path.iterdir() if p.suffix == suffix and p.is_file())
+        if len(found) > 1:  # open_clip's repositories may hold a bare trunk as well
+            found = [p for p in found if p.name.startswith("open_clip")] or found
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:4])
+            raise CheckpointError(f"{checkpoint.name}: holds {names}; give the path of one of them")
+        if found:
+            return found[0]
+    raise CheckpointError(
+        f"{checkpoint.name}: holds no .safetensors, .bin or .pt file; "
+        "give the file or directory of a checkpoint"
+    )
+
+
+def _config(checkpoint: Checkpoint, file: Path, variant: str | None) -> MobileCLIPConfig:
+    """The variant's config, with the preprocessing that the checkpoint states."""
+    if variant is not None:
+        name = variant_named(variant)
+        if name is None:
+            raise ConfigError(f"variant {variant[:40]!r} is not one of {', '.join(VARIANTS)}")
+    else:
+        name = published_variant(checkpoint.name) or published_variant(file.name)
+        if name is None:
+            raise ConfigError(
+                f"{checkpoint.name}: its name is not that of a published model; say which one it "
+                f"is built like with --variant (variant= in Python): {', '.join(VARIANTS)}"
+            )
+    config = VARIANTS[name]
+    for config_name in ("config.json", "open_clip_config.json"):
+        path = checkpoint.path / config_name  # what lies beside a single file may be another's
+        if path.is_file():
+            config = _stated(Fields(read_json(path), str(path)), config)
+    return config
+
+
+def _stated(fields: Fields, config: MobileCLIPConfig) -> MobileCLIPConfig:
+    """Compare with what a JSON file of the checkpoint says, and take its preprocessing over."""
+    model = fields.object("model_cfg") if fields.has("model_cfg") else fields
+    if config.text is not None and model.has("text_cfg"):
+        text = model.object("text_cfg")
+        causal = config.text.causal
+        if text.has("causal_masking"):
+            causal = text.boolean("causal_masking")
+        elif text.has("no_causal_mask"):
+            causal = not text.boolean("no_causal_mask")
+        if causal != config.text.causal:
+            raise text.error(
+                "causal mask",
+                f"is {'on' if causal else 'off'}, unlike that of {config.variant}; "
+                "choose the --variant it was trained as",
+            )
+    if not fields.has("preprocess_cfg"):
+        return config
+    given = fields.object("preprocess_cfg")
+    given.choice("resize_mode", ("shortest",), "shortest")
+    values: dict[str, Any] = asdict(config.preprocess)
+    values |= {key: given.values[key] for key in ("mean", "std", "interpolation") if given.has(key)}
+    preprocess = PreprocessConfig.from_json(Fields(values, given.where))
+    return replace(config, preprocess=preprocess)
+
+
+def _without_wrapper(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    for prefix in WRAPPERS:
+        if tensors and all(key.startswith(prefix) for key in tensors):
+            tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _detect(keys: Iterable[str], where: str) -> Layout:
+    keys = list(keys)
+    for layout in LAYOUTS:
+        if any(key.startswith(layout.marker) for key in keys):
+            return layout
+    raise CheckpointError(
+        f"{where}: its tensors ({', '.join(sorted(keys)[:3])[:200]}, ...) are named like no known "
+        f"MobileCLIP; known are {', '.join(layout.name for layout in LAYOUTS)}"
+    )
+
+
+def _source(
+    tensors: dict[str, mx.array], config: MobileCLIPConfig, layout: Layout, where: str
+) -> Source:
+    """The tensors under common names: image.*, text.*, logit_scale."""
+    network = {} if isinstance(config.image, ViTConfig) else network_indices(config.image)
+
+    def image_name(rest: str) -> str:
+        if not layout.apple:
+            return rest
+        return apple_tower_name(rest, network) if network else apple_name(rest, VIT_NAMES)
+
+    def name(common: str) -> str:
+        part, _, rest = common.partition(".")
+        if part == "image":
+            return layout.image + image_name(rest)
+        if part == "text":
+            return layout.text + (apple_name(rest, TEXT_NAMES) if layout.apple else rest)
+        return common
+
+    return Source(tensors, name, where)
+
+
+def _head(
+    source: Source, src: str, config: MobileCLIPConfig, layout: Layout
+) -> dict[str, mx.array]:
+    """The projection. Apple's is transposed; it has no bias, and open_clip's is often left out."""
+    inputs, outputs = config.image.features, config.embed_dim
+    if layout.apple:
+        weight = source.take(f"{src}.weight", (inputs, outputs)).T
+    else:
+        weight = source.take(f"{src}.weight", (outputs, inputs))
+    bias = mx.zeros((outputs,))
+    if source.has(f"{src}.bias"):
+        bias = source.take(f"{src}.bias", (outputs,))
+    return {"image.projection.weight": weight, "image.projection.bias": bias}
+
+
+def _vit(source: Source, config: ViTConfig, layout: Layout) -> dict[str, mx.array]:
+    """Canonical tensors of a vision transformer."""
+    D, result = config.width, dict[str, mx.array]()
+    patch = config.stem == "patch"
+    if patch:
+        shape = (D, 3, config.patch_size, config.patch_size)
+        weight = source.take("image.patch_embed.proj.weight", shape)
+        result["stem.convs.0.weight"] = weight.transpose(0, 2, 3, 1)
+        result |= _norm(source, "image.norm_pre", "norm_pre", D)
+    else:
+        widths, stem = (3, config.stem_width, config.stem_width, D), "image.patch_embed.backbone"
+        for i, size in enumerate(STEM_SIZES):
+            shape = (widths[i + 1], widths[i], size, size)
+            norm = f"{stem}.{i}.bn" if i < len(STEM_SIZES) - 1 else None
+            affine = fold_conv_norm(source, f"{stem}.{i}.conv", norm, shape)
+            result[f"stem.convs.{i}.weight"], result[f"stem.convs.{i}.bias"] = affine
+    result["class_token"] = source.take("image.cls_token", (1, 1, D)).reshape(D)
+    rows = config.patches + patch
+    leading = (1, 1) if layout.apple else (1,)
+    result["positions"] = source.take("image.pos_embed", (*leading, rows, D)).reshape(rows, D)
+    parts = {
+        "norm1": "norm1",
+        "qkv": "attn.qkv",
+        "proj": "attn.proj",
+        "norm2": "norm2",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
+    for i in range(config.layers):
+        result |= _layer(source, f"image.blocks.{i}", f"layers.{i}", D, parts)
+    return result | _norm(source, "image.norm", "norm", D)
+
+
+def _text(
+    source: Source, config: TextConfig, embed_dim: int, layout: Layout
+) -> dict[str, mx.array]:
+    """Canonical tensors of a text tower."""
+    D, rows, result = config.width, config.context_length, dict[str, mx.array]()
+    shape = (config.vocab_size, D)
+    result["embedding.weight"] = source.take("text.token_embedding.weight", shape)
+    leading = (1, 1) if layout.apple else ()
+    positions = source.take("text.positional_embedding", (*leading, rows, D))
+    result["positions"] = positions.reshape(rows, D)
+    parts = {"norm1": "ln_1", "proj": "attn.out_proj", "norm2": "ln_2"}
+    parts |= {"qkv": "attn.in_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+    hybrid = config.rep_mixers
+    for i in range(config.layers + 2 * hybrid):
+        src, dst = f"text.transformer.resblocks.{i}", f"layers.{i}"
+        if hybrid and i in (0, config.layers + 1):
+            block = fold_text_block(source, src, D)
+            result |= {f"{dst}.{name}": tensor for name, tensor in block.items()}
+        else:
+            result |= _layer(source, src, dst, D, parts)
+    result |= _norm(source, "text.ln_final", "norm", D)
+    projection = source.take("text.text_projection", (D, embed_dim))
+    return result | {"projection.weight": projection.T}
+
+
+def _layer(
+    source: Source, src: str, dst: str, width: int, parts: dict[str, str]
+) -> dict[str, mx.array]:
+    """Canonical tensors of a transformer layer; `parts` maps our names to the common ones."""
+    D, result = width, dict[str, mx.array]()
+    for part in ("norm1", "norm2"):
+        result |= _norm(source, f"{src}.{parts[part]}", f"{dst}.{part}", D)
+    shapes = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (4 * D, D), "fc2": (D, 4 * D)}
+    for part, shape in shapes.items():
+        # torch's fused attention writes in_proj_weight where others write qkv.weight.
+        stem = f"{src}.{parts[part]}" + ("_" if parts[part].endswith("in_proj") else ".")
+        result[f"{dst}.{part}.weight"] = source.take(f"{stem}weight", shape)
+        result[f"{dst}.{part}.bias"] = source.take(f"{stem}bias", shape[:1])
+    return result
+
+
+def _norm(source: Source, src: str, dst: str, width: int) -> dict[str, mx.array]:
+    return {f"{dst}.{name}": source.take(f"{src}.{name}", (width,)) for name in ("weight", "bias")}

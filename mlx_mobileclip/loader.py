@@ -1,0 +1,93 @@
+"""From what the user typed to a model that is ready to embed."""
+
+import os
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import assign, read_json, read_tensors
+from .clip import MODEL_TYPE, MobileCLIP, MobileCLIPConfig
+from .errors import ConfigError
+from .hub import Checkpoint, resolve_file
+from .processor import Processor
+
+DEFAULT_MODEL = "apple/MobileCLIP2-S0"
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def default_dtype() -> mx.Dtype:
+    """float16 on a GPU; float32 on a CPU, where half precision is slow."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+
+
+def load(
+    model: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+) -> tuple[MobileCLIP, Processor]:
+    """Load any MobileCLIP checkpoint: converted, Apple's, open_clip's or timm's.
+
+    Args:
+        model: Repository id (`org/name`), directory, or file (.pt, .bin, .safetensors).
+        variant: Which published model the checkpoint is built like, such as "MobileCLIP2-S0";
+            needed when its name does not tell. What the variant decides (attention mask, stem,
+            preprocessing) cannot be seen in the tensors.
+        revision: Branch, tag or commit of the repository.
+        dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
+            given.
+
+    Returns:
+        The model, its weights evaluated so that any thread can use it, and its processor.
+
+    Raises:
+        ModelError: or one of its subclasses, naming what cannot be used.
+    """
+    return load_checkpoint(resolve_file(model, revision), variant, dtype)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, variant: str | None = None, dtype: str | mx.Dtype | None = None
+) -> tuple[MobileCLIP, Processor]:
+    """`load` for a checkpoint that is already on disk."""
+    config, tensors = read_canonical(checkpoint, variant)
+    model = MobileCLIP(config)
+    model.eval()
+    assign(model, tensors, _dtype(dtype), checkpoint.name)
+    return model, Processor(config.preprocess)
+
+
+def read_canonical(
+    checkpoint: Checkpoint, variant: str | None = None
+) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
+    """Config and lazy tensors in canonical form, converted on the way if need be.
+
+    This is the one place where this package calls the converter.
+    """
+    path = checkpoint.path / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if values.get("model_type") != MODEL_TYPE:
+        config, tensors = _converter().convert_mobileclip(checkpoint, variant)
+        return config, tensors
+    if variant is not None:
+        raise ConfigError(f"{checkpoint.name}: is converted and says what it is; leave out variant")
+    return MobileCLIPConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
+
+
+def _converter() -> Any:
+    try:
+        return import_module("mlx_fastvlm.convert.mobileclip")
+    except ModuleNotFoundError:  # a checkout that is not installed
+        return import_module("convert.mobileclip")
+
+
+def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    if dtype is None:
+        return default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype

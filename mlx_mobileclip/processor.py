@@ -1,0 +1,105 @@
+"""From images and texts to the arrays the model reads."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .clip import PreprocessConfig
+from .errors import ImageError
+from .image import MAX_IMAGE_SIDE, ImageSource, open_image
+from .tokenizer import Tokenizer, clip_tokenizer
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class Processor:
+    """Image preprocessing and tokenizer of one model.
+
+    Attributes:
+        preprocess: How images are prepared.
+        tokenizer: What turns text into ids.
+    """
+
+    def __init__(self, preprocess: PreprocessConfig, tokenizer: Tokenizer | None = None):
+        """Keep how images are prepared; the tokenizer is CLIP's unless another is given."""
+        self.preprocess = preprocess
+        self._tokenizer = tokenizer
+        # One row per byte value and channel, in the float32 steps of the reference: / 255, - mean,
+        # / std. Looking a byte up is then all that is left, and equal to it bit for bit.
+        values = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+        mean, std = (np.array(v, np.float32) for v in (preprocess.mean, preprocess.std))
+        self._levels = (values - mean) / std
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built on first use: images do without."""
+        if self._tokenizer is None:
+            self._tokenizer = clip_tokenizer()
+        return self._tokenizer
+
+    def images(self, sources: Sequence[ImageSource]) -> mx.array:
+        """Prepare images.
+
+        Args:
+            sources: Paths, encoded bytes, PIL images or uint8 arrays; at least one.
+
+        Returns:
+            float32 (B, S, S, 3).
+
+        Raises:
+            ImageError: naming the image that cannot be used.
+        """
+        if isinstance(sources, (str, bytes, Image.Image)) or not len(sources):
+            raise ImageError("images takes a list of at least one image")
+        return mx.array(np.stack([self.pixels(source) for source in sources]))
+
+    def pixels(self, source: ImageSource) -> NDArray[np.float32]:
+        """Prepare one image, without MLX, so that any thread can do it.
+
+        Returns:
+            float32 (S, S, 3).
+        """
+        image = open_image(source)
+        resample = RESAMPLING[self.preprocess.interpolation]
+        square = np.asarray(_resize_crop(image, self.preprocess.image_size, resample))
+        if (self._levels == self._levels[:, :1]).all():
+            return self._levels[:, 0][square]
+        return np.stack([self._levels[square[..., c], c] for c in range(3)], axis=-1)
+
+    def texts(self, texts: Sequence[str]) -> mx.array:
+        """Turn texts into ids; one that is too long is cut, with a warning.
+
+        Args:
+            texts: At least one text.
+
+        Returns:
+            int32 (B, 77), padded with 0.
+
+        Raises:
+            PromptError: no list of texts.
+        """
+        return mx.array(self.tokenizer(texts))
+
+
+def _resize_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """Shorter side to `size`, then the central square, to the pixel as torchvision cuts it.
+
+    Source: torchvision 0.25 `transforms/functional.py` resize and center_crop: the long side is
+    rounded down and an offset of half a pixel is rounded to even.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized_long = size * long // short
+    if resized_long > MAX_IMAGE_SIDE:
+        raise ImageError(
+            f"an image of {width} x {height} px is too elongated to cut a square from; "
+            "crop it first"
+        )
+    shape = (size, resized_long) if width <= height else (resized_long, size)
+    if shape != image.size:
+        image = image.resize(shape, resample)
+    left, top = (round((side - size) / 2) for side in shape)
+    return image.crop((left, top, left + size, top + size))

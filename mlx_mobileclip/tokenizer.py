@@ -1,0 +1,142 @@
+"""CLIP's byte-pair tokenizer: text to exactly 77 ids, padded with 0.
+
+Text is cleaned, cut into words, numbers and marks, and each piece is merged from bytes up by a
+fixed list; the last piece of a word carries "</w>". Special tokens are never read from text: a
+typed "<end_of_text>" stays text, since it would move the place that the text tower reads out.
+
+Source: open_clip 3.3.0 `tokenizer.py` (SimpleTokenizer), the same as in apple/ml-mobileclip
+4144bb1 `mobileclip/modules/text/tokenizer.py`. The merges are OpenAI's, see data/LICENSE-CLIP.
+"""
+
+import gzip
+import html
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from .errors import PromptError
+
+CONTEXT_LENGTH = 77
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+MERGES = 49152 - 256 - 2  # of the file's lines; the rest was never given ids
+WORD_END = "</w>"
+WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+MAX_TEXT = 1 << 20  # characters; far more than any 77 ids stand for
+SHOWN = 40  # characters of a text in a message
+
+# What ftfy changes in text that is not broken, for when it is not installed.
+_QUOTES = dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'")
+_QUOTES |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
+_LIGATURES = {c: unicodedata.normalize("NFKD", chr(c)) for c in range(0xFB00, 0xFB07)}
+_WIDTHS = {
+    c: unicodedata.normalize("NFKC", chr(c))
+    for c in (0x3000, *range(0xFF01, 0xFFF0))
+    if unicodedata.normalize("NFKC", chr(c)) != chr(c)
+}
+_CONTROLS = dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF), "")
+_PLAIN = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
+
+
+class Tokenizer:
+    """Byte-pair encoding with one list of merges."""
+
+    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int = CONTEXT_LENGTH):
+        """Build from merges in order of priority.
+
+        Args:
+            merges: Pairs of pieces, in the printable stand-ins for bytes.
+            context_length: Ids of every text.
+        """
+        letters = _byte_letters()
+        tokens = letters + [letter + WORD_END for letter in letters]
+        tokens += [left + right for left, right in merges]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        model = models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix=WORD_END)
+        self._backend = Backend(model)
+        words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
+        by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence([words, by_bytes])
+        self.start_id, self.end_id = len(tokens), len(tokens) + 1
+        self.context_length = context_length
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without start, end and padding."""
+        return list(self._backend.encode(clean(text), add_special_tokens=False).ids)
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
+        """Ids of some texts, ready for the text tower.
+
+        Args:
+            texts: At least one text.
+
+        Returns:
+            (B, 77): start, text, end, zeros. A text that is too long loses its tail, not its
+            end token, and a warning says so.
+
+        Raises:
+            PromptError: not a list of texts, or one of more than a million characters.
+        """
+        if isinstance(texts, (str, bytes)) or not len(texts):
+            raise PromptError('texts takes a list of at least one text, such as ["a cat"]')
+        rows = np.zeros((len(texts), self.context_length), np.int32)
+        room = self.context_length - 2
+        for row, text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise PromptError(f"a text cannot be a {type(text).__name__}")
+            if len(text) > MAX_TEXT:
+                raise PromptError(f"a text has {len(text)} characters, more than {MAX_TEXT}")
+            ids = self.encode(text)
+            if len(ids) > room:
+                warnings.warn(
+                    f"text {text[:SHOWN]!r}... has {len(ids)} tokens; the model reads the first "
+                    f"{room}",
+                    stacklevel=3,
+                )
+            ids = [self.start_id, *ids[:room], self.end_id]
+            row[: len(ids)] = ids
+        return rows
+
+
+@cache
+def clip_tokenizer() -> Tokenizer:
+    """The tokenizer of every published model; 49408 ids."""
+    data = resources.files(__package__).joinpath("data", MERGES_FILE).read_bytes()
+    lines = gzip.decompress(data).decode("utf-8").split("\n")[1 : MERGES + 1]
+    merges = [line.split() for line in lines]
+    return Tokenizer([(left, right) for left, right in merges])
+
+
+def clean(text: str) -> str:
+    """Mend, unescape HTML twice, collapse white space, lower."""
+    text = html.unescape(html.unescape(_mender()(text)))
+    return " ".join(text.split()).lower()
+
+
+@cache
+def _mender() -> Callable[[str], str]:
+    """What mends broken text: ftfy if installed, which also undoes wrong decoding."""
+    try:
+        from ftfy import fix_text
+    except ModuleNotFoundError:
+        return _mend
+    return fix_text
+
+
+def _mend(text: str) -> str:
+    # Surrogates would not encode; ftfy pairs or replaces them too.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unicodedata.normalize("NFC", text.translate(_PLAIN))
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for each byte, in the order of their ids: visible bytes first."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = 256 - len(visible)
+    return [chr(b) for b in visible] + [chr(0x100 + i) for i in range(hidden)]

@@ -1,0 +1,37 @@
+"""The pre-norm transformer layer that the ViT image towers and the text towers are made of.
+
+Source: apple/ml-mobileclip 4144bb1 `mobileclip/modules/common/transformer.py`; timm 1.0.31
+`timm/models/vision_transformer.py`; open_clip 3.3.0 `transformer.py`. All three agree.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class TransformerLayer(nn.Module):
+    """x = x + proj(attend(norm1(x))), then y = x + fc2(gelu(fc1(norm2(x)))); GELU is exact."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self._heads = heads
+
+    def __call__(self, x: mx.array, causal: bool = False) -> mx.array:
+        """(B, L, D) to the same shape; `causal` hides from each position those after it."""
+        B, L, D = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(B, L, 3, self._heads, D // self._heads)
+        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            scale=(D // self._heads) ** -0.5,
+            mask="causal" if causal else None,
+        )
+        x = x + self.proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
+        return x + self.fc2(nn.gelu(self.fc1(self.norm2(x))))

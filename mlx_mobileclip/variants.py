@@ -1,0 +1,134 @@
+"""The fourteen published models: towers, preprocessing, and under which names they are found.
+
+Causality, preprocessing, stem padding and epsilon leave no trace in the tensors; they are
+written down here, from apple/ml-mobileclip 4144bb1 `mobileclip/configs`,
+`mobileclip2/model_configs`, open_clip 3.3.0 `pretrained.py`, and the model cards.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import PurePath
+
+from .clip import MobileCLIPConfig, PreprocessConfig
+from .fastvit import PRESETS, FastViTConfig
+from .text import TextConfig
+from .vit import ViTConfig
+
+PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+TEXT_512 = TextConfig(
+    width=512,
+    layers=12,
+    heads=8,
+    vocab_size=49408,
+    context_length=77,
+    causal=False,
+    rep_mixers=False,
+)
+TEXT_512_CAUSAL = replace(TEXT_512, causal=True)
+TEXT_768 = replace(TEXT_512, width=768, heads=12)
+TEXT_HYBRID = replace(TEXT_512, layers=4, rep_mixers=True)
+
+VIT_B_APPLE = ViTConfig(
+    stem="convolutional",
+    image_size=224,
+    patch_size=16,
+    width=768,
+    layers=12,
+    heads=12,
+    stem_padding=1,
+    eps=1e-5,
+)
+VIT_B_TIMM = replace(VIT_B_APPLE, stem_padding=0, eps=1e-6)
+VIT_L = ViTConfig(
+    stem="patch",
+    image_size=224,
+    patch_size=14,
+    width=1024,
+    layers=24,
+    heads=16,
+    stem_padding=0,
+    eps=1e-5,
+)
+
+
+def _variant(
+    name: str,
+    image: FastViTConfig | ViTConfig,
+    text: TextConfig,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = PLAIN,
+    interpolation: str = "bilinear",
+) -> MobileCLIPConfig:
+    size = image.image_size if isinstance(image, ViTConfig) else 256
+    preprocess = PreprocessConfig(size, interpolation, *normalization)
+    return MobileCLIPConfig(name, text.width, image, text, preprocess)
+
+
+VARIANTS = {
+    config.variant: config
+    for config in (
+        _variant("MobileCLIP-S0", PRESETS["mci0"], TEXT_HYBRID),
+        _variant("MobileCLIP-S1", PRESETS["mci1"], TEXT_512),
+        _variant("MobileCLIP-S2", PRESETS["mci2"], TEXT_512),
+        _variant("MobileCLIP-B", VIT_B_APPLE, TEXT_512_CAUSAL),
+        _variant("MobileCLIP-B-LT", VIT_B_APPLE, TEXT_512_CAUSAL),
+        _variant("MobileCLIP-S3", PRESETS["mci3"], TEXT_768, OPENAI),
+        _variant("MobileCLIP-S4", PRESETS["mci4"], TEXT_768, OPENAI),
+        _variant("MobileCLIP-L-14", VIT_L, TEXT_768, OPENAI, "bicubic"),
+        _variant("MobileCLIP2-S0", PRESETS["mci0"], TEXT_512),
+        _variant("MobileCLIP2-S2", PRESETS["mci2"], TEXT_512),
+        _variant("MobileCLIP2-B", VIT_B_TIMM, TEXT_512_CAUSAL),
+        _variant("MobileCLIP2-S3", PRESETS["mci3"], TEXT_768, OPENAI),
+        _variant("MobileCLIP2-S4", PRESETS["mci4"], TEXT_768, OPENAI),
+        _variant("MobileCLIP2-L-14", VIT_L, TEXT_768, OPENAI, "bicubic"),
+        # Apple's B as open_clip and timm run it, which is not how it was trained.
+        _variant("MobileCLIP-B:open_clip", VIT_B_TIMM, TEXT_512_CAUSAL),
+        _variant("MobileCLIP-B-LT:open_clip", VIT_B_TIMM, TEXT_512_CAUSAL),
+    )
+}
+
+# timm's names of the image towers published with MobileCLIP2.
+_TRUNKS = {
+    "fastvitmci0": "MobileCLIP2-S0",
+    "fastvitmci2": "MobileCLIP2-S2",
+    "vitbasemci224": "MobileCLIP2-B",
+    "fastvitmci3": "MobileCLIP2-S3",
+    "fastvitmci4": "MobileCLIP2-S4",
+}
+_OWNERS = ("apple", "timm")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9:]", "", name.lower())
+
+
+_BY_PLAIN_NAME = {_plain(name): name for name in VARIANTS}
+
+
+def variant_named(name: str) -> str | None:
+    """The variant that a name spells, whatever its case and separators; None if none does."""
+    return _BY_PLAIN_NAME.get(_plain(name))
+
+
+def published_variant(name: str) -> str | None:
+    """The variant behind a published repository or file name; None for any other.
+
+    Args:
+        name: `apple/MobileCLIP-S0`, `timm/MobileCLIP2-B-OpenCLIP`, `mobileclip_blt.pt`,
+            `./downloads/MobileCLIP2-S0`, and the like.
+    """
+    path = PurePath(name)
+    if len(path.parts) == 2 and path.suffix not in (".pt", ".bin", ".safetensors"):
+        owner = path.parts[0]
+        if re.fullmatch(r"[\w-]+", owner) and owner not in _OWNERS:
+            return None  # somebody else's repository: fine-tuned, perhaps otherwise than named
+    base = path.name
+    for ending in (".pt", ".bin", ".safetensors"):
+        base = base.removesuffix(ending)
+    for ending in ("-OpenCLIP", "_timm"):
+        base = base.removesuffix(ending)
+    trunk, _, origin = base.partition(".")
+    if origin == "apple_mclip2_dfndr2b":
+        return _TRUNKS.get(_plain(trunk))
+    return variant_named(base)

@@ -1,0 +1,215 @@
+"""Zero-shot classification: labels become text embeddings, the nearest to the image wins.
+
+A label is put into every template of a set; the prompts' embeddings are normalised, averaged and
+normalised again, as in the evaluation behind the published figures (open_clip 3.3.0,
+zero_shot_classifier.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import text_cache
+from .clip import MobileCLIP
+from .errors import DataError, ModelError
+from .fingerprint import fingerprint
+from .image import ImageSource
+from .processor import Processor
+
+PLAIN_TEMPLATE = ("a photo of a {}.",)
+TEMPLATE_SETS = ("openai", "simple")
+PROMPTS_PER_BATCH = 128
+MAX_LOGIT_SCALE = 100.0  # as in training
+CACHE_FORMAT = 1
+# Tokenisers differ in how they mend such text (ftfy or not), so its ids belong to the cache key.
+TOKENIZER_PROBE = "\u201cMojibake\u201d doesn\u00e2\u20ac\u2122t &amp; shouldn't  matter \uff21"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One label of an image.
+
+    Attributes:
+        label: The label as given.
+        index: Its place in the list of labels, from 0.
+        probability: Softmax over all labels of the scaled similarities.
+        similarity: Cosine of image and label, -1 to 1.
+    """
+
+    label: str
+    index: int
+    probability: float
+    similarity: float
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """OpenAI's names of the 1000 ImageNet classes, in the order of the sorted WordNet ids."""
+    return tuple(_data("imagenet_classes.json")["classes"])
+
+
+def template_set(name: str) -> tuple[str, ...]:
+    """The templates called "openai" (80) or "simple" (7); `{}` marks the label's place."""
+    if name not in TEMPLATE_SETS:
+        raise DataError(f"templates {name!r} are not known; choose {' or '.join(TEMPLATE_SETS)}")
+    return tuple(_data("imagenet_templates.json")[name])
+
+
+def _data(name: str) -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("data", name).read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return values
+
+
+def text_tower(model: MobileCLIP) -> tuple[nn.Module, mx.array]:
+    """The text tower and the logit scale; ModelError if the model has neither."""
+    if model.text is None or model.logit_scale is None:
+        raise ModelError(
+            "this checkpoint holds an image tower only; texts and labels need one with both "
+            "towers, such as apple/MobileCLIP2-S0"
+        )
+    return model.text, model.logit_scale
+
+
+def text_matrix(
+    model: MobileCLIP,
+    processor: Processor,
+    labels: Sequence[str],
+    templates: Sequence[str] = PLAIN_TEMPLATE,
+    *,
+    cache: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> mx.array:
+    """Embed each label, averaged over the templates.
+
+    Args:
+        model: Model with a text tower.
+        processor: The model's processor.
+        labels: K labels.
+        templates: Prompts in which `{}` stands for the label.
+        cache: Keep the result on disk, and take it from there if the same text tower has seen
+            the same labels and templates.
+        on_progress: Called with the number of labels just embedded.
+
+    Returns:
+        float32 (K, E), unit rows.
+
+    Raises:
+        DataError: no labels, no templates, or a template without `{}`.
+        ModelError: the model has no text tower, or an embedding is not finite.
+    """
+    if isinstance(labels, str) or not labels:
+        raise DataError("there are no labels; give at least one, as a list")
+    if isinstance(templates, str) or not templates:
+        raise DataError("there are no templates; give at least one, as a list")
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
+    text_tower(model)
+    key = _cache_key(model, processor, labels, templates) if cache else ""
+    if cache and (stored := text_cache.read(key, len(labels))) is not None:
+        return mx.array(stored)
+    step = max(1, PROMPTS_PER_BATCH // len(templates))
+    rows = []
+    for start in range(0, len(labels), step):
+        group = labels[start : start + step]
+        rows.append(_embed_labels(model, processor, group, templates))
+        mx.eval(rows[-1])
+        if on_progress:
+            on_progress(len(group))
+    matrix = mx.concatenate(rows)
+    if not mx.isfinite(matrix.sum()).item():
+        raise ModelError("the labels' embeddings are not finite; try --dtype float32")
+    if cache:
+        text_cache.write(key, np.asarray(matrix))
+    return matrix
+
+
+def _embed_labels(
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
+) -> mx.array:
+    # Not str.format: a label or a template may hold other braces.
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    parts = [
+        model.encode_text(
+            processor.texts(prompts[start : start + PROMPTS_PER_BATCH]), normalize=True
+        ).astype(mx.float32)
+        for start in range(0, len(prompts), PROMPTS_PER_BATCH)
+    ]
+    embeddings = mx.concatenate(parts).reshape(len(labels), len(templates), -1)
+    mean = embeddings.mean(axis=1)
+    return mean / mx.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def _cache_key(
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
+) -> str:
+    probe = np.asarray(processor.texts([TOKENIZER_PROBE])).tolist()
+    tower = fingerprint(text_tower(model)[0], model.config.text)
+    content = [CACHE_FORMAT, tower, probe, list(templates), list(labels)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def classify(
+    model: MobileCLIP,
+    processor: Processor,
+    images: Sequence[ImageSource],
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str] = PLAIN_TEMPLATE,
+    texts: mx.array | None = None,
+    top_k: int = 5,
+    batch_size: int = 32,
+    cache: bool = True,
+) -> list[list[Prediction]]:
+    """Find each image's most fitting labels.
+
+    Args:
+        model: Model with both towers.
+        processor: The model's processor.
+        images: Paths, bytes, PIL images or arrays.
+        labels: K labels to choose from.
+        templates: Prompts in which `{}` stands for the label.
+        texts: The labels' matrix from `text_matrix`, to classify again without embedding them.
+        top_k: How many labels to return of each image, at most K.
+        batch_size: Images that go through the model at once.
+        cache: Keep the labels' matrix on disk.
+
+    Returns:
+        For each image its best labels, most probable first; ties in the order of the labels.
+
+    Raises:
+        DataError: labels or templates cannot be used, or top_k is below 1.
+        ImageError: an image cannot be read.
+        ModelError: an embedding is not finite.
+    """
+    if top_k < 1:
+        raise DataError(f"top_k is {top_k}; ask for at least 1 label")
+    if texts is None:
+        texts = text_matrix(model, processor, labels, templates, cache=cache)
+    if texts.ndim != 2 or texts.shape[0] != len(labels):
+        raise DataError(f"texts has shape {texts.shape}, but there are {len(labels)} labels")
+    _, logit_scale = text_tower(model)
+    scale = mx.minimum(mx.exp(logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
+    results = []
+    for start in range(0, len(images), batch_size):
+        pixels = processor.images(images[start : start + batch_size])
+        embeddings = model.encode_image(pixels, normalize=True).astype(mx.float32)
+        similarities = embeddings @ texts.T
+        probabilities = mx.softmax(scale * similarities, axis=-1)
+        for cosines, chances in zip(
+            np.asarray(similarities), np.asarray(probabilities), strict=True
+        ):
+            if not np.isfinite(chances).all():
+                raise ModelError("an image's embedding is not finite; try --dtype float32")
+            best = np.argsort(-cosines, kind="stable")[:top_k]
+            results.append(
+                [Prediction(labels[i], int(i), float(chances[i]), float(cosines[i])) for i in best]
+            )
+    return results

@@ -1,0 +1,321 @@
+"""Bulk embedding: formats, order, broken files, and going on after any kind of end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors import safe_open
+from standin import COLOURS, WIDTH, StandIn, StandInProcessor, paint
+
+from mlx_mobileclip import embed
+from mlx_mobileclip.errors import DataError
+from mlx_mobileclip.journal import Journal
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Seven images in three directories, one of them broken, and what must be passed over."""
+    root = tmp_path / "photos"
+    for i, name in enumerate(("b.png", "a.JPG", "sub/c.png", "sub/deep/d.webp", "z.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        paint(root / name, COLOURS[i % 3], seed=i)
+    (root / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
+    (root / "live.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (root / "notes.txt").write_text("no image")
+    (root / ".hidden.png").write_bytes((root / "b.png").read_bytes())
+    (root / ".git").mkdir()
+    (root / ".git" / "x.png").write_bytes(b"")
+    return root
+
+
+ORDER = ["a.JPG", "b.png", "z.png", "sub/c.png", "sub/deep/d.webp"]
+
+
+def run(paths: list[str], output: Path, model: StandIn | None = None, **options: Any) -> Any:
+    model = model or StandIn()
+    return embed.embed_images(model, StandInProcessor(), paths, output, **options)
+
+
+def read(path: Path) -> tuple[list[str], np.ndarray]:
+    if path.suffix == ".npz":
+        with np.load(path) as data:
+            return data["names"].tolist(), data["embeddings"]
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["names"]), file.get_tensor("embeddings")
+
+
+def test_find_images(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [str(Path(p).relative_to(photos)) for p in embed.find_images(str(photos))]
+    assert found == ["a.JPG", "b.png", "broken.jpg", "live.heic", *ORDER[2:]]
+    assert embed.find_images(f"{photos}/**/*.png") == sorted(
+        str(photos / name) for name in ("b.png", "z.png", "sub/c.png")
+    )
+    assert embed.find_images(str(photos / "b.png")) == [str(photos / "b.png")]
+    listing = tmp_path / "list.txt"
+    listing.write_bytes(b"\xef\xbb\xbfz.png\r\n\nb.png\n\xff.png\n")
+    assert embed.find_images(str(listing)) == ["z.png", "b.png", "\udcff.png"]
+    odd = tmp_path / "[odd]*"
+    odd.mkdir()
+    paint(odd / "x.png", "red")
+    assert embed.find_images(str(odd)) == [str(odd / "x.png")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "binary.dat").write_bytes(b"\0\1\2")
+    for source, match in (
+        (str(empty), "holds no image"),
+        (f"{empty}/*.png", "no file matches"),
+        (str(tmp_path / "none"), "no such file"),
+        (str(tmp_path / "binary.dat"), "no list of images"),
+    ):
+        with pytest.raises(DataError, match=match):
+            embed.find_images(source)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_images(photos: Path, tmp_path: Path, suffix: str, batch_size: int) -> None:
+    output = tmp_path / f"out{suffix}"
+    paths = embed.find_images(str(photos))
+    summary = run(paths, output, batch_size=batch_size, name="standin")
+    names, rows = read(output)
+    assert names == [str(photos / name) for name in ORDER]
+    assert rows.dtype == np.float32
+    expected = StandIn().encode_image(StandInProcessor().images(names))
+    np.testing.assert_allclose(rows, np.array(expected), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert (summary.total, summary.embedded, summary.resumed) == (7, 5, 0)
+    assert set(summary.skipped) == {str(photos / "broken.jpg"), str(photos / "live.heic")}
+    assert "sips" in summary.skipped[str(photos / "live.heic")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [output.name, "photos"]
+
+
+def test_metadata(photos: Path, tmp_path: Path) -> None:
+    run([str(photos / "b.png")], tmp_path / "x.safetensors", name="apple/MobileCLIP-S0")
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        about = file.metadata()
+    assert about["model"] == "apple/MobileCLIP-S0"
+    assert about["kind"] == "images"
+    assert about["normalized"] == "true"
+    assert len(about["fingerprint"]) == 64
+
+
+def test_texts(tmp_path: Path) -> None:
+    lines = tmp_path / "texts.txt"
+    lines.write_bytes("a red bus\r\n\nein grünes Haus\na red bus\n".encode() + b"\xff\xfe\n")
+    output = tmp_path / "texts.npz"
+    texts = embed.read_lines(lines)
+    summary = embed.embed_texts(StandIn(), StandInProcessor(), texts, output)
+    names, rows = read(output)
+    assert names == ["a red bus", "", "ein grünes Haus", "a red bus"]
+    expected = StandIn().encode_text(StandInProcessor().texts(names))
+    np.testing.assert_allclose(rows, np.array(expected), atol=1e-6)
+    assert list(summary.skipped.values()) == ["is not UTF-8"]
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        run(["x.png"], tmp_path / "x.parquet")
+
+
+def test_parquet(photos: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    paths = [str(photos / name) for name in ORDER]
+    run(paths, tmp_path / "x.parquet")
+    run(paths, tmp_path / "x.npz")
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert table["name"].to_pylist() == paths
+    assert table["embedding"].type.list_size == WIDTH
+    np.testing.assert_array_equal(
+        np.array(table["embedding"].to_pylist(), np.float32), read(tmp_path / "x.npz")[1]
+    )
+
+
+def test_output_is_checked_before_any_work(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.npz").write_text("precious")
+    for name, match in (
+        ("x.csv", "must end in"),
+        ("x", "must end in"),
+        ("there.npz", "already exists"),
+        ("no/where.npz", "no directory"),
+    ):
+        with pytest.raises(DataError, match=match):
+            run([str(photos / "b.png")], tmp_path / name)
+    assert (tmp_path / "there.npz").read_text() == "precious"
+    with pytest.raises(DataError, match="at least 1"):
+        run([str(photos / "b.png")], tmp_path / "x.npz", batch_size=0)
+
+
+def test_nothing_usable(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="none of the 2 images"):
+        run([str(photos / "broken.jpg"), "gone.png"], tmp_path / "x.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("skipped ") for line in lines)
+
+
+def test_rows_that_are_not_finite_are_skipped(photos: Path, tmp_path: Path) -> None:
+    class Overflowing(StandIn):
+        def encode_image(self, pixels: mx.array, normalize: bool = True) -> mx.array:
+            rows = super().encode_image(pixels, normalize)
+            blue = pixels.mean(axis=(1, 2))[:, 2:] > 0.5
+            return mx.where(blue, float("nan"), rows)
+
+    paths = [str(photos / name) for name in ORDER]
+    summary = run(paths, tmp_path / "x.npz", Overflowing())
+    assert list(summary.skipped.values()) == ["its embedding is not finite; try --dtype float32"]
+    assert len(read(tmp_path / "x.npz")[0]) == 4
+
+
+def test_surprises_in_a_decoder_are_skipped(photos: Path, tmp_path: Path) -> None:
+    class Odd(StandInProcessor):
+        def pixels(self, source: Any) -> Any:
+            if source.endswith("b.png"):
+                raise MemoryError("no\nmemory")
+            return super().pixels(source)
+
+    paths = [str(photos / name) for name in ORDER]
+    summary = embed.embed_images(StandIn(), Odd(), paths, tmp_path / "x.npz")
+    assert summary.skipped == {str(photos / "b.png"): "MemoryError: no memory"}
+
+
+def test_names_terminals_must_not_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = tmp_path / "a\x1b[2Jb\n\udcff.png"
+    evil.write_bytes(b"x")
+    good = paint(tmp_path / "good.png", "red")
+    run([str(evil), good], tmp_path / "x.npz")
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert told.count("\n") == 1
+
+
+# Going on.
+
+
+def interrupted(after: int) -> StandIn:
+    class Interrupted(StandIn):
+        def encode_image(self, pixels: mx.array, normalize: bool = True) -> mx.array:
+            if len(self.image_batches) == after:
+                raise KeyboardInterrupt
+            return super().encode_image(pixels, normalize)
+
+    return Interrupted()
+
+
+def many(tmp_path: Path, count: int = 12) -> list[str]:
+    return [paint(tmp_path / f"{i:03}.png", COLOURS[i % 3], seed=i) for i in range(count)]
+
+
+def test_goes_on_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = many(tmp_path)
+    output, whole = tmp_path / "x.npz", tmp_path / "whole.npz"
+    run(paths, whole, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(paths, output, interrupted(3), batch_size=2)
+    assert not output.exists()
+    assert "6 of 12 images are done" in capsys.readouterr().err
+    partial = tmp_path / "x.npz.partial"
+    with partial.open("ab") as file:
+        file.write(b"MCE1 torn off")
+    # Meanwhile one finished image changes, one goes away and a new one comes.
+    paint(paths[1], "blue", seed=99)
+    paths = paths[:4] + paths[5:] + [paint(tmp_path / "new.png", "red", seed=50)]
+    model = StandIn()
+    summary = run(paths, output, model, batch_size=2, quiet=False)
+    assert sum(model.image_batches) == 8
+    assert (summary.resumed, summary.embedded) == (4, 12)
+    assert "4 of 12 are done" in capsys.readouterr().err
+    names, rows = read(output)
+    assert names == paths
+    expected = StandIn().encode_image(StandInProcessor().images(paths))
+    np.testing.assert_allclose(rows, np.array(expected), atol=1e-6)
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "header", "other model", "garbage", "length"])
+def test_damaged_partial_files(tmp_path: Path, damage: str) -> None:
+    paths = many(tmp_path, 6)
+    output, partial = tmp_path / "x.npz", tmp_path / "x.npz.partial"
+    with pytest.raises(KeyboardInterrupt):
+        run(paths, output, interrupted(2), batch_size=2)
+    data = bytearray(partial.read_bytes())
+    if damage == "flip":
+        data[-3] ^= 1
+    elif damage == "header":
+        data[20] ^= 1
+    elif damage == "garbage":
+        data[:] = os.urandom(500)
+    elif damage == "length":
+        data[4:8] = b"\xff\xff\xff\xff"
+    partial.write_bytes(data)
+    model = StandIn(seed=3 if damage == "other model" else 0)
+    summary = run(paths, output, model, batch_size=2)
+    assert summary.resumed == (2 if damage == "flip" else 0)
+    expected = model.encode_image(StandInProcessor().images(paths))
+    np.testing.assert_allclose(read(output)[1], np.array(expected), atol=1e-6)
+
+
+def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
+    paths = many(tmp_path, 2)
+    with Journal(tmp_path / "x.npz", {}), pytest.raises(DataError, match="another run"):
+        run(paths, tmp_path / "x.npz")
+
+
+def test_failed_write_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = many(tmp_path, 4)
+    output = tmp_path / "x.npz"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed.np, "savez", full)
+        with pytest.raises(DataError, match="what is done is kept"):
+            run(paths, output)
+    assert not output.exists()
+    assert not list(tmp_path.glob("*.tmp"))
+    model = StandIn()
+    assert run(paths, output, model).resumed == 4
+    assert model.image_batches == []
+
+
+def test_goes_on_after_kill_9(tmp_path: Path) -> None:
+    paths = many(tmp_path, 30)
+    output, partial = tmp_path / "x.safetensors", tmp_path / "x.safetensors.partial"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import standin\n"
+        "from mlx_mobileclip import embed\n"
+        "model, processor = standin.load()\n"
+        "embed.embed_images(model, processor, sys.argv[3:], sys.argv[2], batch_size=2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(HERE), str(output), *paths],
+        env=os.environ | {"STANDIN_SECONDS": "0.1", "PYTHONPATH": str(HERE.parent)},
+    )
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if partial.exists() and partial.stat().st_size > 1000:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.exists()
+    assert not output.exists()
+    summary = run(paths, output)
+    assert 0 < summary.resumed < 30
+    names, rows = read(output)
+    assert names == paths
+    expected = StandIn().encode_image(StandInProcessor().images(paths))
+    np.testing.assert_allclose(rows, np.array(expected), atol=1e-6)
+    assert not partial.exists()
