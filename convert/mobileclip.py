@@ -77,7 +77,8 @@ def convert_mobileclip(
         config = replace(config, text=None)
     record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
     config = replace(config, source=record)
-    return config, canonical_tensors(tensors, config, layout, checkpoint.name)
+    where = f"{checkpoint.name} as {config.variant}"
+    return config, canonical_tensors(tensors, config, layout, where)
 
 
 def canonical_tensors(
@@ -88,6 +89,9 @@ def canonical_tensors(
     Raises:
         CheckpointError: naming what is missing, left over or misshapen.
     """
+    scale = tensors.get("logit_scale")
+    if scale is not None and scale.shape == (1,):  # open_clip's nonscalar_logit_scale
+        tensors["logit_scale"] = scale.reshape(())
     source = _source(tensors, config, layout, where)
     vit = isinstance(config.image, ViTConfig)
     trunk = (
