@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
-from mlx_fastvlm.loader import DTYPES, read_canonical, read_tokenizer
+from mlx_fastvlm.loader import read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.tokenizer import Tokenizer
 from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json
@@ -19,6 +19,7 @@ from mlx_mobileclip.clip import MobileCLIP
 from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.errors import ConfigError
 from mlx_mobileclip.hub import WEIGHT_SUFFIXES, Checkpoint, resolve, resolve_file
+from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.variants import published_variant
 

@@ -1,14 +1,14 @@
 """From what the user typed to a model that is ready to answer."""
 
 import os
-from importlib import import_module
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import Checkpoint, resolve
+from mlx_mobileclip.loader import import_converter, parse_dtype
 
 from . import tokenizer
 from .config import MODEL_TYPE, FastVLMConfig
@@ -17,12 +17,6 @@ from .processor import Processor
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 Canonical = tuple[FastVLMConfig, dict[str, mx.array]]
-DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-
-
-def default_dtype() -> mx.Dtype:
-    """float16 on a GPU; float32 on a CPU, where half precision is slow."""
-    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
 
 
 def load(
@@ -61,22 +55,20 @@ def load_checkpoint(
     words = read_tokenizer(checkpoint, config)
     model = FastVLM(config)
     model.eval()
-    assign(model, tensors, _dtype(dtype), checkpoint.name)
+    assign(model, tensors, parse_dtype(dtype), checkpoint.name)
     return model, Processor(words, config)
 
 
 def read_canonical(
     checkpoint: Checkpoint, vision_from: str | os.PathLike[str] | None = None
 ) -> Canonical:
-    """Config and lazy tensors in canonical form, converted on the way if need be.
-
-    This is the one place where the runtime calls the converter.
-    """
+    """Config and lazy tensors in canonical form, converted on the way if need be."""
     path = checkpoint.path / "config.json"
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
         vision = None if vision_from is None else resolve(vision_from)
-        return cast(Canonical, _converter().convert_fastvlm(checkpoint, values, vision))
+        convert = import_converter("fastvlm").convert_fastvlm
+        return cast(Canonical, convert(checkpoint, values, vision))
     if vision_from is not None:
         raise CheckpointError(
             f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
@@ -93,20 +85,3 @@ def read_tokenizer(checkpoint: Checkpoint, config: FastVLMConfig) -> tokenizer.T
             f"ends at {config.text.vocab_size}; its files belong to different models"
         )
     return words
-
-
-def _converter() -> Any:
-    try:
-        return import_module("mlx_fastvlm.convert.fastvlm")
-    except ModuleNotFoundError:  # a checkout that is not installed
-        return import_module("convert.fastvlm")
-
-
-def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
-    if dtype is None:
-        return default_dtype()
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    return dtype

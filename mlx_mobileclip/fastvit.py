@@ -65,12 +65,14 @@ class FastViTConfig:
         stages = len(layers)
         config = cls(
             layers=layers,
-            embed_dims=fields.integers("embed_dims", 8, 8192, length=stages),
+            embed_dims=fields.integers("embed_dims", 2, 8192, length=stages),
             mlp_ratios=fields.numbers("mlp_ratios", 0.25, 16, length=stages),
             token_mixers=fields.choices("token_mixers", ("repmixer", "attention"), length=stages),
             se_downsamples=fields.booleans("se_downsamples", length=stages),
             attention_norm=fields.choice("attention_norm", ("layer", "batch")),
         )
+        if config.features < SE_RATIO_FINAL:
+            raise fields.error("embed_dims", f"the last is below {SE_RATIO_FINAL // 2}")
         for i, (dim, mixer) in enumerate(zip(config.embed_dims, config.token_mixers, strict=True)):
             if mixer == "attention" and dim % HEAD_DIM:
                 raise fields.error(f"embed_dims[{i}]", f"{dim} is not a multiple of {HEAD_DIM}")

@@ -55,35 +55,37 @@ def load_checkpoint(
     config, tensors = read_canonical(checkpoint, variant)
     model = MobileCLIP(config)
     model.eval()
-    assign(model, tensors, _dtype(dtype), checkpoint.name)
+    assign(model, tensors, parse_dtype(dtype), checkpoint.name)
     return model, Processor(config.preprocess)
 
 
 def read_canonical(
     checkpoint: Checkpoint, variant: str | None = None
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
-    """Config and lazy tensors in canonical form, converted on the way if need be.
-
-    This is the one place where this package calls the converter.
-    """
+    """Config and lazy tensors in canonical form, converted on the way if need be."""
     path = checkpoint.path / "config.json"
     values = read_json(path) if path.is_file() else {}
     if values.get("model_type") != MODEL_TYPE:
-        config, tensors = _converter().convert_mobileclip(checkpoint, variant)
+        config, tensors = import_converter("mobileclip").convert_mobileclip(checkpoint, variant)
         return config, tensors
     if variant is not None:
         raise ConfigError(f"{checkpoint.name}: is converted and says what it is; leave out variant")
     return MobileCLIPConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
 
 
-def _converter() -> Any:
+def import_converter(name: str) -> Any:
+    """The converter's module of that name: the one place where the runtime looks upward.
+
+    Imported only when a checkpoint is met that is not in canonical form.
+    """
     try:
-        return import_module("mlx_fastvlm.convert.mobileclip")
+        return import_module(f"mlx_fastvlm.convert.{name}")
     except ModuleNotFoundError:  # a checkout that is not installed
-        return import_module("convert.mobileclip")
+        return import_module(f"convert.{name}")
 
 
-def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    """The dtype of that name; the default for this machine if None."""
     if dtype is None:
         return default_dtype()
     if isinstance(dtype, str):
