@@ -158,6 +158,8 @@ def values(shapes: Shapes, seed: int = 0) -> Tensors:
         else:
             fan_in = shape[0] if name.endswith("proj") else int(np.prod(shape[1:]))
             result[name] = (unit - 0.5) * np.float32(2 * (3 / fan_in) ** 0.5)
+            if len(shape) == 4 and re.search(r"(token_mixer|pos_emb|network\.6)\.reparam", name):
+                result[name][:, 0, shape[2] // 2, shape[3] // 2] += 1  # the residual, fused
     return result
 
 
