@@ -3,9 +3,15 @@
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # On a CPU MLX compiles kernels into the temporary directory, without a lock.
+    os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"mlx-fastvlm-{worker}")
+    Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
+    tempfile.tempdir = None
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLX_ENABLE_TF32"] = "0"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
