@@ -16,12 +16,12 @@ from mlx_mobileclip.clip import MobileCLIPConfig, PreprocessConfig
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import Checkpoint
 from mlx_mobileclip.text import TextConfig
+from mlx_mobileclip.torch_file import read_torch
 from mlx_mobileclip.variants import VARIANTS, published_variant, variant_named
 from mlx_mobileclip.vit import STEM_SIZES, ViTConfig
 
 from .apple import TEXT_NAMES, VIT_NAMES, apple_name, apple_tower_name, network_indices
 from .fuse import fold_conv_norm, fold_fastvit, fold_text_block
-from .pickle_reader import read_torch
 from .source import Source
 
 NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$"

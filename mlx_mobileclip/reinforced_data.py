@@ -5,6 +5,7 @@ size is checked before memory is taken. Source of the format: apple/ml-mobilecli
 `training/open_clip_v2.patch` and `training/dr/transforms.py`.
 """
 
+import gzip
 import io
 import json
 import re
@@ -17,16 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError
+from .errors import CheckpointError, DataError
+from .torch_file import read_torch_stream
 
 MAX_SAMPLE_BYTES = {
     "image": 64 << 20,
     "text": 1 << 20,
     "json": 4 << 20,
     "npz": 16 << 20,
+    "torch": 16 << 20,
 }
 MAX_AUGMENTATIONS = 1024
 MAX_CAPTIONS = 1024
@@ -118,7 +122,8 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
 
     Args:
         path: Uncompressed tar file whose members are named `<key>.<kind>`, those of a sample side
-            by side: .txt, .url.txt, .syn.json, .paug.json, .npz, and .jpg, .png or .webp.
+            by side: .txt, .url.txt, .syn.json, .paug.json, .npz or .pth.gz (the former if there
+            are both), and .jpg, .png or .webp.
 
     Yields:
         One sample at a time.
@@ -142,9 +147,6 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
                     yield _sample(f"{path}: {key[:200]}", key, members)
                     members = {}
                 key = name
-                if kind == "torch":  # only missed if there is no .npz
-                    members[suffix.lower()] = b""
-                    continue
                 limit = MAX_SAMPLE_BYTES[kind]
                 if member.size > limit:
                     raise DataError(
@@ -163,15 +165,12 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
 
 
 def _sample(where: str, key: str, members: Mapping[str, bytes]) -> Reinforced:
-    if "pth.gz" in members and "npz" not in members:
-        raise DataError(
-            f"{where}: its embeddings are a torch file, which is not read; take the data set "
-            "with .npz embeddings, without -bf16 in its name"
-        )
-    for needed in ("txt", "syn.json", "paug.json", "npz"):
+    embeddings = "pth.gz" if "pth.gz" in members and "npz" not in members else "npz"
+    for needed in ("txt", "syn.json", "paug.json", embeddings):
         if needed not in members:
             raise DataError(f"{where}: has no .{needed}; the shard is not a reinforced one")
-    arrays = _read_npz(members["npz"], where)
+    read = _read_npz if embeddings == "npz" else _read_torch_gz
+    arrays = read(members[embeddings], where)
     synthetic = _synthetic(_json(members["syn.json"], where), where)
     augmentations = _augmentations(_json(members["paug.json"], where), where)
     images, texts = (_embeddings(arrays, name, where) for name in ("image_emb", "text_emb"))
@@ -286,7 +285,7 @@ def _embeddings(
     arrays: Mapping[str, NDArray[np.float32]], name: str, where: str
 ) -> NDArray[np.float32]:
     if name not in arrays:
-        raise DataError(f"{where}: .npz has no {name[:80]}")
+        raise DataError(f"{where}: its embeddings have no {name[:80]}")
     return arrays[name]
 
 
@@ -310,6 +309,29 @@ def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
         raise DataError(
             f"{where}: damaged .npz ({str(error)[:100]}); download the shard again"
         ) from error
+    return arrays
+
+
+def _read_torch_gz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
+    """The same arrays from a compressed PyTorch file, as the bfloat16 data sets have them."""
+    limit = MAX_SAMPLE_BYTES["torch"]
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            unpacked = file.read(limit + 1)
+        if len(unpacked) > limit:
+            raise DataError(f"{where}: .pth.gz unpacks to more than {limit >> 20} MB")
+        tensors = read_torch_stream(io.BytesIO(unpacked), f"{where}: .pth.gz")
+    except (*UNREADABLE, CheckpointError) as error:
+        raise DataError(
+            f"{where}: damaged .pth.gz ({str(error)[:200]}); download the shard again"
+        ) from error
+    arrays = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or max(tensor.shape) > MAX_WIDTH:
+            raise DataError(f"{where}: {name[:80]} has shape {str(tensor.shape)[:80]}")
+        arrays[name] = np.array(tensor.astype(mx.float32))
+        if not np.isfinite(arrays[name]).all():
+            raise DataError(f"{where}: {name[:80]} holds values that are not finite")
     return arrays
 
 

@@ -1,5 +1,6 @@
 """The reinforced loss against numpy, and its data against hostile shards."""
 
+import gzip
 import io
 import json
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch_file
 
 from mlx_mobileclip import reinforced_data
 from mlx_mobileclip.errors import DataError
@@ -335,7 +337,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "truncated zip": ({"npz": npz(image_emb=np.ones((3, 7)))[:-30]}, "damaged .npz"),
     "no npz": ({"npz": None}, "has no .npz"),
-    "torch file only": ({"npz": None, "pth_gz": b"\x1f\x8b"}, "torch file"),
+    "truncated torch file": ({"npz": None, "pth_gz": gzip.compress(b"PK")[:-4]}, "damaged .pth"),
+    "no torch file": ({"npz": None, "pth_gz": gzip.compress(b"\x80\x02")}, "damaged .pth.gz"),
+    "torch bomb": ({"npz": None, "pth_gz": gzip.compress(bytes(17 << 20))}, "more than 16 MB"),
     "no captions": ({"txt": None}, "has no .txt"),
     "caption encoding": ({"txt": b"\xff"}, "not UTF-8"),
     "json": ({"syn_json": b"{"}, "not valid JSON"),
@@ -360,6 +364,20 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "is no operation",
     ),
 }
+
+
+def test_bfloat16_embeddings(tmp_path: Path) -> None:
+    """As in the data sets whose name ends in -bf16: a compressed PyTorch file."""
+    rng = np.random.default_rng(0)
+    arrays = {"image_emb": rng.random((3, WIDTH)), "text_emb": rng.random((3, WIDTH))}
+    arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+    file = torch_file.write_torch(tmp_path / "x.pth", arrays, mx.bfloat16)
+    sample = members(npz=None, pth_gz=gzip.compress(file.read_bytes()))
+    (read,) = read_shard(shard(tmp_path / "0.tar", sample))
+    rounded = {k: np.array(mx.array(v, mx.bfloat16).astype(mx.float32)) for k, v in arrays.items()}
+    assert np.array_equal(read.image_embeddings, rounded["image_emb"])
+    assert np.array_equal(read.caption_embeddings, rounded["text_emb"][0])
+    assert np.array_equal(read.synthetic_embeddings["syn_text"], rounded["text_emb"][1:])
 
 
 @pytest.mark.parametrize("name", HOSTILE)

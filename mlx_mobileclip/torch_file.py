@@ -21,12 +21,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_mobileclip.errors import CheckpointError, name_some
+from .errors import CheckpointError, name_some
 
 MAX_PICKLE_BYTES = 16 << 20
 MAX_STEPS = 2_000_000  # of the pickle; the largest MobileCLIP takes some 100,000
@@ -89,17 +89,26 @@ def read_torch(path: Path) -> dict[str, mx.array]:
         CheckpointError: the file is damaged, holds anything but tensors and plain values, or is
             of the kind that PyTorch wrote before 1.6.
     """
-    where = str(path)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            return read_torch_stream(file, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_torch_stream(file: IO[bytes], where: str) -> dict[str, mx.array]:
+    """`read_torch` for an open file; `where` is what messages call it."""
+    try:
+        size_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        start = file.read(4)
         if not start.startswith(b"PK"):
             raise CheckpointError(_not_a_zip(where, start))
-        with zipfile.ZipFile(path) as archive:
-            root = _check_archive(archive, path.stat().st_size, where)
+        with zipfile.ZipFile(file) as archive:
+            root = _check_archive(archive, size_bytes, where)
             data = archive.read(f"{root}data.pkl")
             tensors = _tensors_of(_Machine(data, where).run(), where)
-            return _load(archive, root, tensors, path.stat().st_size, where)
+            return _load(archive, root, tensors, size_bytes, where)
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
         raise CheckpointError(
             f"{where}: not a sound PyTorch file ({str(error)[:200]}); download it again"

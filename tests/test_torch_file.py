@@ -29,8 +29,8 @@ from torch_file import (
     write_zip,
 )
 
-from convert.pickle_reader import read_torch
 from mlx_mobileclip import CheckpointError
+from mlx_mobileclip.torch_file import read_torch
 
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
