@@ -159,7 +159,8 @@ def values(shapes: Shapes, seed: int = 0) -> Tensors:
             fan_in = shape[0] if name.endswith("proj") else int(np.prod(shape[1:]))
             result[name] = (unit - 0.5) * np.float32(2 * (3 / fan_in) ** 0.5)
             if len(shape) == 4 and re.search(r"(token_mixer|pos_emb|network\.6)\.reparam", name):
-                result[name][:, 0, shape[2] // 2, shape[3] // 2] += 1  # the residual, fused
+                result[name] *= np.float32(0.3)  # a layer scale and the residual, fused
+                result[name][:, 0, shape[2] // 2, shape[3] // 2] += 1
     return result
 
 
