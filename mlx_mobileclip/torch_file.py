@@ -29,7 +29,7 @@ import numpy as np
 from .errors import CheckpointError, name_some
 
 MAX_PICKLE_BYTES = 16 << 20
-MAX_STEPS = 2_000_000  # of the pickle; the largest MobileCLIP takes some 100,000
+MAX_STEPS = 500_000  # of the pickle; the largest MobileCLIP takes some 100,000
 MAX_ENTRIES = 100_000
 MAX_DIMENSIONS = 8
 MAX_COUNT = 1 << 40
