@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mlx_mobileclip.checkpoint import Fields
-from mlx_mobileclip.errors import ConfigError
 from mlx_mobileclip.fastvit import FastViTConfig
 
 MODEL_TYPE = "mlx_fastvlm"
@@ -137,12 +136,7 @@ class FastVLMConfig:
     def from_json(cls, values: dict[str, Any], where: str) -> "FastVLMConfig":
         """Read and check a canonical config.json; raises ConfigError naming the field at fault."""
         fields = Fields(values, where)
-        version = fields.integer("format_version", 1, 1 << 20)
-        if version > FORMAT_VERSION:
-            raise ConfigError(
-                f"{where}: format_version {version} is newer than this program knows "
-                f"({FORMAT_VERSION}); update mlx-fastvlm, or convert the source again"
-            )
+        fields.check_version(FORMAT_VERSION)
         packed = fields.object("quantization") if fields.has("quantization") else None
         config = cls(
             text=Qwen2Config.from_json(fields.object("text_config")),

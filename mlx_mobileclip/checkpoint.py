@@ -59,6 +59,15 @@ class Fields:
             raise self.error(key, "is not an object")
         return Fields(value, f"{self.where}: {key}")
 
+    def check_version(self, known: int) -> None:
+        """Refuse a canonical config that is newer than this program."""
+        version = self.integer("format_version", 1, 1 << 20)
+        if version > known:
+            raise ConfigError(
+                f"{self.where}: format_version {version} is newer than this program knows "
+                f"({known}); update mlx-fastvlm, or convert the source again"
+            )
+
     def _check(self, key: str, value: Any, kinds: Any, low: float, high: float) -> Any:
         if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
             scalar = isinstance(value, (int, float, str)) and len(repr(value)) < 40

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .checkpoint import Fields
-from .errors import ConfigError, ImageError, ModelError, PromptError
+from .errors import ImageError, ModelError, PromptError
 from .fastvit import FastViT, FastViTConfig
 from .text import TextConfig, TextTower
 from .vit import ViT, ViTConfig
@@ -85,12 +85,7 @@ class MobileCLIPConfig:
     def from_json(cls, values: dict[str, Any], where: str) -> "MobileCLIPConfig":
         """Read and check a canonical config.json; raises ConfigError naming the field at fault."""
         fields = Fields(values, where)
-        version = fields.integer("format_version", 1, 1 << 20)
-        if version > FORMAT_VERSION:
-            raise ConfigError(
-                f"{where}: format_version {version} is newer than this program knows "
-                f"({FORMAT_VERSION}); update mlx-fastvlm, or convert the source again"
-            )
+        fields.check_version(FORMAT_VERSION)
         image = fields.object("image_config")
         vit = image.choice("tower", ("fastvit", "vit")) == "vit"
         config = cls(

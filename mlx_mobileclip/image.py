@@ -172,24 +172,29 @@ def resize_pad(image: Image.Image, size: int) -> Image.Image:
     return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def resize_crop(
-    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
-    """Resize the shorter side to `size`, then cut the central (size, size) out.
+def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """Resize so that the shorter side is `size`; the longer one is rounded down.
 
     Raises:
-        ImageError: the image is so elongated that its resized long side exceeds 16384 px.
+        ImageError: the image is so elongated that its longer side would exceed 16384 px.
     """
     width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = size * long // short
-    if resized_long > MAX_IMAGE_SIDE:
+    longer = size * max(width, height) // min(width, height)
+    if longer > MAX_IMAGE_SIDE:
         raise ImageError(
-            f"an image of {width} x {height} px is too elongated to crop; use --image-mode pad"
+            f"an image of {width} x {height} px is too elongated to cut a square from; crop it, "
+            "or use --image-mode pad where there is one"
         )
-    shape = (size, resized_long) if width <= height else (resized_long, size)
-    resized = image.resize(shape, resample)
-    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return image.resize((size, longer) if width <= height else (longer, size), resample)
+
+
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size`, then cut the central (size, size) out.
+
+    Source: transformers 4.48 `image_transforms.py` center_crop, which rounds offsets down.
+    """
+    resized = resize_shorter(image, size, Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
 
 

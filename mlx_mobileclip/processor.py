@@ -9,7 +9,7 @@ from PIL import Image
 
 from .clip import PreprocessConfig
 from .errors import ImageError
-from .image import MAX_IMAGE_SIDE, ImageSource, open_image
+from .image import ImageSource, open_image, resize_shorter
 from .tokenizer import Tokenizer, clip_tokenizer
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -87,19 +87,9 @@ class Processor:
 def _resize_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     """Shorter side to `size`, then the central square, to the pixel as torchvision cuts it.
 
-    Source: torchvision 0.25 `transforms/functional.py` resize and center_crop: the long side is
-    rounded down and an offset of half a pixel is rounded to even.
+    Source: torchvision 0.25 `transforms/functional.py` center_crop, which rounds an offset of
+    half a pixel to even.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = size * long // short
-    if resized_long > MAX_IMAGE_SIDE:
-        raise ImageError(
-            f"an image of {width} x {height} px is too elongated to cut a square from; "
-            "crop it first"
-        )
-    shape = (size, resized_long) if width <= height else (resized_long, size)
-    if shape != image.size:
-        image = image.resize(shape, resample)
-    left, top = (round((side - size) / 2) for side in shape)
-    return image.crop((left, top, left + size, top + size))
+    resized = resize_shorter(image, size, resample)
+    left, top = (round((side - size) / 2) for side in resized.size)
+    return resized.crop((left, top, left + size, top + size))

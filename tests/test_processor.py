@@ -60,7 +60,7 @@ def test_crop_is_bit_equal_to_the_reference(shape: tuple[int, int]) -> None:
 
 
 def test_crop_refuses_what_would_be_huge() -> None:
-    with pytest.raises(ImageError, match="too elongated to crop"):
+    with pytest.raises(ImageError, match="too elongated"):
         resize_crop(noise(2000, 3), 1024)
 
 
