@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import synthetic
 
-from convert import fastvlm
 from mlx_fastvlm import CheckpointError, ConfigError, FastVLM, generate, load
 from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.loader import read_canonical
 from mlx_mobileclip.checkpoint import named_parameters
 from mlx_mobileclip.hub import Checkpoint
+from mlx_mobileclip.loader import import_converter
 
+fastvlm = import_converter("fastvlm")  # the module that `load` uses
 LAYOUTS = ("llava_qwen2", "fast_vlm", "mlx-vlm")
 
 

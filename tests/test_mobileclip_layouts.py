@@ -14,15 +14,15 @@ import torch_file
 from synthetic_clip import PUBLISHED, layouts_of, listing, tiny_config, tiny_shapes, values
 
 from convert import __main__ as command
-from convert import mobileclip
-from convert.mobileclip import LAYOUTS, canonical_tensors
 from mlx_mobileclip import CheckpointError, ConfigError, MobileCLIP, ModelError, load
 from mlx_mobileclip.checkpoint import named_parameters
 from mlx_mobileclip.clip import MobileCLIPConfig
 from mlx_mobileclip.fastvit import FastViTConfig
+from mlx_mobileclip.loader import import_converter
 from mlx_mobileclip.variants import VARIANTS, published_variant, variant_named
 
-LAYOUT = {layout.name: layout for layout in LAYOUTS}
+mobileclip = import_converter("mobileclip")  # the module that `load` uses
+LAYOUT = {layout.name: layout for layout in mobileclip.LAYOUTS}
 CASES = [(v, layout, fused) for v in PUBLISHED for layout in layouts_of(v) for fused in (0, 1)]
 
 
@@ -37,7 +37,7 @@ def canonical(
     tensors: dict[str, Any], config: MobileCLIPConfig, layout: str
 ) -> dict[str, mx.array]:
     arrays = {key: mx.array(value) for key, value in tensors.items()}
-    return canonical_tensors(arrays, config, LAYOUT[layout], "test")
+    return mobileclip.canonical_tensors(arrays, config, LAYOUT[layout], "test")
 
 
 @pytest.mark.parametrize(("variant", "layout", "fused"), CASES)
@@ -46,7 +46,7 @@ def test_nothing_is_missing_or_left_over(variant: str, layout: str, fused: int) 
     config = VARIANTS[variant]
     if layout == "timm":
         config = replace(config, text=None)
-    found = canonical_tensors(tensors, config, LAYOUT[layout], variant)
+    found = mobileclip.canonical_tensors(tensors, config, LAYOUT[layout], variant)
     expected = named_parameters(MobileCLIP(config))
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
 

@@ -15,13 +15,14 @@ from PIL import Image
 from synthetic_clip import tiny_config, tiny_shapes, values
 from tolerances import FOLD_FLOAT32, relative_error
 
-from convert.mobileclip import LAYOUTS, canonical_tensors
 from mlx_mobileclip import ImageError, MobileCLIP, Processor, PromptError, load, tokenizer
 from mlx_mobileclip.clip import MobileCLIPConfig
+from mlx_mobileclip.loader import import_converter
 from mlx_mobileclip.tokenizer import clip_tokenizer
 from mlx_mobileclip.variants import VARIANTS
 
-APPLE = LAYOUTS[0]
+mobileclip = import_converter("mobileclip")  # the module that `load` uses
+APPLE = mobileclip.LAYOUTS[0]
 # Ids as open_clip 3.3.0 gives them, without start and end.
 GOLDEN = {
     "a photo of a cat": [320, 1125, 539, 320, 2368],
@@ -42,7 +43,7 @@ def apple_model(
     tensors = values(shapes(variant, "apple", fused))
     arrays = {key: mx.array(value) for key, value in tensors.items()}
     model = MobileCLIP(config)
-    model.load_weights(list(canonical_tensors(arrays, config, APPLE, "test").items()))
+    model.load_weights(list(mobileclip.canonical_tensors(arrays, config, APPLE, "test").items()))
     return model, tensors
 
 
@@ -154,8 +155,6 @@ def test_every_kind_of_image() -> None:
 
 @pytest.fixture
 def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MobileCLIP, Processor]:
-    from convert import mobileclip
-
     monkeypatch.setattr(mobileclip, "VARIANTS", {n: tiny_config(n) for n in VARIANTS})
     tensors = values(tiny_shapes("MobileCLIP2-S0", "open_clip"))
     return load(synthetic_clip.write(tmp_path / "mobileclip2_s0.pt", tensors))
@@ -213,8 +212,8 @@ def test_embedding_needs_no_heavy_package(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from synthetic_clip import tiny_config
-from convert import mobileclip
-mobileclip.VARIANTS = {{"MobileCLIP2-S0": tiny_config("MobileCLIP2-S0")}}
+from mlx_mobileclip.loader import import_converter
+import_converter("mobileclip").VARIANTS = {{"MobileCLIP2-S0": tiny_config("MobileCLIP2-S0")}}
 import mlx_mobileclip
 model, processor = mlx_mobileclip.load({str(path)!r})
 model.encode_text(processor.texts(["a cat"]))
