@@ -1,6 +1,7 @@
 """Convert a checkpoint of any known layout: `python -m convert --model SRC --mlx-path DST`."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
 from mlx_fastvlm.loader import read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.tokenizer import Tokenizer
-from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json
+from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json, read_tensors
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import MobileCLIP
 from mlx_mobileclip.command import progress, run_command
-from mlx_mobileclip.errors import ConfigError
-from mlx_mobileclip.hub import WEIGHT_SUFFIXES, Checkpoint, resolve, resolve_file
+from mlx_mobileclip.errors import CheckpointError, ConfigError
+from mlx_mobileclip.hub import WEIGHT_SUFFIXES, Checkpoint, look, resolve, resolve_file
 from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.variants import published_variant
@@ -71,8 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--q-mode",
         choices=sorted(QUANTIZATION_MODES),
-        default="affine",
-        help="default: %(default)s",
+        help="default: affine",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read back what was written and compare every bit"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -86,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode):
+        raise ConfigError("--q-bits, --q-group-size and --q-mode need -q; add it")
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     check_target(args.mlx_path)
     if _is_mobileclip(args.model, args.variant):
         _run_mobileclip(args)
@@ -95,13 +102,13 @@ def _run(args: argparse.Namespace) -> None:
 
 def _is_mobileclip(model: str, variant: str | None) -> bool:
     """MobileCLIP by its name, as a single file, or by a config that names no other model."""
-    path = Path(model).expanduser()
     if variant is not None or published_variant(model) is not None:
         return True
-    if path.is_file():
+    path, is_directory, is_file = look(model)
+    if is_file:
         return path.suffix in WEIGHT_SUFFIXES
     config = path / "config.json"
-    if not path.is_dir():
+    if not is_directory:
         return False
     return not config.is_file() or read_json(config).get("model_type") in (None, MOBILECLIP_TYPE)
 
@@ -142,7 +149,9 @@ def _write(
     packing: Quantization | None = None,
     words: Tokenizer | None = None,
 ) -> None:
-    change = f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
+    graft = config["source"].get("vision_from")
+    change = f"Image tower taken from: {graft}\n" if graft else ""
+    change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
     change += f", decoder quantised to {packing.bits} bits." if packing else "."
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
         weights = named_parameters(model)
@@ -152,9 +161,19 @@ def _write(
             if words is not None:
                 words.save(directory / "tokenizer.json")
             copy_licence(checkpoint.path, directory, _described(checkpoint), change)
+            if args.verify:
+                _verify(directory, model)
 
         write_checkpoint(args.mlx_path, config, weights, other_files)
         tell(f"wrote {args.mlx_path}: {size_bytes / 1e9:.2f} GB of weights")
+
+
+def _verify(directory: Path, model: nn.Module) -> None:
+    """Raise CheckpointError unless the directory holds the model's weights, bit by bit."""
+    written = read_tensors(directory)
+    for name, weight in named_parameters(model).items():
+        if name not in written or not mx.array_equal(written[name], weight).item():
+            raise CheckpointError(f"{directory}: {name} was not written as it is; try another disk")
 
 
 def _described(checkpoint: Checkpoint) -> str:
@@ -163,9 +182,10 @@ def _described(checkpoint: Checkpoint) -> str:
 
 
 def _packing(args: argparse.Namespace) -> Quantization:
-    bits, group_sizes = QUANTIZATION_MODES[args.q_mode]
+    mode = args.q_mode or "affine"
+    bits, group_sizes = QUANTIZATION_MODES[mode]
     fields = {
-        "mode": args.q_mode,
+        "mode": mode,
         "bits": args.q_bits if args.q_bits is not None else (4 if 4 in bits else bits[0]),
         "group_size": args.q_group_size
         if args.q_group_size is not None

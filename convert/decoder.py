@@ -1,6 +1,6 @@
 """Take FastVLM's decoder and projector out of a source checkpoint, float or quantised."""
 
-import sys
+import warnings
 
 import mlx.core as mx
 
@@ -88,10 +88,10 @@ class Decoder:
         pairs = list(zip(head.values(), embedding.values(), strict=False))
         same = len(head) == len(embedding) and all(a.shape == b.shape for a, b in pairs)
         if not same or not all(mx.array_equal(a, b).item() for a, b in pairs):
-            print(
-                f"warning: {self.source.where}: lm_head differs from embed_tokens, but config.json "
-                "ties them; lm_head is ignored. Set tie_word_embeddings to false to use it",
-                file=sys.stderr,
+            warnings.warn(
+                f"{self.source.where}: lm_head differs from embed_tokens, but config.json ties "
+                "them; lm_head is ignored. Set tie_word_embeddings to false to use it",
+                stacklevel=2,
             )
 
     def projector(self) -> dict[str, mx.array]:

@@ -70,7 +70,8 @@ def convert_fastvlm(
         "layout": layout.name,
     }
     if vision_from is not None:
-        record["vision_from"] = vision_from.name
+        commit = f", commit {vision_from.revision}" if vision_from.revision else ""
+        record["vision_from"] = vision_from.name + commit
     return replace(config, quantization=decoder.packed, source=record), canonical
 
 

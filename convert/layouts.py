@@ -131,7 +131,7 @@ def named_source(
         if part == "vision":
             return layout.vision + tower_name(rest)
         if part == "projector":
-            if projector_type == "linear" and "{even}" in layout.projector:
+            if projector_type == "linear" and ".{even}" in layout.projector:
                 return layout.projector.removesuffix(".{even}") + "." + rest.partition(".")[2]
             i, _, rest = rest.partition(".")
             layer = layout.projector.format(even=2 * int(i), ordinal=int(i) + 1)

@@ -67,6 +67,8 @@ def check_target(target: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: cannot be written ({reason})") from error
+    if target.name in ("", ".."):
+        raise CheckpointError(f"{target}: give a new directory as --mlx-path")
     if in_use:
         raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
 

@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    module = import_module(_MODULES[name], __name__)
+    if _MODULES[name] == ".generate":  # the import has put the module under the function's name
+        globals()["generate"] = module.generate
+    value = globals()[name] = getattr(module, name)
     return value
 
 

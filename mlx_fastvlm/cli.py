@@ -114,13 +114,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     prompt = PRESETS[args.preset] if args.preset else args.prompt
-    from mlx_mobileclip.hub import resolve
+    from mlx_mobileclip.hub import is_repository, resolve
 
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if is_repository(args.model):
+        _check(args, prompt)  # before anything is downloaded
     checkpoint = resolve(args.model, args.revision)
-    if not args.image and prompt is None:
-        raise PromptError("there is nothing to answer; give --image, --prompt or both")
+    _check(args, prompt)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
         from .generate import join, stream_generate
@@ -160,6 +161,19 @@ def _run(args: argparse.Namespace) -> None:
     print()
     if not args.quiet:
         print(_summary(result.stats), file=sys.stderr)
+
+
+def _check(args: argparse.Namespace, prompt: str | None) -> None:
+    """Find what is wrong with the options before the model is loaded."""
+    from mlx_mobileclip.image import find_image
+
+    from .sampling import Sampling
+
+    if not args.image and prompt is None:
+        raise PromptError("there is nothing to answer; give --image, --prompt or both")
+    for path in args.image:
+        find_image(path)
+    Sampling(args.repetition_penalty, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
 
 
 def _summary(stats: "Stats") -> str:

@@ -4,6 +4,12 @@ Also the target of `python -m mlx_fastvlm.generate`; the command line is in `cli
 """
 
 import sys
+
+if __name__ == "__main__":  # first, so that Ctrl-C during the imports below is told in one line
+    from .cli import main
+
+    sys.exit(main())
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -160,10 +166,12 @@ def stream_generate(
     started = time.perf_counter()
     inputs = processor(prompt, images, system=system, resolution=resolution, image_mode=image_mode)
     length = inputs.input_ids.size
-    if max_tokens < 1 or length + max_tokens > processor.max_length:
+    room = processor.max_length - length
+    if not room:
+        raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
+    if not isinstance(max_tokens, int) or not 1 <= max_tokens <= room:
         raise PromptError(
-            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to "
-            f"{processor.max_length - length}"
+            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
         )
     clock = _Clock(started, preprocess=time.perf_counter())
     embeddings, image_tokens = _embed(model, inputs)
@@ -234,12 +242,12 @@ def _tokens(
         return mx.where(mx.isfinite(mx.sum(logits)), sampler(logits), -1)
 
     token = step(inputs.input_ids[None], embeddings)
-    mx.async_eval(token)
+    mx.async_eval(token, sampler.state)
     for count in range(1, max_tokens + 1):
         following = None
         if count < max_tokens:
             following = step(mx.maximum(token, 0).reshape(1, 1))
-            mx.async_eval(following)
+            mx.async_eval(following, sampler.state)
         value = cast(int, token.item())
         if value < 0:
             raise ModelError(
@@ -323,10 +331,5 @@ class _CallableModule(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         return generate(*args, **kwargs)
 
-
-if __name__ == "__main__":
-    from .cli import main
-
-    sys.exit(main())
 
 sys.modules[__name__].__class__ = _CallableModule

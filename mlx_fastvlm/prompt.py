@@ -102,7 +102,7 @@ def _turn(message: Message) -> tuple[str, list[Part]]:
 def _place_images(turns: list[tuple[str, list[Part]]], image_count: int) -> None:
     places = [part for _, parts in turns for part in parts if isinstance(part, Image)]
     open_places = sum(place.source is None for place in places)
-    if not open_places and image_count:
+    if not places and image_count:
         first = next(parts for role, parts in turns if role == "user")
         first[:0] = [Image(), "\n"] * image_count
     elif open_places != image_count:
@@ -128,7 +128,8 @@ def encode(
     """Turn rendered parts into ids, each image into as many IMAGE_TOKEN as it has embeddings.
 
     Raises:
-        PromptError: more than `max_length` tokens, or so much text that it must be.
+        PromptError: more than `max_length` tokens; or more than 8 characters for each of them, a
+            limit of its own that is checked first.
     """
     characters = sum(len(part) for part in parts if isinstance(part, str))
     if characters > CHARACTERS_PER_TOKEN * max_length:

@@ -61,6 +61,12 @@ class Sampler:
             self._seen = mx.zeros((vocab_size,), mx.bool_)
             if ids:
                 self._seen[mx.array(ids)] = True
+        mx.eval(self.state)
+
+    @property
+    def state(self) -> list[mx.array]:
+        """What later draws depend on; evaluate it with each token, so that any thread can go on."""
+        return [self._key] if self._seen is None else [self._key, self._seen]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Draw one token from float32 logits (V,); returns a scalar id, int32."""

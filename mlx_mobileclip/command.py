@@ -24,7 +24,7 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries' remarks; errors are told below
-            warnings.filterwarnings("always", module="mlx_mobileclip|mlx_fastvlm")
+            warnings.filterwarnings("always", module="mlx_mobileclip|mlx_fastvlm|convert")
             warnings.showwarning = _show_warning
             command()
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import read_json, tensor_files
-from .errors import CheckpointError
+from .errors import CheckpointError, ModelError
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = (
@@ -61,9 +61,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Check
         CheckpointError: no such directory, or the repository is neither cached nor reachable.
     """
     name = os.fspath(model)
-    if _is_repository(model):
+    if is_repository(model):
         return _fetch(name, revision, _download_fastvlm)
-    path, is_directory, is_file = _look(name)
+    path, is_directory, is_file = look(name)
     if is_file and path.suffix == ".zip":
         raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
     if not is_directory:
@@ -84,9 +84,9 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
     """
     name = os.fspath(model)
     of_weights = Path(name).suffix in WEIGHT_SUFFIXES
-    if _is_repository(model) and not of_weights:
+    if is_repository(model) and not of_weights:
         return _fetch(name, revision, _download_mobileclip)
-    path, is_directory, is_file = _look(name)
+    path, is_directory, is_file = look(name)
     if is_directory or (is_file and of_weights):
         return Checkpoint(path, name)
     what = f"is no {', '.join(WEIGHT_SUFFIXES)} file" if is_file else "no such file"
@@ -96,11 +96,12 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
     )
 
 
-def _is_repository(model: str | os.PathLike[str]) -> bool:
+def is_repository(model: str | os.PathLike[str]) -> bool:
+    """Whether this names a repository on the Hub rather than something local."""
     return isinstance(model, str) and bool(REPOSITORY.fullmatch(model)) and model[0] != "."
 
 
-def _look(name: str) -> tuple[Path, bool, bool]:
+def look(name: str) -> tuple[Path, bool, bool]:
     """A local path, whether it is a directory, and whether it is a file."""
     try:
         path = Path(name).expanduser()
@@ -165,6 +166,11 @@ def _fetch(
         raise CheckpointError(
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
             f"connect and run the command again to download it{local}"
+        ) from error
+    except ModelError as error:
+        raise CheckpointError(
+            f"{name}: holds no checkpoint that can be used ({str(error)[:200]}); choose another "
+            "repository, or if you are offline, connect and run the command again"
         ) from error
     except Exception as error:  # each release of the client has its own transport errors
         raise CheckpointError(

@@ -59,6 +59,20 @@ def open_image(source: ImageSource) -> Image.Image:
             f"an image cannot be a {type(source).__name__}; "
             "give a path, bytes, a PIL image or a uint8 array"
         )
+    path = find_image(source)
+    try:
+        with path.open("rb") as file:
+            return _decode(file, os.fspath(source))
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def find_image(source: str | os.PathLike[str]) -> Path:
+    """The path of an image file, without opening it.
+
+    Raises:
+        ImageError: it is a URL, no file, or larger than 512 MB.
+    """
     name = os.fspath(source)
     if "://" in name or name.startswith("data:"):
         raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
@@ -69,12 +83,11 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ImageError(f"{name}: {what}; give the path of an image")
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise ImageError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
-        with path.open("rb") as file:
-            return _decode(file, name)
     # ValueError: a NUL in the name; RuntimeError: ~ of an unknown user.
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name[:200]!r}: cannot be read ({reason})") from error
+    return path
 
 
 def _decode(source: Any, name: str) -> Image.Image:

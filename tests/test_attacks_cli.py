@@ -67,8 +67,8 @@ BAD_CONVERSIONS = [
     (["--mlx-path", "x" * 300], "cannot be written"),
     (["--mlx-path", "BASE/loop"], "cannot be written"),
     (["--mlx-path", "BASE/dangling"], "cannot be written"),
-    (["--mlx-path", "."], "already exists"),
-    (["--mlx-path", ""], "already exists"),
+    (["--mlx-path", "."], "give a new directory"),
+    (["--mlx-path", ""], "give a new directory"),
     (["--vision-from", "SOUND"], "has an image tower of its own"),
     (["--model", "BASE/done", "--vision-from", "SOUND"], "has an image tower of its own"),
     (["--model", "BASE/unfit"], "belong to different models"),
@@ -322,14 +322,14 @@ def test_revision_is_passed_on_and_recorded(listing: Any) -> None:
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_half_a_download_says_so(listing: Any, missing: str) -> None:
     listing.files = [name for name in listing.files if name != missing]
-    with pytest.raises(CheckpointError, match=r"the download is incomplete.*connect and run"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*connect and run"):
         hub.resolve("org/name")
 
 
 def test_missing_shard_of_a_download_says_so(listing: Any, sound: Path) -> None:
     listing.files.append("model.safetensors.index.json")
     listing.contents = b'{"weight_map": {"x": "model-00002-of-00002.safetensors"}}'
-    with pytest.raises(CheckpointError, match="the download is incomplete"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
         hub.resolve("org/name")
 
 

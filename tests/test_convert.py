@@ -88,6 +88,29 @@ def test_bad_quantisation(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "q").exists()
 
 
+def test_packing_options_need_q(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, tmp_path / "q", "--q-bits", "8") == 1
+    assert "need -q; add it" in capsys.readouterr().err
+
+
+def test_verify_reads_back_what_was_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(source, tmp_path / "good", "--verify") == 0
+    read = command.read_tensors
+
+    def damaged(path: Path) -> dict[str, mx.array]:
+        tensors = read(path)
+        name = next(iter(tensors))
+        return tensors | {name: tensors[name] + 1}
+
+    monkeypatch.setattr(command, "read_tensors", damaged)
+    assert convert(source, tmp_path / "bad", "--verify") == 1
+    assert not (tmp_path / "bad").exists()
+
+
 def test_shards_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tensors = {f"t{i}": mx.full((10,), i, mx.float32) for i in range(7)}
     checkpoint.write_tensors(tmp_path, dict(tensors), shard_bytes=100)

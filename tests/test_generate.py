@@ -1,5 +1,6 @@
 """The loop: streaming, stopping, sampling, guards."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,25 @@ def test_not_finite_is_an_error_not_a_text(tiny: tuple[FastVLM, Processor], tmp_
 def test_bad_options(tiny: tuple[FastVLM, Processor], options: dict[str, Any]) -> None:
     with pytest.raises(PromptError):
         generate(*tiny, "q", **options)
+
+
+def test_a_full_context_leaves_no_room(tiny: tuple[FastVLM, Processor]) -> None:
+    rest = tiny[1].max_length - tiny[1]("").input_ids.size
+    with pytest.raises(PromptError, match="leaves no room for an answer"):
+        generate(*tiny, "1" * rest)
+
+
+def test_a_stream_can_move_between_threads(tiny: tuple[FastVLM, Processor]) -> None:
+    """As in a server that takes each piece in whatever thread is free."""
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "repetition_penalty": 1.3}
+    alone = [c.token_id for c in stream_generate(*tiny, "the", IMAGE, seed=1, **options)]
+    stream = stream_generate(*tiny, "the", IMAGE, seed=1, **options)
+    taken: list[Any] = []
+    for _ in alone:
+        thread = threading.Thread(target=lambda: taken.append(next(stream)))
+        thread.start()
+        thread.join()
+    assert [chunk.token_id for chunk in taken] == alone
 
 
 def test_same_seed_same_answer(tiny: tuple[FastVLM, Processor]) -> None:

@@ -88,6 +88,11 @@ def test_images_without_places_come_first_each_on_its_line() -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], 2, "places for 1 images but 2"),
         ([{"role": "user", "content": [{"type": "image"}] * 2}], 1, "places for 2 images but 1"),
         ([{"role": "user", "content": [{"type": "image"}]}], 0, "places for 1 images but 0"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": b"x"}]}],
+            1,
+            "places for 0 images but 1",
+        ),
         ([], 0, "last message must be the user's"),
         ([{"role": "assistant", "content": "a"}], 0, "last message must be the user's"),
         ([{"role": "tool", "content": "a"}], 0, "role is one of"),
