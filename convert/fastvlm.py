@@ -18,7 +18,8 @@ from mlx_mobileclip.hub import Checkpoint
 
 from .decoder import Decoder, Packings
 from .fuse import fold_fastvit
-from .layouts import detect, named_source, without_wrapper
+from .layouts import detect, named_source
+from .source import without_prefixes
 
 ROPE_THETA = 1e6  # every FastVLM's; transformers' default of 10000 would be wrong
 MAX_POSITIONS = 32768
@@ -26,6 +27,7 @@ MAX_LENGTH = 8192
 IMAGE_SIZE = 1024
 # transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
 PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of PEFT and of training
 NEVER_USED = r"\.num_batches_tracked$|\.rotary_emb\.inv_freq$|\.head\.(proj|fc\.weight|fc\.bias)$"
 
 
@@ -45,7 +47,7 @@ def convert_fastvlm(
     """
     fields = Fields(values, str(checkpoint.path / "config.json"))
     _check_kind(fields)
-    tensors = without_wrapper(read_tensors(checkpoint.path))
+    tensors = without_prefixes(read_tensors(checkpoint.path), WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     has_tower = bool(layout.vision) and any(key.startswith(layout.vision) for key in tensors)
     if has_tower == (vision_from is not None):
@@ -124,7 +126,7 @@ def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.arr
         }
     fields = Fields(values, str(path))
     _check_kind(fields)
-    tensors = without_wrapper(tensors)
+    tensors = without_prefixes(tensors, WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     vision = _vision_config(fields)
     towers = {k: t for k, t in tensors.items() if layout.vision and k.startswith(layout.vision)}

@@ -87,14 +87,6 @@ LAYOUTS = (
 )
 
 
-def without_wrapper(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The tensors without the prefix that training wrappers leave on every name."""
-    prefix = "base_model.model."  # left by PEFT's merged checkpoints
-    if not all(key.startswith(prefix) for key in tensors):
-        return tensors
-    return {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
-
-
 def detect(keys: Iterable[str], where: str) -> Layout:
     """The layout these names belong to; raises CheckpointError if it is none of them."""
     keys = list(keys)

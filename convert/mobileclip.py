@@ -22,10 +22,10 @@ from mlx_mobileclip.vit import STEM_SIZES, ViTConfig
 
 from .apple import TEXT_NAMES, VIT_NAMES, apple_name, apple_tower_name, network_indices
 from .fuse import fold_conv_norm, fold_fastvit, fold_text_block
-from .source import Source
+from .source import Source, without_prefixes
 
 NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$"
-WRAPPERS = ("module.", "model.", "timm_model.")  # left by DistributedDataParallel and the like
+WRAPPERS = ("module.", "_orig_mod.", "model.", "timm_model.")  # of training and of other code
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,8 @@ def convert_mobileclip(
     """
     file = _weights_file(checkpoint)
     config = _config(checkpoint, file, variant)
-    tensors = _without_wrapper(
-        read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    )
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    tensors = without_prefixes(tensors, WRAPPERS)
     layout = _detect(tensors, checkpoint.name)
     if not layout.text:
         config = replace(config, text=None)
@@ -116,7 +115,11 @@ def _weights_file(checkpoint: Checkpoint) -> Path:
     if checkpoint.path.is_file():
         return checkpoint.path
     for suffix in (".safetensors", ".bin", ".pt"):
-        found = sorted(p for p in checkpoint.path.iterdir() if p.suffix == suffix and p.is_file())
+        found = sorted(
+            p
+            for p in checkpoint.path.iterdir()
+            if p.suffix == suffix and p.name[0] != "." and p.is_file()
+        )
         if len(found) > 1:  # open_clip's repositories may hold a bare trunk as well
             found = [p for p in found if p.name.startswith("open_clip")] or found
         if len(found) > 1:
@@ -137,7 +140,9 @@ def _config(checkpoint: Checkpoint, file: Path, variant: str | None) -> MobileCL
         if name is None:
             raise ConfigError(f"variant {variant[:40]!r} is not one of {', '.join(VARIANTS)}")
     else:
-        name = published_variant(checkpoint.name) or published_variant(file.name)
+        name = published_variant(checkpoint.name)
+        if name is None and checkpoint.revision is None:
+            name = published_variant(file.name)  # a local directory may be called anything
         if name is None:
             raise ConfigError(
                 f"{checkpoint.name}: its name is not that of a published model; say which one it "
@@ -167,21 +172,21 @@ def _stated(fields: Fields, config: MobileCLIPConfig) -> MobileCLIPConfig:
                 f"is {'on' if causal else 'off'}, unlike that of {config.variant}; "
                 "choose the --variant it was trained as",
             )
-    if not fields.has("preprocess_cfg"):
-        return config
-    given = fields.object("preprocess_cfg")
-    given.choice("resize_mode", ("shortest",), "shortest")
     values: dict[str, Any] = asdict(config.preprocess)
-    values |= {key: given.values[key] for key in ("mean", "std", "interpolation") if given.has(key)}
-    preprocess = PreprocessConfig.from_json(Fields(values, given.where))
+    where = fields.where
+    if model.has("vision_cfg") and model.object("vision_cfg").has("image_size"):
+        values["image_size"] = model.object("vision_cfg").get("image_size")
+    if fields.has("preprocess_cfg"):
+        given = fields.object("preprocess_cfg")
+        given.choice("resize_mode", ("shortest",), "shortest")
+        stated = ("mean", "std", "interpolation")
+        values |= {key: given.values[key] for key in stated if given.has(key)}
+        where = given.where
+    preprocess = PreprocessConfig.from_json(Fields(values, where))
+    size = preprocess.image_size
+    if isinstance(config.image, ViTConfig) and size != config.image.image_size:
+        raise fields.error("image_size", f"{size} is not the {config.image.image_size} it is for")
     return replace(config, preprocess=preprocess)
-
-
-def _without_wrapper(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    for prefix in WRAPPERS:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
-    return tensors
 
 
 def _detect(keys: Iterable[str], where: str) -> Layout:

@@ -97,3 +97,15 @@ class Source:
                 f"{self.where}: tensors do not fit the model its config describes; "
                 + "; ".join(problems)
             )
+
+
+def without_prefixes(
+    tensors: dict[str, mx.array], prefixes: tuple[str, ...]
+) -> dict[str, mx.array]:
+    """The tensors without the prefixes that wrappers have put before every name."""
+    while tensors:
+        prefix = next((p for p in prefixes if all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+    return tensors

@@ -295,9 +295,11 @@ def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, wher
     weights = []
     for name in list(tensors):
         value = tensors.pop(name)
-        weights.append((name, value.astype(dtype) if value.dtype in FLOATS else value))
+        if value.dtype in FLOATS:  # a lone number, such as logit_scale, costs nothing to keep exact
+            value = value.astype(dtype if value.ndim else mx.float32)
+        weights.append((name, value))
     model.load_weights(weights, strict=True)
-    finite = {name: _finite(value) for name, value in weights if value.dtype == dtype}
+    finite = {name: _finite(value) for name, value in weights if value.dtype in FLOATS}
     try:
         mx.eval(model.parameters(), finite)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Open images as hostile input and resize them exactly as the reference pipelines do.
 
-Resizing is Pillow's antialiased bicubic on uint8, as in the CLIPImageProcessor of transformers
-4.48 that Apple's code runs on; results are equal to it bit for bit.
+Resizing is Pillow's, antialiased and on uint8, as in the reference pipelines: for FastVLM the
+CLIPImageProcessor of transformers 4.48 that Apple's code runs on. Results are equal bit for bit.
 """
 
 import io

@@ -11,6 +11,7 @@ from pathlib import PurePath
 
 from .clip import MobileCLIPConfig, PreprocessConfig
 from .fastvit import PRESETS, FastViTConfig
+from .hub import WEIGHT_SUFFIXES, is_repository
 from .text import TextConfig
 from .vit import ViTConfig
 
@@ -119,13 +120,10 @@ def published_variant(name: str) -> str | None:
             `./downloads/MobileCLIP2-S0`, and the like.
     """
     path = PurePath(name)
-    if len(path.parts) == 2 and path.suffix not in (".pt", ".bin", ".safetensors"):
-        owner = path.parts[0]
-        if re.fullmatch(r"[\w-]+", owner) and owner not in _OWNERS:
-            return None  # somebody else's repository: fine-tuned, perhaps otherwise than named
-    base = path.name
-    for ending in (".pt", ".bin", ".safetensors"):
-        base = base.removesuffix(ending)
+    of_weights = path.suffix in WEIGHT_SUFFIXES
+    if is_repository(name) and not of_weights and path.parts[0] not in _OWNERS:
+        return None  # somebody else's repository: fine-tuned, perhaps otherwise than named
+    base = path.stem if of_weights else path.name
     for ending in ("-OpenCLIP", "_timm"):
         base = base.removesuffix(ending)
     trunk, _, origin = base.partition(".")
