@@ -167,8 +167,11 @@ def _check(args: argparse.Namespace, prompt: str | None) -> None:
     """Find what is wrong with the options before the model is loaded."""
     from mlx_mobileclip.image import find_image
 
+    from .processor import check_resolution
     from .sampling import Sampling
 
+    if args.resolution is not None:
+        check_resolution(args.resolution)
     if not args.image and prompt is None:
         raise PromptError("there is nothing to answer; give --image, --prompt or both")
     for path in args.image:

@@ -80,11 +80,7 @@ class Processor:
     def _image_options(self, resolution: int | None, image_mode: str | None) -> tuple[int, str]:
         size = self.image_size if resolution is None else resolution
         mode = self.image_mode if image_mode is None else image_mode
-        if isinstance(size, bool) or not isinstance(size, int) or size not in RESOLUTIONS:
-            raise ImageError(
-                f"resolution {size} is not one of {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} "
-                f"in steps of {RESOLUTIONS.step}"
-            )
+        check_resolution(size)
         if mode not in IMAGE_MODES:
             raise ImageError(f"image_mode {mode!r} is not one of {', '.join(IMAGE_MODES)}")
         return size, mode
@@ -93,6 +89,15 @@ class Processor:
     def _pixels(source: ImageSource, size: int, mode: str) -> np.ndarray:
         resize = resize_pad if mode == "pad" else resize_crop
         return to_array(resize(open_image(source), size))
+
+
+def check_resolution(size: int) -> None:
+    """Raise ImageError unless images can be resized to this side, px."""
+    if isinstance(size, bool) or not isinstance(size, int) or size not in RESOLUTIONS:
+        raise ImageError(
+            f"resolution {size} is not one of {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} "
+            f"in steps of {RESOLUTIONS.step}"
+        )
 
 
 def _as_list(images: Images) -> list[ImageSource]:
