@@ -216,15 +216,30 @@ def _line(prediction: "Prediction") -> str:
 
 
 def _embed(args: argparse.Namespace) -> None:
-    from .embed import check_output, embed_images, embed_texts, find_images, read_lines
+    from .embed import (
+        check_names,
+        check_output,
+        embed_images,
+        embed_texts,
+        find_images,
+        read_lines,
+    )
+
+    unread: set[str] = set()
+
+    def skip(folder: str, reason: str) -> None:
+        if folder not in unread:
+            print(printable(f"skipped {folder}: {reason}"), file=sys.stderr)
+        unread.add(folder)
 
     check_output(args.output)
     if args.images:
-        items = [path for source in args.images for path in find_images(source)]
+        items = [path for source in args.images for path in find_images(source, skip)]
     else:
         items = read_lines(args.texts)
         if not items:
             raise DataError(f"{args.texts}: holds no text; write one a line")
+    check_names(args.output, items)
     model, processor = _load(args)
     started = time.perf_counter()
     run = embed_images if args.images else embed_texts
@@ -243,8 +258,8 @@ def _embed(args: argparse.Namespace) -> None:
         raise
     what = "images" if args.images else "texts"
     told = f"embedded {summary.embedded} of {summary.total} {what} into {args.output}"
-    if summary.skipped:
-        raise DataError(f"{told}; skipped the {len(summary.skipped)} named above")
+    if skipped := len(summary.skipped) + len(unread):
+        raise DataError(f"{told}; skipped the {skipped} named above")
     if not args.quiet:
         seconds = time.perf_counter() - started
         rate = (summary.embedded - summary.resumed) / seconds
@@ -255,6 +270,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .evaluate import evaluate_imagenet, evaluate_retrieval, imagenet_images, karpathy_test
 
     figures: dict[str, Any]
+    if args.captions and (args.template or args.templates):
+        raise DataError("--captions takes no --template and no --templates; leave them out")
+    if args.imagenet and args.images:
+        raise DataError("--imagenet takes no --images; its DIR holds the images")
     if args.imagenet:
         paths, targets = imagenet_images(args.imagenet)
         templates = _templates(args)

@@ -2,9 +2,14 @@
 
 Threads decode while the model runs. The output appears complete or not at all; until then the
 rows are in a journal beside it (journal.py), from which the next run goes on.
+
+The names are one JSON text in .safetensors and .npz, a column in .parquet:
+    with safe_open("x.safetensors", "numpy") as file: names = json.loads(file.metadata()["names"])
+    with np.load("x.npz") as file: names = json.loads(file["names"].tobytes())
 """
 
 import glob
+import hashlib
 import json
 import os
 from collections import deque
@@ -29,14 +34,14 @@ from .errors import DataError, ModelError
 from .fingerprint import fingerprint
 from .journal import Journal
 from .processor import Processor
-from .zeroshot import text_tower
+from .zeroshot import TOKENIZER_PROBE, text_tower
 
 IMAGE_SUFFIXES = frozenset(
     # HEIC cannot be opened, but passing over it in silence would lose half a phone's photos.
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".heic", ".heif")
 )
 OUTPUT_SUFFIXES = (".safetensors", ".npz", ".parquet")
-MAX_NAMES_BYTES = 90 << 20  # safetensors refuses a header of more than 100 MB
+MAX_NAMES_BYTES = 99_000_000  # safetensors refuses a header of more than 100 MB
 FORMAT = "mlx-mobileclip-embeddings-1"
 
 
@@ -57,39 +62,66 @@ class Summary:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def find_images(source: str) -> list[str]:
+def find_images(source: str, on_skip: Callable[[str, str], None] | None = None) -> list[str]:
     """List the images that a directory, a glob, a list file or an image's own path stands for.
 
     Args:
         source: A directory is searched recursively for image files, hidden ones left out; a glob
             may use `**`; a list file holds one path a line, relative to the current directory.
+        on_skip: Called with each subdirectory that cannot be read, and the reason; by default
+            such a one is an error.
 
     Returns:
         Paths: sorted from a directory or a glob, in the file's order from a list.
 
     Raises:
-        DataError: there is no such thing, or nothing in it.
+        DataError: there is no such thing, nothing in it, or it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = _expand(source)
     kinds = ", ".join(sorted(IMAGE_SUFFIXES))
     if path.is_dir():
-        found = [str(file) for file in _walk(path) if file.suffix.lower() in IMAGE_SUFFIXES]
+        files = _walk(path, on_skip)
+        found = [_literal(str(file)) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise DataError(f"{source}: holds no image; looked for {kinds}")
         return found
     if path.is_file():
-        return [str(path)] if path.suffix.lower() in IMAGE_SUFFIXES else _read_list(path)
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES
+        return [_literal(str(path))] if is_image else _read_list(path)
     if glob.has_magic(source):
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (the glob may be absolute)
-        found = sorted(match for match in matches if Path(match).is_file())
+        found = sorted(_literal(match) for match in matches if Path(match).is_file())
         if not found:
             raise DataError(f"{source}: no file matches; put a glob in quotes")
         return found
     raise DataError(f"{source}: no such file or directory; give a directory, a glob or a list")
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(directory):
+def _expand(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: a name such as ~$a.png
+        return Path(path)
+
+
+def _literal(path: str) -> str:
+    """Keep a file's own ~ from being taken for a home directory."""
+    return f"./{path}" if path.startswith("~") else path
+
+
+def _openable(path: str) -> str:
+    """Path drops the ./ that `_literal` has put before a ~, and would expand it after all."""
+    return str(Path.cwd() / path) if path.startswith("./~") else path
+
+
+def _walk(directory: Path, on_skip: Callable[[str, str], None] | None) -> Iterator[Path]:
+    def failed(error: OSError) -> None:
+        folder, reason = str(error.filename), f"cannot be read ({error.strerror or error})"
+        if on_skip is None or folder == str(directory):
+            raise DataError(f"{folder}: {reason}") from error
+        on_skip(folder, reason)
+
+    for folder, folders, files in os.walk(directory, onerror=failed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
@@ -108,7 +140,7 @@ def read_lines(path: Path) -> list[str]:
         DataError: the file cannot be read.
     """
     try:
-        text = path.expanduser().read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = _expand(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     lines = text.split("\n")
@@ -129,6 +161,13 @@ def check_output(output: Path) -> None:
         raise DataError(f"{output}: there is no directory {output.parent}; create it first")
 
 
+def check_names(output: Path, names: Sequence[str]) -> None:
+    """Raise DataError if the output has no room for the names; before any work is done."""
+    # The header is JSON too: it escapes the marks of the names' own JSON once more.
+    if output.suffix == ".safetensors" and len(json.dumps(json.dumps(names))) > MAX_NAMES_BYTES:
+        raise DataError(f"{output}: the names do not fit a safetensors header; write .npz instead")
+
+
 def embed_images(
     model: MobileCLIP,
     processor: Processor,
@@ -147,7 +186,8 @@ def embed_images(
         processor: The model's processor.
         paths: Image files.
         output: File to create; its suffix names the format. It holds `embeddings`, float32
-            (N, E) with unit rows, and `names`, the paths, in the order of `paths`.
+            (N, E) with unit rows, and `names`, the paths, in the order of `paths`; how to read
+            them is at the top of this file.
         name: The model's name, stored in the output.
         batch_size: Images that go through the model at once.
         workers: Threads that decode; by default as many as there are cores, at most 8.
@@ -161,7 +201,7 @@ def embed_images(
     """
 
     def prepare(path: str) -> NDArray[Any]:
-        return processor.pixels(path)
+        return processor.pixels(_openable(path))
 
     config = model.config
     same = fingerprint(model.image, config.image, config.preprocess)
@@ -196,13 +236,19 @@ def embed_texts(
         return np.asarray(processor.texts([text]))[0]
 
     same = fingerprint(text_tower(model)[0], model.config.text)
+    probe = json.dumps(np.asarray(processor.texts([TOKENIZER_PROBE])).tolist())
     return _embed(
         dict.fromkeys(texts, ""),
         list(texts),
         prepare,
         lambda batch: model.encode_text(batch, normalize=True),
         Path(output),
-        {"kind": "texts", "model": name, "fingerprint": same},
+        {
+            "kind": "texts",
+            "model": name,
+            "fingerprint": same,
+            "tokenizer": hashlib.sha256(probe.encode()).hexdigest(),
+        },
         batch_size=batch_size,
         workers=1,
         quiet=quiet,
@@ -212,8 +258,8 @@ def embed_texts(
 def _stamp(path: str) -> str:
     """Changes when the file does, so that a resumed run does not keep an old image's row."""
     try:
-        status = Path(path).expanduser().stat()
-    except (OSError, ValueError):
+        status = Path(_openable(path)).expanduser().stat()
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: ~ of an unknown user
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -233,8 +279,7 @@ def _embed(
     if batch_size < 1:
         raise DataError(f"a batch size of {batch_size} is not possible; it must be at least 1")
     check_output(output)
-    if output.suffix == ".safetensors" and len(json.dumps(names)) > MAX_NAMES_BYTES:
-        raise DataError(f"{output}: the names do not fit a safetensors header; write .npz instead")
+    check_names(output, names)
     summary = Summary(len(names))
     with Journal(output, about) as journal:
         todo = [name for name, stamp in stamps.items() if (name, stamp) not in journal.rows]
@@ -322,7 +367,8 @@ def write_embeddings(
     """Write names and embeddings; the file appears complete or not at all.
 
     Args:
-        output: File to create: .safetensors (names as JSON in its metadata), .npz or .parquet.
+        output: File to create: .safetensors (names as JSON in its metadata), .npz (as JSON in
+            bytes) or .parquet.
         names: N names.
         rows: N embeddings (E,).
         about: Text to store with them.
@@ -337,8 +383,10 @@ def write_embeddings(
         if output.suffix == ".safetensors":
             save_file({"embeddings": embeddings}, partial, about | {"names": json.dumps(names)})
         elif output.suffix == ".npz":
+            # Not an array of texts: each would take the room of the longest.
+            as_bytes = np.frombuffer(json.dumps(names).encode(), np.uint8)
             with partial.open("wb") as file:
-                np.savez(file, embeddings=embeddings, names=np.array(names), **_texts(about))
+                np.savez(file, embeddings=embeddings, names=as_bytes, **_texts(about))
         else:
             _write_parquet(partial, names, embeddings, about)
         partial.replace(output)

@@ -20,7 +20,7 @@ from .embed import embed_images, embed_texts, find_images
 from .errors import DataError
 from .processor import Processor
 from .retrieval import recall, top_k_accuracy
-from .zeroshot import imagenet_classes
+from .zeroshot import imagenet_classes, text_tower
 
 CAPTIONS_PER_IMAGE = 5  # as clip_benchmark takes them; a few COCO images have six or seven
 MAX_CAPTIONS_BYTES = 512 << 20
@@ -141,6 +141,7 @@ def evaluate_retrieval(
         batch_size: Images or captions that go through the model at once.
         quiet: No progress.
     """
+    text_tower(model)  # before the images: without one their work would be lost
     images = _image_rows(model, processor, paths, batch_size, quiet)
     with TemporaryDirectory() as directory:
         output = Path(directory, "texts.safetensors")

@@ -24,7 +24,7 @@ MAGIC = b"MCE1"
 
 
 class Journal:
-    """Rows by key in `<output>.partial`; a context manager that holds the file's lock."""
+    """Rows by key in `<output>.partial`; a context manager that holds its lock, if there are any."""
 
     def __init__(self, output: Path, about: Mapping[str, str]):
         """Name the run.
@@ -47,11 +47,13 @@ class Journal:
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             raise DataError(
                 f"{self.path}: another run is writing it; wait for that, or choose another --output"
             ) from error
+        except OSError:
+            pass  # network file systems without locks
         self._file.seek(0)
         end = self._replay()
         self._file.truncate(end)

@@ -49,7 +49,7 @@ def run(paths: list[str], output: Path, model: StandIn | None = None, **options:
 def read(path: Path) -> tuple[list[str], np.ndarray]:
     if path.suffix == ".npz":
         with np.load(path) as data:
-            return data["names"].tolist(), data["embeddings"]
+            return json.loads(data["names"].tobytes()), data["embeddings"]
     with safe_open(path, framework="numpy") as file:
         return json.loads(file.metadata()["names"]), file.get_tensor("embeddings")
 
@@ -79,6 +79,45 @@ def test_find_images(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(DataError, match=match):
             embed.find_images(source)
+
+
+def test_names_that_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paint("~$x.png", "red")
+    Path("~root").mkdir()
+    paint("~root/y.png", "blue")
+    found = ["./~$x.png", "./~root/y.png"]
+    assert embed.find_images(".") == found
+    assert embed.find_images("*.png") == embed.find_images("~$*.png") == found[:1]
+    assert embed.find_images("~$x.png") == found[:1]
+    Path("~$list").write_text("~nobodyx/a.jpg\n./~$x.png\n")
+    paths = embed.find_images("~$list")
+    summary = run([*paths, *found], tmp_path / "x.npz")
+    assert read(tmp_path / "x.npz")[0] == ["./~$x.png", *found]
+    assert set(summary.skipped) == {"~nobodyx/a.jpg"}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_texts_come_back_as_they_were(tmp_path: Path, suffix: str) -> None:
+    # As one array of texts these would take 36 GB.
+    texts = ["a\0\0", "a\0", "long" * 225_000, *map(str, range(10_000)), '"\\\x7f\u2028\U0001f600']
+    rows = [np.ones(2, np.float32)] * len(texts)
+    embed.write_embeddings(tmp_path / f"x{suffix}", texts, rows, {})
+    assert read(tmp_path / f"x{suffix}")[0] == texts
+
+
+def test_names_are_measured_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ['a"\\', "\0\x7fé\u2028\U0001f600\udcff"]
+    output = tmp_path / "x.safetensors"
+    embed.write_embeddings(output, names, [np.ones(2, np.float32)] * 2, {})
+    written = json.dumps(json.dumps(names)).encode()
+    assert written in output.read_bytes()
+    monkeypatch.setattr(embed, "MAX_NAMES_BYTES", len(written))
+    embed.check_names(output, names)
+    monkeypatch.setattr(embed, "MAX_NAMES_BYTES", len(written) - 1)
+    embed.check_names(tmp_path / "x.npz", names)
+    with pytest.raises(DataError, match="do not fit"):
+        embed.check_names(output, names)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
@@ -264,6 +303,33 @@ def test_damaged_partial_files(tmp_path: Path, damage: str) -> None:
     assert summary.resumed == (2 if damage == "flip" else 0)
     expected = model.encode_image(StandInProcessor().images(paths))
     np.testing.assert_allclose(read(output)[1], np.array(expected), atol=1e-6)
+
+
+def test_another_tokenizer_starts_afresh(tmp_path: Path) -> None:
+    class Interrupted(StandIn):
+        def encode_text(self, ids: mx.array, normalize: bool = True) -> mx.array:
+            if self.texts_seen:
+                raise KeyboardInterrupt
+            return super().encode_text(ids, normalize)
+
+    class Plain(StandInProcessor):
+        def texts(self, texts: list[str]) -> mx.array:
+            return super().texts([text.replace("\u201c", '"') for text in texts])
+
+    texts, output = ["red", "green"], tmp_path / "x.npz"
+    for processor, resumed in ((Plain(), 0), (StandInProcessor(), 1)):
+        with pytest.raises(KeyboardInterrupt):
+            embed.embed_texts(Interrupted(), StandInProcessor(), texts, output, batch_size=1)
+        assert embed.embed_texts(StandIn(), processor, texts, output).resumed == resumed
+        output.unlink()
+
+
+def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("mlx_mobileclip.journal.fcntl.flock", refuse)
+    assert run(many(tmp_path, 2), tmp_path / "x.npz").embedded == 2
 
 
 def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:

@@ -124,7 +124,11 @@ def test_errors_are_one_line_and_told_before_the_model_is_loaded(
         (["embed", "--images", red, "--output", f"{tmp_path}/there.npz"], "already exists"),
         (["embed", "--texts", "none.txt", "--output", f"{tmp_path}/x.npz"], "cannot be read"),
         (["evaluate", "--imagenet", str(images)], "instead of 1000"),
+        (["embed", "--images", "~nobodyx", "--output", f"{tmp_path}/x.npz"], "no such file"),
         (["evaluate", "--captions", "none.json"], "needs --images"),
+        (["evaluate", "--captions", "x", "--images", "x", "--template", "{}"], "no --template"),
+        (["evaluate", "--captions", "x", "--images", "x", "--templates", "openai"], "--templates"),
+        (["evaluate", "--imagenet", "x", "--images", "x"], "no --images"),
         (["evaluate", "--captions", "none.json", "--images", "x"], "cannot be read"),
     ):
         assert main(args) == 1, args
@@ -179,7 +183,7 @@ def test_embed_images(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "embedded 3 of 3 images" in err
     assert "\x1b" not in err
     with np.load(output) as data:
-        assert data["names"].tolist() == find_images(str(images))
+        assert json.loads(data["names"].tobytes()) == find_images(str(images))
         assert data["model"] == "apple/MobileCLIP2-S0"
 
 
@@ -194,7 +198,48 @@ def test_embed_says_what_it_skipped(
     assert err[0].startswith("skipped ") and "broken.jpg" in err[0]
     assert "embedded 4 of 5 images" in err[1] and "skipped the 1" in err[1]
     with np.load(tmp_path / "x.npz") as data:
-        assert len(data["names"]) == 4
+        assert len(json.loads(data["names"].tobytes())) == 4
+
+
+def test_embed_says_which_directories_it_could_not_read(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (images / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path: Any = ".") -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # chmod does not keep root out
+    args = ["embed", "--images", str(images), str(images), "--output", f"{tmp_path}/x.npz"]
+    assert main([*args, "--quiet"]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == f"skipped {images}/locked: cannot be read (Permission denied)"
+    assert len(err) == 2
+    assert "embedded 6 of 6 images" in err[1] and "skipped the 1" in err[1]
+    for source, on_skip in ((images, None), (images / "locked", lambda *_: None)):
+        with pytest.raises(mlx_mobileclip.ModelError, match="locked: cannot be read"):
+            find_images(str(source), on_skip)
+
+
+def test_names_that_do_not_fit_are_told_before_the_model_is_loaded(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: list[Any],
+) -> None:
+    monkeypatch.setattr("mlx_mobileclip.embed.MAX_NAMES_BYTES", 30)
+    (tmp_path / "t.txt").write_text('""""""""\n')  # 8, escaped twice 32
+    args = ["embed", "--texts", f"{tmp_path}/t.txt", "--output"]
+    assert main([*args, f"{tmp_path}/x.safetensors"]) == 1
+    assert "write .npz instead" in capsys.readouterr().err
+    assert loaded == []
+    assert main([*args, f"{tmp_path}/x.npz"]) == 0
 
 
 def test_embed_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,3 +397,11 @@ def test_evaluate_retrieval(
         captions.write_text(data)
         assert main(args) == 1
         assert match in capsys.readouterr().err
+
+
+def test_retrieval_without_a_text_tower_embeds_no_image(images: Path) -> None:
+    model = StandIn()
+    model.text = None
+    with pytest.raises(mlx_mobileclip.ModelError, match="image tower only"):
+        evaluate.evaluate_retrieval(model, StandInProcessor(), [f"{images}/red.png"], ["red"], [0])
+    assert model.image_batches == []
