@@ -24,7 +24,7 @@ MAGIC = b"MCE1"
 
 
 class Journal:
-    """Rows by key in `<output>.partial`; a context manager that holds its lock, if there are any."""
+    """Rows by key in `<output>.partial`; a context manager that holds its lock, if it can."""
 
     def __init__(self, output: Path, about: Mapping[str, str]):
         """Name the run.
