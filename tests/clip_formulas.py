@@ -71,11 +71,15 @@ def along_text(x: Array, weight: Array) -> Array:
 
 def rep_mixer_block(x: Array, t: Tensors, name: str) -> Array:
     mixer = f"{name}.token_mixer"
-    convolved = along_text(x, t[f"{mixer}.mixer.rbr_conv.0.conv.weight"])
-    mixed = batch_norm(convolved, t, f"{mixer}.mixer.rbr_conv.0.bn")
-    mixed = mixed + batch_norm(x, t, f"{mixer}.mixer.rbr_skip")
-    mixed = mixed - batch_norm(x, t, f"{mixer}.norm.rbr_skip")
-    x = x + t[f"{mixer}.layer_scale"][:, 0, 0] * mixed
+    fused = f"{mixer}.reparam_conv"
+    if f"{fused}.weight" in t:  # the residual is inside the kernel
+        x = along_text(x, t[f"{fused}.weight"]) + t[f"{fused}.bias"]
+    else:
+        convolved = along_text(x, t[f"{mixer}.mixer.rbr_conv.0.conv.weight"])
+        mixed = batch_norm(convolved, t, f"{mixer}.mixer.rbr_conv.0.bn")
+        mixed = mixed + batch_norm(x, t, f"{mixer}.mixer.rbr_skip")
+        mixed = mixed - batch_norm(x, t, f"{mixer}.norm.rbr_skip")
+        x = x + t[f"{mixer}.layer_scale"][:, 0, 0] * mixed
     ffn = f"{name}.convffn"
     y = batch_norm(along_text(x, t[f"{ffn}.conv.conv.weight"]), t, f"{ffn}.conv.bn")
     y = gelu(y @ t[f"{ffn}.fc1.weight"][:, :, 0, 0].T + t[f"{ffn}.fc1.bias"])

@@ -48,9 +48,11 @@ def apple_model(
 
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.parity)])
-def test_hybrid_text_tower_follows_the_formulas(full: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_hybrid_text_tower_follows_the_formulas(full: bool, fused: bool) -> None:
     config = VARIANTS["MobileCLIP-S0"] if full else tiny_config("MobileCLIP-S0")
-    model, tensors = apple_model(config, "MobileCLIP-S0")
+    model, tensors = apple_model(config, "MobileCLIP-S0", fused)
+    assert fused == any("text_encoder" in key and "reparam" in key for key in tensors)
     ids = clip_tokenizer()(["a photo of a cat", "", "two dogs, " * 20 + "in the snow"])
     assert config.text is not None
     reference = clip_formulas.hybrid_text(tensors, ids, config.text.heads)

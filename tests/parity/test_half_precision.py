@@ -1,0 +1,39 @@
+"""MobileCLIP in half precision, at full size, against PyTorch in float32.
+
+Half precision is slow on a CPU, hence one image, one text, and the smallest and the largest
+kind of FastViT tower; the other variants run in half precision at tiny width.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from synthetic_clip import listing, values
+from test_mobileclip_parity import ours, photos, reference
+
+from mlx_mobileclip.tokenizer import clip_tokenizer
+from mlx_mobileclip.variants import VARIANTS
+
+pytestmark = pytest.mark.parity
+COSINE = 0.999
+
+
+def cosine(found: mx.array, expected: torch.Tensor) -> float:
+    a, b = np.array(found, np.float64), expected.numpy().astype(np.float64)
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("variant", ["MobileCLIP2-S0", "MobileCLIP2-S3"])
+def test_half_precision_at_full_size(variant: str) -> None:
+    tensors = values(listing(variant, "open_clip"))
+    theirs = reference(variant, tensors)
+    pixels = photos(VARIANTS[variant].preprocess.image_size)[:1]
+    ids = clip_tokenizer()(["a photo of a cat"])
+    with torch.no_grad():
+        image = theirs.encode_image(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+        text = theirs.encode_text(torch.from_numpy(ids.astype(np.int64)))
+    for dtype in (mx.bfloat16, mx.float16):
+        model = ours(variant, tensors)
+        model.set_dtype(dtype)
+        assert cosine(model.encode_image(mx.array(pixels)), image) > COSINE, dtype
+        assert cosine(model.encode_text(mx.array(ids)), text) > COSINE, dtype
