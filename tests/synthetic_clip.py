@@ -22,9 +22,19 @@ from mlx_mobileclip.vit import ViTConfig
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, np.ndarray]
 
-TINY_WIDTH = 32  # of text towers and of the common space
+TEXT_SHRINK = 16  # text towers and the common space become 32 or 48 wide
+TEXT_HEADS_SHRINK = 4
 TINY_STAGE = 4  # channels of a FastViT tower's first stage; attention is then 32 wide or more
+# Blocks kept of each stage: one more where the tower is deeper or wider than its next smaller.
+TINY_BLOCKS = {
+    "s0": (1, 1, 1, 1),
+    "s1": (1, 2, 1, 1),
+    "s2": (1, 2, 2, 1),
+    "s3": (1, 1, 1, 1, 1),
+    "s4": (1, 1, 1, 1, 2),
+}
 DEPTH = 2  # transformer layers kept
+APPLE_STAGE = {0: 0, 1: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3}  # by the N of network.N
 PUBLISHED = [name for name in VARIANTS if ":" not in name]
 
 
@@ -58,7 +68,7 @@ def layouts_of(variant: str) -> list[str]:
 
 
 def tiny_config(variant: str) -> MobileCLIPConfig:
-    """The variant with narrow and shallow towers."""
+    """The variant with narrow and shallow towers, unlike each other where the published are."""
     config = VARIANTS[variant]
     text = config.text
     assert text is not None
@@ -70,13 +80,14 @@ def tiny_config(variant: str) -> MobileCLIPConfig:
         stages = len(config.image.layers)
         image = replace(
             config.image,
-            layers=(1,) * stages,
+            layers=TINY_BLOCKS[size_of(variant)],
             embed_dims=tuple(TINY_STAGE * 2**i for i in range(stages)),
         )
     size = image.image_size if isinstance(image, ViTConfig) else 64
-    text = replace(text, width=TINY_WIDTH, layers=DEPTH, heads=2)
+    width, heads = text.width // TEXT_SHRINK, text.heads // TEXT_HEADS_SHRINK
+    text = replace(text, width=width, layers=DEPTH, heads=heads)
     preprocess = replace(config.preprocess, image_size=size)
-    return replace(config, image=image, text=text, embed_dim=TINY_WIDTH, preprocess=preprocess)
+    return replace(config, image=image, text=text, embed_dim=width, preprocess=preprocess)
 
 
 def _shrink(value: int, full: int, tiny: int) -> int:
@@ -87,7 +98,7 @@ def _shrink(value: int, full: int, tiny: int) -> int:
 def tiny_shapes(variant: str, layout: str, fused: bool = False) -> Shapes:
     """A published listing shrunk to fit `tiny_config`."""
     config, tiny = VARIANTS[variant], tiny_config(variant)
-    assert config.text is not None
+    assert config.text is not None and tiny.text is not None
     vit = isinstance(config.image, ViTConfig)
     full_width = config.image.width if isinstance(config.image, ViTConfig) else None
     width = (full_width, 32) if full_width else (config.image.features, tiny.image.features)
@@ -102,16 +113,20 @@ def tiny_shapes(variant: str, layout: str, fused: bool = False) -> Shapes:
                 continue
             if index == last_text:
                 key = key.replace(f".{index}.", f".{DEPTH + 1}.", 1)
-        elif ((text or vit) and index >= DEPTH) or (not text and not vit and _block(key) > 0):
-            continue
+        elif text or vit:
+            if index >= DEPTH:
+                continue
+        elif isinstance(tiny.image, FastViTConfig):
+            stage, block = _block(key)
+            if block >= tiny.image.layers[stage]:
+                continue
         if text or key == "logit_scale":
-            result[key] = tuple(
-                n if n in (49408, 77) else _shrink(n, config.text.width, TINY_WIDTH) for n in shape
-            )
+            widths = config.text.width, tiny.text.width
+            result[key] = tuple(n if n in (49408, 77) else _shrink(n, *widths) for n in shape)
         elif "head" in key or "classifier" in key:
-            sizes = {config.embed_dim: TINY_WIDTH, config.image.features: width[1]}
+            sizes = {config.embed_dim: tiny.embed_dim, config.image.features: width[1]}
             if config.embed_dim == config.image.features:
-                sizes = {config.embed_dim: TINY_WIDTH}
+                sizes = {config.embed_dim: tiny.embed_dim}
             result[key] = tuple(sizes[n] for n in shape)
         elif isinstance(tiny.image, ViTConfig) and "pos_embed" in key:
             rows = tiny.image.patches + (tiny.image.stem == "patch")
@@ -127,12 +142,13 @@ def tiny_shapes(variant: str, layout: str, fused: bool = False) -> Shapes:
     return result
 
 
-def _block(key: str) -> int:
-    found = re.search(r"stages\.\d+\.blocks\.(\d+)\.", key)
+def _block(key: str) -> tuple[int, int]:
+    """Stage and number of the FastViT block that a tensor is of; (0, 0) for those of none."""
+    found = re.search(r"stages\.(\d+)\.blocks\.(\d+)\.", key)
     if found:
-        return int(found[1])
-    found = re.search(r"network\.\d+\.(\d+)\.", key)
-    return int(found[1]) if found else 0
+        return int(found[1]), int(found[2])
+    found = re.search(r"network\.(\d)\.(\d+)\.", key)
+    return (APPLE_STAGE[int(found[1])], int(found[2])) if found else (0, 0)
 
 
 def values(shapes: Shapes, seed: int = 0) -> Tensors:
@@ -238,7 +254,6 @@ def _text_name(key: str) -> str:
 
 def _fastvit_name(key: str, apple: Tensors) -> str:
     """Indices of network.N by what stands there: 0 blocks, 1 down, 2 blocks, ... 6 positions."""
-    stage = {0: 0, 1: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3}
     kind = {1: "downsample", 3: "downsample", 5: "downsample", 6: "pos_emb"}
     found = re.match(r"network\.(\d)\.", key)
     if found:
@@ -246,7 +261,7 @@ def _fastvit_name(key: str, apple: Tensors) -> str:
         rest = key[found.end() :]
         if i == 6:
             rest = re.sub(r"^pe\.", "pos_enc.", rest)
-        key = f"stages.{stage[i]}.{kind.get(i, 'blocks')}.{rest}"
+        key = f"stages.{APPLE_STAGE[i]}.{kind.get(i, 'blocks')}.{rest}"
     key = _replaced(
         key,
         (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,27 @@ def test_nothing_is_missing_or_left_over(variant: str, layout: str, fused: int) 
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
 
 
+def test_tiny_towers_differ_where_the_published_do() -> None:
+    for a, b in combinations(VARIANTS, 2):
+        small = tiny_config(a), tiny_config(b)
+        for tower in ("image", "text"):
+            same = getattr(VARIANTS[a], tower) == getattr(VARIANTS[b], tower)
+            assert (getattr(small[0], tower) == getattr(small[1], tower)) == same, (a, b, tower)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("variant", "other"),
+    [("S0", "2-S0"), ("S1", "2-S0"), ("S1", "2-S2"), ("2-S3", "2-S4"), ("2-S4", "2-S3")],
+)
+def test_no_variant_passes_for_its_neighbour(variant: str, other: str, tmp_path: Path) -> None:
+    variant, other = (f"MobileCLIP{n if n[0] == '2' else '-' + n}" for n in (variant, other))
+    tensors = values(tiny_shapes(variant, layouts_of(variant)[0]))
+    path = synthetic_clip.write(tmp_path / "weights.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="tensors do not fit"):
+        load(path, variant=other)
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_every_variant_runs_at_tiny_width(variant: str) -> None:
     layout = layouts_of(variant)[0]
@@ -65,7 +87,7 @@ def test_every_variant_runs_at_tiny_width(variant: str) -> None:
     ids = np.zeros((2, 77), np.int32)
     ids[0, :4], ids[1, :3] = (49406, 320, 2368, 49407), (49406, 539, 49407)
     texts = model.encode_text(mx.array(ids), normalize=True)
-    assert images.shape == (3, 32) and texts.shape == (2, 32)
+    assert images.shape == (3, config.embed_dim) and texts.shape == (2, config.embed_dim)
     for rows in (images, texts):
         assert mx.allclose(mx.linalg.norm(rows, axis=-1), mx.array(1.0)).item()
         assert abs((rows[0] @ rows[1]).item()) < 0.99999
@@ -84,6 +106,21 @@ def test_only_causal_towers_ignore_what_follows_the_end(variant: str) -> None:
     ids[1, 4:] = 49407
     a, b = model.encode_text(mx.array(ids), normalize=True)
     assert ((a @ b).item() > 0.999999) == (config.text is not None and config.text.causal)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_s0s_image_tower_is_the_same_in_timms_layout(fused: bool) -> None:
+    """Its text tower exists in Apple's layout alone."""
+    config = tiny_config("MobileCLIP-S0")
+    apple = values(tiny_shapes("MobileCLIP-S0", "apple", fused))
+    expected = canonical(apple, config, "apple")
+    prefix = "visual.trunk."
+    renamed = synthetic_clip.open_clip_tensors(apple)
+    trunk = {k[len(prefix) :]: v for k, v in renamed.items() if k.startswith(prefix)}
+    assert {k: v.shape for k, v in trunk.items()} == tiny_shapes("MobileCLIP2-S0", "timm", fused)
+    found = canonical(trunk, replace(config, text=None), "timm")
+    assert found.keys() == {k for k in expected if k.startswith("image.")}
+    assert all(mx.array_equal(found[k], expected[k]).item() for k in found)
 
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B"])
@@ -150,9 +187,12 @@ def test_a_trunk_embeds_images_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_converted_is_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_converted_is_the_same_model(
+    fused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = synthetic_clip.write(
-        tmp_path / "a" / "mobileclip_s0.pt", values(tiny_shapes("MobileCLIP-S0", "apple"))
+        tmp_path / "a" / "mobileclip_s0.pt", values(tiny_shapes("MobileCLIP-S0", "apple", fused))
     )
     target = tmp_path / "out"
     options = ["--model", str(source), "--mlx-path", str(target), "--dtype", "float32"]
