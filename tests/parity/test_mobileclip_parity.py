@@ -171,6 +171,22 @@ def test_apples_image_tower_is_timms(variant: str, fused: bool) -> None:
     assert_close(model.encode_image(mx.array(pixels)), expected, variant)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_texts_stay_apart_in_half_precision(dtype: mx.Dtype) -> None:
+    """Against float32: each text near its own, and what tells the two apart is kept."""
+    tensors = values(listing("MobileCLIP2-S0", "open_clip"))
+    ids = clip_tokenizer()([TEXTS[0], TEXTS[2]])
+    with torch.no_grad():
+        ids64 = torch.from_numpy(ids.astype(np.int64))
+        expected = reference("MobileCLIP2-S0", tensors).encode_text(ids64, normalize=True).numpy()
+    model = ours("MobileCLIP2-S0", tensors)
+    model.set_dtype(dtype)
+    found = np.array(model.encode_text(mx.array(ids), normalize=True))
+    assert (found * expected).sum(-1).min() > 0.999
+    a, b = found[0] - found[1], expected[0] - expected[1]
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.999
+
+
 def test_the_other_variants_differ_in_name_alone() -> None:
     def shape(name: str) -> Any:
         config = VARIANTS[name]
