@@ -45,7 +45,7 @@ class Tokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int]):
         """Build from tables that `read` has checked."""
-        self._vocab, self._merges = vocab, merges
+        self._vocab = vocab
         self.added = added
         self._backend = _backend(vocab, merges)
         self._bytes: list[bytes | None] = [None] * self.size
@@ -82,7 +82,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json that other programs read as well, every id in its place."""
-        data = json.loads(_backend(self._vocab, self._merges).to_str())
+        data = json.loads(self._backend.to_str())
         data["model"]["vocab"] |= self.added
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         data["added_tokens"] = [
