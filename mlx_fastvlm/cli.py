@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resolution",
         type=int,
         metavar="R",
-        help="side in px, 256 to 1536 in steps of 64 (default: the checkpoint's, 1024)",
+        help="side in px, 128 to 1536 in steps of 64 (default: the checkpoint's, 1024)",
     )
     parser.add_argument(
         "--image-mode",

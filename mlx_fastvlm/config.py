@@ -9,7 +9,7 @@ from mlx_mobileclip.fastvit import FastViTConfig
 MODEL_TYPE = "mlx_fastvlm"
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop")
-RESOLUTIONS = range(256, 1536 + 1, 64)
+RESOLUTIONS = range(128, 1536 + 1, 64)
 QUANTIZATION_MODES = {  # mode: (bits, group sizes) that MLX implements
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),

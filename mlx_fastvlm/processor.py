@@ -57,7 +57,7 @@ class Processor:
             images: One image or several, in the order of their places in the prompt: paths,
                 encoded bytes, PIL images or uint8 arrays.
             system: System prompt instead of "You are a helpful assistant.".
-            resolution: Side in pixels, 256 to 1536 in steps of 64; more detail for more tokens,
+            resolution: Side in pixels, 128 to 1536 in steps of 64; more detail for more tokens,
                 (S/64)^2 an image. Defaults to what the checkpoint was trained at.
             image_mode: "pad" or "crop"; defaults to the checkpoint's.
 
