@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
-from mlx_fastvlm.loader import read_canonical, read_tokenizer
+from mlx_fastvlm.loader import find_checkpoint, read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.tokenizer import Tokenizer
 from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json, read_tensors
@@ -19,7 +19,7 @@ from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import MobileCLIP
 from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.errors import CheckpointError, ConfigError
-from mlx_mobileclip.hub import WEIGHT_SUFFIXES, Checkpoint, look, resolve, resolve_file
+from mlx_mobileclip.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
 from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.variants import published_variant
@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="SRC",
-        help="repository or directory to convert; for MobileCLIP also a .pt, .bin or "
-        ".safetensors file",
+        help="repository or directory to convert, or demo, the FastVLM that comes with this "
+        "package; for MobileCLIP also a .pt, .bin or .safetensors file",
     )
     parser.add_argument(
         "--mlx-path", required=True, type=Path, metavar="DST", help="directory to create"
@@ -104,6 +104,8 @@ def _is_mobileclip(model: str, variant: str | None) -> bool:
     """MobileCLIP by its name, as a single file, or by a config that names no other model."""
     if variant is not None or published_variant(model) is not None:
         return True
+    if model == DEMO:
+        return False
     path, is_directory, is_file = look(model)
     if is_file:
         return path.suffix in WEIGHT_SUFFIXES
@@ -129,7 +131,7 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
     packing = _packing(args) if args.quantize else None
-    checkpoint = resolve(args.model, args.revision)
+    checkpoint = find_checkpoint(args.model, args.revision)
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
         config, tensors = read_canonical(checkpoint, args.vision_from)
         words = read_tokenizer(checkpoint, config)

@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         default="apple/FastVLM-0.5B",
         metavar="M",
-        help="repository on Hugging Face or checkpoint directory (default: %(default)s)",
+        help="repository on Hugging Face, checkpoint directory, or demo, the small model that "
+        "comes with this package (default: %(default)s)",
     )
     parser.add_argument(
         "--image",
@@ -114,18 +115,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     prompt = PRESETS[args.preset] if args.preset else args.prompt
-    from mlx_mobileclip.hub import is_repository, resolve
+    from mlx_mobileclip.hub import is_repository
+
+    from .loader import find_checkpoint, load_checkpoint
 
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if is_repository(args.model):
         _check(args, prompt)  # before anything is downloaded
-    checkpoint = resolve(args.model, args.revision)
+    checkpoint = find_checkpoint(args.model, args.revision)
     _check(args, prompt)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
         from .generate import join, stream_generate
-        from .loader import load_checkpoint
 
         model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
         if checkpoint.revision:

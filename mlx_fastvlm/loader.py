@@ -1,13 +1,14 @@
 """From what the user typed to a model that is ready to answer."""
 
 import os
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
 from mlx_mobileclip.errors import CheckpointError, ConfigError
-from mlx_mobileclip.hub import Checkpoint, resolve
+from mlx_mobileclip.hub import DEMO, Checkpoint, resolve
 from mlx_mobileclip.loader import import_converter, parse_dtype
 
 from . import tokenizer
@@ -16,6 +17,7 @@ from .model import FastVLM
 from .processor import Processor
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
+DEMO_DIRECTORY = Path(__file__).parent / DEMO
 Canonical = tuple[FastVLMConfig, dict[str, mx.array]]
 
 
@@ -29,7 +31,8 @@ def load(
     """Load any FastVLM checkpoint: converted, Apple's, transformers' or mlx-vlm's.
 
     Args:
-        model: Repository id (`org/name`) or directory.
+        model: Repository id (`org/name`), directory, or "demo", the small model that comes with
+            this package (a directory of that name is "./demo").
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given. The tower loses 8 times more to bfloat16 than to float16.
@@ -42,7 +45,12 @@ def load(
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
     """
-    return load_checkpoint(resolve(model, revision), dtype, vision_from)
+    return load_checkpoint(find_checkpoint(model, revision), dtype, vision_from)
+
+
+def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `load` would read, fetched if need be."""
+    return resolve(model, revision, DEMO_DIRECTORY)
 
 
 def load_checkpoint(
@@ -66,7 +74,7 @@ def read_canonical(
     path = checkpoint.path / "config.json"
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
-        vision = None if vision_from is None else resolve(vision_from)
+        vision = None if vision_from is None else find_checkpoint(vision_from)
         convert = import_converter("fastvlm").convert_fastvlm
         return cast(Canonical, convert(checkpoint, values, vision))
     if vision_from is not None:

@@ -1,4 +1,4 @@
-"""Find a checkpoint: a local directory, or a Hugging Face repository fetched into its cache.
+"""Find a checkpoint: packaged, a local directory, or a Hugging Face repository in its cache.
 
 Only named kinds of files are fetched, never Python or templates, and one commit is pinned for
 all of them. This is the only place that touches the network.
@@ -13,6 +13,8 @@ from pathlib import Path
 from .checkpoint import read_json, tensor_files
 from .errors import CheckpointError, ModelError
 
+DEMO = "demo"  # names the small model that comes with a package
+DEMO_DIRECTORY = Path(__file__).parent / DEMO
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = (
     "config.json",
@@ -40,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         path: Directory with the files; a single file where `resolve_file` was given one.
-        name: Repository id, or the path as given.
+        name: Repository id, "demo", or the path as given.
         revision: Commit of the repository; None for a local directory.
     """
 
@@ -49,17 +51,21 @@ class Checkpoint:
     revision: str | None = None
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> Checkpoint:
     """Turn what the user typed into a FastVLM checkpoint's directory.
 
     Args:
-        model: `org/name` is always a repository on the Hub, so that a directory planted under
-            that name is never picked up; anything else is a local directory.
+        model: `org/name` is always a repository on the Hub, and `demo` always the packaged model,
+            so that a directory planted under such a name is never picked up; anything else is a
+            local directory, `./demo` for one.
         revision: Branch, tag or commit of the repository.
+        demo: Directory of the packaged model.
 
     Raises:
         CheckpointError: no such directory, or the repository is neither cached nor reachable.
     """
+    if model == DEMO:
+        return _packaged(demo, revision)
     name = os.fspath(model)
     if is_repository(model):
         return _fetch(name, revision, _download_fastvlm)
@@ -82,6 +88,8 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
         CheckpointError: no such file or directory, or the repository is neither cached nor
             reachable.
     """
+    if model == DEMO:
+        return _packaged(DEMO_DIRECTORY, revision)
     name = os.fspath(model)
     of_weights = Path(name).suffix in WEIGHT_SUFFIXES
     if is_repository(model) and not of_weights:
@@ -109,6 +117,16 @@ def look(name: str) -> tuple[Path, bool, bool]:
     except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
+
+
+def _packaged(directory: Path, revision: str | None) -> Checkpoint:
+    if revision is not None:
+        raise CheckpointError(
+            f"{DEMO}: comes with this package in one revision; leave out --revision"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(f"{DEMO}: {directory} is missing; install this package again")
+    return Checkpoint(directory, DEMO)
 
 
 def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -165,7 +183,8 @@ def _fetch(
         local = f", or write ./{name} for the directory here" if Path(name).is_dir() else ""
         raise CheckpointError(
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
-            f"connect and run the command again to download it{local}"
+            f"connect and run the command again to download it{local}; or try --model {DEMO}, "
+            "a small model that comes with this package"
         ) from error
     except ModelError as error:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import synthetic
 
 from mlx_fastvlm import ModelError
 from mlx_fastvlm.cli import main
-from mlx_mobileclip import hub
+from mlx_fastvlm.loader import find_checkpoint
 from mlx_mobileclip.errors import CheckpointError
 
 COMMAND = [sys.executable, "-m", "mlx_fastvlm.generate"]
@@ -307,7 +307,7 @@ def test_only_listed_files_are_fetched(listing: Any) -> None:
         "training_args.json",
         ".gitattributes",
     ]
-    checkpoint = hub.resolve("org/name")
+    checkpoint = find_checkpoint("org/name")
     found = {p.relative_to(checkpoint.path).as_posix() for p in checkpoint.path.rglob("*")}
     assert found == {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
     assert checkpoint.revision == COMMIT
@@ -315,7 +315,7 @@ def test_only_listed_files_are_fetched(listing: Any) -> None:
 
 
 def test_revision_is_passed_on_and_recorded(listing: Any) -> None:
-    assert hub.resolve("org/name", "main").revision == COMMIT
+    assert find_checkpoint("org/name", "main").revision == COMMIT
     assert listing.calls[0]["revision"] == "main"
 
 
@@ -323,14 +323,14 @@ def test_revision_is_passed_on_and_recorded(listing: Any) -> None:
 def test_half_a_download_says_so(listing: Any, missing: str) -> None:
     listing.files = [name for name in listing.files if name != missing]
     with pytest.raises(CheckpointError, match=r"holds no checkpoint.*connect and run"):
-        hub.resolve("org/name")
+        find_checkpoint("org/name")
 
 
 def test_missing_shard_of_a_download_says_so(listing: Any, sound: Path) -> None:
     listing.files.append("model.safetensors.index.json")
     listing.contents = b'{"weight_map": {"x": "model-00002-of-00002.safetensors"}}'
     with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
-        hub.resolve("org/name")
+        find_checkpoint("org/name")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_missing_shard_of_a_download_says_so(listing: Any, sound: Path) -> None:
 def test_whatever_the_client_raises_is_one_line(listing: Any, error: Exception) -> None:
     listing.error = error
     with pytest.raises(ModelError) as caught:
-        hub.resolve("org/name")
+        find_checkpoint("org/name")
     assert str(caught.value).isprintable()
 
 
@@ -355,5 +355,5 @@ def test_planted_directory_is_not_taken(
 ) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert hub.resolve("org/name").path == listing.snapshot
-    assert hub.resolve("./org/name").path == Path("org/name")
+    assert find_checkpoint("org/name").path == listing.snapshot
+    assert find_checkpoint("./org/name").path == Path("org/name")

@@ -165,7 +165,7 @@ def test_conversion_records_the_commit(hub: StandIn, tmp_path: Path) -> None:
 def test_a_directory_of_the_repository_s_name_is_not_taken(hub: StandIn, tmp_path: Path) -> None:
     (tmp_path / REPOSITORY).mkdir(parents=True)
     env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    code = f"from mlx_mobileclip.hub import resolve; resolve({REPOSITORY!r})"
+    code = f"from mlx_fastvlm.loader import find_checkpoint as f; f({REPOSITORY!r})"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
