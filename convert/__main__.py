@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import mlx.nn as nn
 from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
 from mlx_fastvlm.loader import find_checkpoint, read_canonical, read_tokenizer
 from mlx_fastvlm.model import FastVLM
-from mlx_fastvlm.tokenizer import Tokenizer
 from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json, read_tensors
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import MobileCLIP
@@ -22,6 +22,7 @@ from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
 from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
 from .write import check_target, copy_licence, write_checkpoint
@@ -122,11 +123,18 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
     checkpoint = resolve_file(args.model, args.revision)
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
         config, tensors = read_mobileclip(checkpoint, args.variant)
+        text = config.text
+        merges = None if text is None else read_merges(checkpoint.path, text.vocab_size)
         model = MobileCLIP(config)
         assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
         layout = config.source.get("layout", "canonical")
         tell(f"read {args.model}, {config.variant}, layout {layout}")
-    _write(args, checkpoint, config.to_json(), model)
+
+    def write_words(directory: Path) -> None:
+        if merges is not None:
+            write_merges(directory, merges)
+
+    _write(args, checkpoint, config.to_json(), model, write_words)
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
@@ -140,7 +148,11 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
         tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")
     if packing is not None:
         config = quantize(model, config, packing)
-    _write(args, checkpoint, config.to_json(), model, packing, words)
+
+    def write_words(directory: Path) -> None:
+        words.save(directory / "tokenizer.json")
+
+    _write(args, checkpoint, config.to_json(), model, write_words, packing)
 
 
 def _write(
@@ -148,8 +160,8 @@ def _write(
     checkpoint: Checkpoint,
     config: dict[str, Any],
     model: nn.Module,
+    write_words: Callable[[Path], None],
     packing: Quantization | None = None,
-    words: Tokenizer | None = None,
 ) -> None:
     graft = config["source"].get("vision_from")
     change = f"Image tower taken from: {graft}\n" if graft else ""
@@ -160,8 +172,7 @@ def _write(
         size_bytes = sum(tensor.nbytes for tensor in weights.values())
 
         def other_files(directory: Path) -> None:
-            if words is not None:
-                words.save(directory / "tokenizer.json")
+            write_words(directory)
             copy_licence(checkpoint.path, directory, _described(checkpoint), change)
             if args.verify:
                 _verify(directory, model)

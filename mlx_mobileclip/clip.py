@@ -160,7 +160,7 @@ class MobileCLIP(nn.Module):
         """Embed texts.
 
         Args:
-            ids: From `Processor.texts`, (B, 77).
+            ids: From `Processor.texts`, (B, L).
             normalize: Scale each embedding to length 1.
 
         Returns:
@@ -168,7 +168,7 @@ class MobileCLIP(nn.Module):
 
         Raises:
             ModelError: the checkpoint has no text tower.
-            PromptError: the shape is not (B, 77), or an id is outside the vocabulary.
+            PromptError: the shape is not (B, L), or an id is outside the vocabulary.
         """
         if self.text is None or self.config.text is None:
             raise ModelError(

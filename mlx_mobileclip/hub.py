@@ -30,7 +30,7 @@ FILES = (
 )
 # MobileCLIP's weights come under many names, often as both safetensors and PyTorch's pickles;
 # the latter are fetched only where there are none of the former.
-MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "LICENSE*", "NOTICE*")
+MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "merges.txt", "LICENSE*", "NOTICE*")
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 TORCH_FILES = ("*.pt", "*.bin")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")

@@ -11,6 +11,7 @@ from .clip import MODEL_TYPE, MobileCLIP, MobileCLIPConfig
 from .errors import ConfigError
 from .hub import Checkpoint, resolve_file
 from .processor import Processor
+from .tokenizer import CONTEXT_LENGTH, Tokenizer, clip_tokenizer, read_merges
 
 DEFAULT_MODEL = "apple/MobileCLIP2-S0"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -54,10 +55,11 @@ def load_checkpoint(
 ) -> tuple[MobileCLIP, Processor]:
     """`load` for a checkpoint that is already on disk."""
     config, tensors = read_canonical(checkpoint, variant)
+    words = read_tokenizer(checkpoint, config)
     model = MobileCLIP(config)
     model.eval()
     assign(model, tensors, parse_dtype(dtype), checkpoint.name)
-    return model, Processor(config.preprocess)
+    return model, Processor(config.preprocess, words)
 
 
 def read_canonical(
@@ -72,6 +74,17 @@ def read_canonical(
     if variant is not None:
         raise ConfigError(f"{checkpoint.name}: is converted and says what it is; leave out variant")
     return MobileCLIPConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
+
+
+def read_tokenizer(checkpoint: Checkpoint, config: MobileCLIPConfig) -> Tokenizer | None:
+    """The tokenizer of the checkpoint's own vocabulary or length; None where it is CLIP's."""
+    text = config.text
+    if text is None:
+        return None
+    merges = read_merges(checkpoint.path, text.vocab_size)
+    if merges is not None:
+        return Tokenizer(merges, text.context_length)
+    return None if text.context_length == CONTEXT_LENGTH else clip_tokenizer(text.context_length)
 
 
 def import_converter(name: str) -> Any:

@@ -76,7 +76,7 @@ class Processor:
             texts: At least one text.
 
         Returns:
-            int32 (B, 77), padded with 0.
+            int32 (B, L), padded with 0.
 
         Raises:
             PromptError: no list of texts.

@@ -1,7 +1,7 @@
 """Text towers: the plain transformer of thirteen variants, and MobileCLIP-S0's hybrid.
 
 There is no padding mask: the towers that are not causal were trained to see the zeros after the
-text, so ids always come as exactly 77.
+text, so ids always come as exactly the context length, 77.
 
 Source: apple/ml-mobileclip 4144bb1 `mobileclip/text_encoder.py`,
 `mobileclip/modules/text/repmixer.py`; open_clip 3.3.0 `transformer.py` (TextTransformer);
@@ -122,7 +122,7 @@ class TextTower(nn.Module):
         """Turn texts into vectors.
 
         Args:
-            ids: (B, 77), padded with 0; the end token is the largest id.
+            ids: (B, L), padded with 0; the end token is the largest id.
 
         Returns:
             (B, E).

@@ -1,11 +1,12 @@
-"""CLIP's byte-pair tokenizer: text to exactly 77 ids, padded with 0.
+"""CLIP's byte-pair tokenizer: text to a fixed number of ids, 77 in CLIP, padded with 0.
 
 Text is cleaned, cut into words, numbers and marks, and each piece is merged from bytes up by a
 fixed list; the last piece of a word carries "</w>". Special tokens are never read from text: a
 typed "<end_of_text>" stays text, since it would move the place that the text tower reads out.
 
 Source: open_clip 3.3.0 `tokenizer.py` (SimpleTokenizer), the same as in apple/ml-mobileclip
-4144bb1 `mobileclip/modules/text/tokenizer.py`. The merges are OpenAI's, see data/LICENSE-CLIP.
+4144bb1 `mobileclip/modules/text/tokenizer.py`. The merges are OpenAI's, see data/LICENSE-CLIP;
+a checkpoint with a vocabulary of its own brings its merges in merges.txt.
 """
 
 import gzip
@@ -15,22 +16,29 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from .errors import PromptError
+from .errors import ConfigError, PromptError
 
 CONTEXT_LENGTH = 77
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # of the file's lines; the rest was never given ids
+BASE = 2 * 256 + 2  # ids that are no merge: each byte within and at the end of a word, start, end
+CLIP_VOCABULARY = BASE + MERGES
+OWN_MERGES_FILE = "merges.txt"
+MAX_MERGES_BYTES = 4 << 20  # CLIP's take half a megabyte
 WORD_END = "</w>"
 # U+0345 drops out, as in the reference, to whose case-blind pattern it is no mark and no letter.
 WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 MAX_TEXT = 1 << 20  # characters; far more than any 77 ids stand for
 SHOWN = 40  # characters of a text in a message
+
+Merges = list[tuple[str, str]]
 
 # What ftfy changes in text that is not broken, for when it is not installed.
 _QUOTES = dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc"), "'")
@@ -59,8 +67,7 @@ class Tokenizer:
             merges: Pairs of pieces, in the printable stand-ins for bytes.
             context_length: Ids of every text.
         """
-        letters = _byte_letters()
-        tokens = letters + [letter + WORD_END for letter in letters]
+        tokens = _byte_tokens()
         tokens += [left + right for left, right in merges]
         vocab = {token: i for i, token in enumerate(tokens)}
         model = models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix=WORD_END)
@@ -82,8 +89,8 @@ class Tokenizer:
             texts: At least one text.
 
         Returns:
-            (B, 77): start, text, end, zeros. A text that is too long loses its tail, not its
-            end token, and a warning says so.
+            (B, L), L the context length: start, text, end, zeros. A text that is too long loses
+            its tail, not its end token, and a warning says so.
 
         Raises:
             PromptError: not a list of texts, or one of more than a million characters.
@@ -110,12 +117,67 @@ class Tokenizer:
 
 
 @cache
-def clip_tokenizer() -> Tokenizer:
+def clip_tokenizer(context_length: int = CONTEXT_LENGTH) -> Tokenizer:
     """The tokenizer of every published model; 49408 ids."""
     data = resources.files(__package__).joinpath("data", MERGES_FILE).read_bytes()
     lines = gzip.decompress(data).decode("utf-8").split("\n")[1 : MERGES + 1]
     merges = [line.split() for line in lines]
-    return Tokenizer([(left, right) for left, right in merges])
+    return Tokenizer([(left, right) for left, right in merges], context_length)
+
+
+def read_merges(directory: Path, vocab_size: int) -> Merges | None:
+    """The merges that a checkpoint brings in merges.txt; None if its vocabulary is CLIP's.
+
+    A line holds the two pieces of a merge, a space between them, in the order of priority.
+
+    Raises:
+        ConfigError: the file is missing, malformed, or does not make up the vocabulary.
+    """
+    if vocab_size == CLIP_VOCABULARY:
+        return None
+    path = directory / OWN_MERGES_FILE
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block, a device never end
+            raise ConfigError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_MERGES_BYTES + 1)
+        if len(data) > MAX_MERGES_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_MERGES_BYTES >> 20} MB")
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: is missing; a vocabulary of {vocab_size}, unlike CLIP's {CLIP_VOCABULARY}, "
+            "needs it; copy it there from the checkpoint's source"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); download it again") from error
+    known, merges = set(_byte_tokens()), Merges()
+    for number, line in enumerate(lines, 1):
+        left, space, right = line.partition(" ")
+        if not space or left not in known or right not in known:
+            raise ConfigError(
+                f"{path}: line {number}, {line[:SHOWN]!r}, is not two known pieces with a space "
+                "between them; the checkpoint cannot be used"
+            )
+        if left + right in known:
+            raise ConfigError(
+                f"{path}: line {number} makes {(left + right)[:SHOWN]!r} a second time; "
+                "the checkpoint cannot be used"
+            )
+        known.add(left + right)
+        merges.append((left, right))
+    if vocab_size != BASE + len(merges):
+        raise ConfigError(
+            f"{path}: {len(merges)} merges make a vocabulary of {BASE + len(merges)}, not of "
+            f"{vocab_size} as config.json says; the files belong to different models"
+        )
+    return merges
+
+
+def write_merges(directory: Path, merges: Merges) -> None:
+    """Write what `read_merges` reads."""
+    text = "".join(f"{left} {right}\n" for left, right in merges)
+    (directory / OWN_MERGES_FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
 def clean(text: str) -> str:
@@ -138,6 +200,12 @@ def _mend(text: str) -> str:
     # Surrogates would not encode; ftfy pairs or replaces them too.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unicodedata.normalize("NFC", text.translate(_PLAIN))
+
+
+def _byte_tokens() -> list[str]:
+    """The first 512 tokens: each byte within a word, then each at the end of one."""
+    letters = _byte_letters()
+    return letters + [letter + WORD_END for letter in letters]
 
 
 def _byte_letters() -> list[str]:

@@ -63,7 +63,7 @@ def test_weights_are_fetched_once(
 ) -> None:
     for name in weights:
         (repository.directory / name).write_bytes(b"weights")
-    expected = sorted([*OTHERS[:3], *weights[:wanted]])
+    expected = sorted([*OTHERS[:4], *weights[:wanted]])
     found = resolve(repository, tmp_path / "cache").stdout.split()
     assert found[1:] == expected
     assert sorted(set(repository.fetched)) == expected
