@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
+from mlx_mobileclip.gelu import gelu
 
 from .cache import STEP, KVCache
 from .config import FastVLMConfig, Quantization
@@ -80,7 +81,7 @@ class FastVLM(nn.Module):
         x = self.vision_tower(pixels)
         x = x.reshape(x.shape[0], -1, x.shape[3])  # (n, N, features)
         for i, layer in enumerate(self.projector):
-            x = layer(nn.gelu(x) if i else x)
+            x = layer(gelu(x) if i else x)
         return x
 
     def embed(self, input_ids: mx.array, image_features: mx.array | None = None) -> mx.array:

@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import Fields
+from .depthwise import Depthwise
+from .gelu import bias_gelu, gelu
 
 HEAD_DIM = 32
 LAYER_NORM_EPS = 1e-5
@@ -112,27 +114,6 @@ def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.ar
     return x, x + next_bias
 
 
-@partial(mx.compile, shapeless=True)
-def _bias_gelu(x: mx.array, bias: mx.array) -> mx.array:
-    # The erf form: these towers were trained with it, and the pass is bandwidth bound.
-    x = x + bias
-    return x * (1 + mx.erf(x / 2**0.5)) / 2
-
-
-class Depthwise(nn.Module):
-    """Depthwise k x k convolution, "same" padding, no bias."""
-
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
-        super().__init__()
-        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
-        self._stride = stride
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
-        channels, kernel_size = self.weight.shape[:2]
-        return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
-
-
 class DepthwiseDouble(nn.Module):
     """Grouped k x k convolution with two outputs per input channel, plus bias.
 
@@ -180,9 +161,9 @@ class Stem(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) to (B, S/4, S/4, C)."""
-        x = _bias_gelu(self.conv(pixels), self.conv_bias)
-        x = _bias_gelu(self.depthwise(x), self.depthwise_bias)
-        return nn.gelu(self.pointwise(x))
+        x = bias_gelu(self.conv(pixels), self.conv_bias)
+        x = bias_gelu(self.depthwise(x), self.depthwise_bias)
+        return gelu(self.pointwise(x))
 
 
 class Downsample(nn.Module):
@@ -198,8 +179,8 @@ class Downsample(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
         x, bias = self.depthwise(x), self.depthwise.bias
-        x = _bias_gelu(x, bias) if self.se is None else nn.gelu(self.se(x + bias))
-        return nn.gelu(self.pointwise(x))
+        x = bias_gelu(x, bias) if self.se is None else gelu(self.se(x + bias))
+        return gelu(self.pointwise(x))
 
 
 class RepMixer(nn.Module):
@@ -249,7 +230,7 @@ class ConvFFN(nn.Module):
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Shapes (B, H, W, C); `residual` already holds fc2's bias."""
         C = x.shape[-1]
-        hidden = nn.gelu(self.fc1(self.conv(x).reshape(-1, C)))
+        hidden = gelu(self.fc1(self.conv(x).reshape(-1, C)))
         return mx.addmm(residual.reshape(-1, C), hidden, self.fc2.weight.T).reshape(x.shape)
 
 
@@ -316,7 +297,7 @@ class FinalConv(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to (B, H, W, 2C)."""
-        return nn.gelu(self.se(self.depthwise(x) + self.depthwise.bias))
+        return gelu(self.se(self.depthwise(x) + self.depthwise.bias))
 
 
 class FastViT(nn.Module):

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import Fields
+from .gelu import gelu
 from .transformer import TransformerLayer
 
 EPS = 1e-5
@@ -97,7 +98,7 @@ class RepMixerBlock(nn.Module):
         """(B, L, C) to the same shape; convolutions see both sides, so `causal` must be false."""
         assert not causal
         x = self.mixer(x) + self.bias
-        return x + self.fc2(nn.gelu(self.fc1(self.conv(x))))
+        return x + self.fc2(gelu(self.fc1(self.conv(x))))
 
 
 class TextTower(nn.Module):

@@ -7,6 +7,8 @@ Source: apple/ml-mobileclip 4144bb1 `mobileclip/modules/common/transformer.py`; 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .gelu import gelu
+
 
 class TransformerLayer(nn.Module):
     """x = x + proj(attend(norm1(x))), then y = x + fc2(gelu(fc1(norm2(x)))); GELU is exact."""
@@ -34,4 +36,4 @@ class TransformerLayer(nn.Module):
             mask="causal" if causal else None,
         )
         x = x + self.proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
-        return x + self.fc2(nn.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x))))

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from .checkpoint import Fields
 from .errors import ImageError
+from .gelu import gelu
 from .transformer import TransformerLayer
 
 STEMS = ("convolutional", "patch")
@@ -110,7 +111,7 @@ class ConvolutionalStem(nn.Module):
         """(B, S, S, 3) to (B, S/16, S/16, D)."""
         x = pixels
         for i, conv in enumerate(self.convs):
-            x = conv(nn.gelu(x) if i else x)
+            x = conv(gelu(x) if i else x)
         return x
 
 

@@ -1,0 +1,88 @@
+"""Depthwise convolution, in the form that is fast on the device at hand."""
+
+from functools import cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS, COLUMNS = 4, 4  # of the tile of outputs that one row of a product computes
+
+
+class Depthwise(nn.Module):
+    """Depthwise k x k convolution, "same" padding, no bias.
+
+    MLX's CPU backend convolves one number at a time, so there, in float32, it is done as matrix
+    products: for each channel, patches of the input times a banded matrix that holds the kernel
+    once for each output of a tile. That is two to four times the arithmetic, at up to 18 times
+    the speed (AMD EPYC, one core, MLX 0.32.4 with OpenBLAS; with the BLAS of MLX's own wheel, up
+    to 4 times; 2026-11-22).
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        """Start with a kernel of zeros; a stride is 1 or 2."""
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
+        self._stride = stride
+        self._banded: tuple[mx.array, mx.array] | None = None  # kernel, and its banded matrix
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
+        channels, kernel_size = self.weight.shape[:2]
+        # With a kernel of 3 and a stride of 2 too little of a product is of use.
+        if kernel_size > 2 * self._stride and not self.training and self._on_cpu(x):
+            return self._by_products(x)
+        return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
+
+    def _on_cpu(self, x: mx.array) -> bool:
+        single = x.dtype == self.weight.dtype == mx.float32
+        return single and mx.default_device().type == mx.DeviceType.cpu
+
+    def _by_products(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        k, s = self.weight.shape[1], self._stride
+        out_height, out_width = -(-H // s), -(-W // s)
+        tiles_down, tiles_across = -(-out_height // ROWS), -(-out_width // COLUMNS)
+        height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
+        tall, wide = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k  # of a patch
+        before = k // 2
+        margins = [(0, 0), (0, 0), (before, height - H - before), (before, width - W - before)]
+        padded = mx.pad(x.transpose(3, 0, 1, 2), margins)
+        patches = mx.as_strided(
+            padded,
+            (C, B, tiles_down, tiles_across, tall, wide),
+            (B * height * width, height * width, ROWS * s * width, COLUMNS * s, width, 1),
+        ).reshape(C, -1, tall * wide)
+        y = patches @ self._banded_matrix()  # (C, tiles, ROWS * COLUMNS)
+        y = y.reshape(C, B, tiles_down, tiles_across, ROWS, COLUMNS).transpose(1, 2, 4, 3, 5, 0)
+        y = y.reshape(B, tiles_down * ROWS, tiles_across * COLUMNS, C)
+        return y[:, :out_height, :out_width]
+
+    def _banded_matrix(self) -> mx.array:
+        """The kernel at each of a tile's places, (C, patch, tile), made anew for a new kernel."""
+        weight = self.weight
+        if self._banded is None or self._banded[0] is not weight:
+            channels, kernel_size = weight.shape[:2]
+            places = _places(kernel_size, self._stride)
+            taps = mx.pad(weight.reshape(channels, -1), [(0, 0), (0, 1)])  # and a zero
+            banded = taps[:, mx.array(places.ravel())].reshape(channels, *places.shape)
+            self._banded = weight, banded
+        return self._banded[1]
+
+
+@cache
+def _places(kernel_size: int, stride: int) -> NDArray[np.int32]:
+    """Which tap of the kernel weighs each input of a patch for each output of a tile.
+
+    Returns:
+        (patch, tile); the number of taps where none does.
+    """
+    tall, wide = ((n - 1) * stride + kernel_size for n in (ROWS, COLUMNS))
+    places = np.full((tall, wide, ROWS, COLUMNS), kernel_size**2, np.int32)
+    taps = np.arange(kernel_size**2).reshape(kernel_size, kernel_size)
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            top, left = row * stride, column * stride
+            places[top : top + kernel_size, left : left + kernel_size, row, column] = taps
+    return places.reshape(tall * wide, ROWS * COLUMNS)

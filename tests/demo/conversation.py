@@ -1,0 +1,170 @@
+"""Conversations about scenes as ids to train on, in FastVLM's own prompt format."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from questions import COLUMNS, ROWS, TASKS, Question, ask, describe
+from reference import cell, torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from world import Scene, scene
+
+from mlx_fastvlm import tokenizer as runtime
+from mlx_fastvlm.prompt import SYSTEM_PROMPT, Control, Image, encode, render
+
+VOCABULARY = 512
+ORDINALS = ("first", "second", "third")
+IGNORED = -100  # a label that is not trained on
+MAX_LENGTH = 1024
+LENGTHS = 3  # parts of a batch that are padded apart
+
+
+def train_tokenizer(directory: Path) -> runtime.Tokenizer:
+    """Learn byte pairs from what is said about scenes; printed texts are left to be spelled."""
+    rng = random.Random(0)
+    lines = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"] * 100
+    for seed in range(3000):
+        plain = scene(seed, text=0)
+        for task in TASKS:
+            question = ask(plain, rng, task)
+            if question is not None:
+                asked = about(question.text, rng.choice(ORDINALS)) if seed % 4 else question.text
+                lines += [asked, question.answer]
+    added = [runtime.TEXT_END, runtime.TURN_START, runtime.TURN_END]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(runtime.WORD_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(added),
+            initial_alphabet=sorted(runtime.BYTES),
+            show_progress=False,
+        ),
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in added])
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(backend.to_str()), separators=(",", ":")))
+    return runtime.read(directory)
+
+
+def about(text: str, ordinal: str) -> str:
+    """A question, said of one image of several."""
+    for image in ("the image", "this image"):
+        if image in text:
+            return text.replace(image, f"the {ordinal} image")
+    return f"{text[:-1]} in the {ordinal} image{text[-1]}"
+
+
+@dataclass
+class Batch:
+    """Conversations, padded to one length.
+
+    Attributes:
+        ids: (B, L), IMAGE_TOKEN where an image embedding goes.
+        labels: (B, L), the id where it belongs to an answer, else IGNORED.
+        turns: (B, L), number of the answer within the batch, or -1.
+        tasks: What each answer was asked for.
+        images: Which images it speaks of, in order.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    turns: Tensor
+    tasks: list[str]
+    images: list[int]
+
+
+class Conversations:
+    """Turns scenes into conversations about one to three of them."""
+
+    def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
+        """Conversations of at most `turns` questions."""
+        self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
+        self.end = tokenizer.added[runtime.TURN_END]
+
+    def named(self, scenes: list[Scene]) -> Tensor:
+        """Which words belong to the things in each image token's part of an image, (B, N, V)."""
+        grid = math.isqrt(self.tokens_per_image)
+        target = torch.zeros(len(scenes), grid, grid, self.tokenizer.size)
+        for b, shown in enumerate(scenes):
+            for shape in shown.shapes:
+                at, _ = cell(shown, shape.x, shape.y, grid, crop=False)
+                row, column = (
+                    parts[min(2, int(3 * value / extent))]
+                    for value, extent, parts in (
+                        (shape.y, shown.height, ROWS),
+                        (shape.x, shown.width, COLUMNS),
+                    )
+                )
+                for word in (shape.kind, shape.colour, shape.size, row, column):
+                    target[b, *at, self.tokenizer.encode(f" {word}")] = 1
+        return target.flatten(1, 2)
+
+    def batches(self, scenes: list[Scene], rng: random.Random) -> list[Batch]:
+        """Use each scene once, in conversations about one to three; similar lengths together."""
+        said = []
+        start = 0
+        for group in _groups(scenes, rng):
+            asked = list(self._questions(group, rng)) or [describe(group[0], rng)]
+            images = list(range(start, start + len(group)))
+            said.append((self.encode(len(group), asked), [q.task for q in asked], images))
+            start += len(group)
+        said.sort(key=lambda conversation: len(conversation[0]))
+        size = math.ceil(len(said) / LENGTHS)
+        return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
+
+    def _pad(self, said: list[tuple[list[tuple[int, int, int]], list[str], list[int]]]) -> Batch:
+        texts, tasks, images = zip(*said, strict=True)
+        length = max(len(text) for text in texts)
+        padding = (self.tokenizer.added[runtime.TEXT_END], IGNORED, -1)
+        padded = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
+        ids, labels, turns = padded.unbind(-1)
+        first = torch.tensor([0, *(len(task) for task in tasks[:-1])]).cumsum(0)
+        turns = torch.where(turns < 0, -1, turns + first[:, None])
+        return Batch(ids, labels, turns, list(chain(*tasks)), list(chain(*images)))
+
+    def _questions(self, group: list[Scene], rng: random.Random) -> Iterator[Question]:
+        for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
+            index = rng.randrange(len(group))
+            question = ask(group[index], rng, rng.choice(list(TASKS)))
+            if question is None:
+                continue
+            text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])
+            yield Question(question.task, text, question.answer)
+
+    def encode(self, images: int, asked: list[Question]) -> list[tuple[int, int, int]]:
+        """Ids, labels and turn numbers; every answer and its end are labels."""
+        result: list[tuple[int, int, int]] = []
+
+        def unseen(parts: list[str | Control | Image]) -> None:
+            ids = encode(parts, self.tokenizer, self.tokens_per_image, MAX_LENGTH)
+            result.extend((i, IGNORED, -1) for i in ids)
+
+        for i, question in enumerate(asked):
+            if i == 0:
+                unseen(render(question.text, images))
+            else:
+                start, end = Control(runtime.TURN_START), Control(runtime.TURN_END)
+                user = f"user\n{question.text}"
+                unseen(["\n", start, user, end, "\n", start, "assistant\n"])
+            answer = [*self.tokenizer.encode(question.answer), self.end]
+            result.extend((token, token, i) for token in answer)
+        return result
+
+
+def _groups(scenes: list[Scene], rng: random.Random) -> Iterator[list[Scene]]:
+    rest = list(scenes)
+    while rest:
+        size = rng.choices((1, 2, 3), (0.7, 0.22, 0.08))[0]
+        yield rest[:size]
+        rest = rest[size:]

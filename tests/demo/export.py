@@ -1,0 +1,111 @@
+"""Write trained PyTorch weights as their sources do, and turn them into ours with the converter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from reference import FastVLM, MobileCLIP
+from safetensors.numpy import save_file
+from torch import nn
+
+from convert.apple import apple_tower_name, network_indices
+from convert.mobileclip import LAYOUTS, canonical_tensors
+from convert.write import write_checkpoint
+from mlx_fastvlm import loader
+from mlx_fastvlm.model import FastVLM as MLXFastVLM
+from mlx_mobileclip.checkpoint import assign, named_parameters
+from mlx_mobileclip.clip import MobileCLIP as MLXMobileCLIP
+from mlx_mobileclip.clip import MobileCLIPConfig, PreprocessConfig
+from mlx_mobileclip.fastvit import PRESETS, FastViTConfig
+from mlx_mobileclip.hub import Checkpoint
+from mlx_mobileclip.text import TextConfig
+
+VISION = "model.vision_tower.vision_tower.model."
+OPEN_CLIP = next(layout for layout in LAYOUTS if layout.name == "open_clip")
+
+
+def tower_config(preset: str, shape: dict[str, Any]) -> FastViTConfig:
+    """The config of a published tower with other sizes."""
+    values = PRESETS[preset].to_json() | {key: tuple(value) for key, value in shape.items()}
+    values["mlp_ratios"] = tuple(float(ratio) for ratio in values["mlp_ratios"])
+    return FastViTConfig(**values)
+
+
+def half(module: nn.Module) -> dict[str, Any]:
+    """A module's tensors as training left them, in float16; BatchNorm's step counters left out."""
+    return {
+        name: np.ascontiguousarray(value.numpy().astype(np.float16))
+        for name, value in module.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def write_apple_fastvlm(
+    model: FastVLM, tower: dict[str, Any], text: dict[str, Any], side: int, directory: Path
+) -> None:
+    """Apple's source layout (llava_qwen2): the tower with all its branches and BatchNorms."""
+    network = network_indices(tower_config("fastvithd", tower))
+    tensors = {VISION + apple_tower_name(k, network): v for k, v in half(model.tower.trunk).items()}
+    tensors |= {f"model.mm_projector.{k}": v for k, v in half(model.mm_projector).items()}
+    tensors |= half(model.decoder)
+    config = {
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": "llava_qwen2",
+        "mm_vision_tower": f"mobileclip_l_{side}",
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "pad",
+        "tokenizer_model_max_length": text["max_position_embeddings"],
+        "vision_config": tower,
+        **text,
+    }
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, directory / "model.safetensors")
+
+
+def convert_fastvlm(source: Path, target: Path) -> None:
+    """Apple's layout to ours, in float16."""
+    checkpoint = Checkpoint(source, "trained by tests/demo/train_fastvlm.py")
+    config, tensors = loader.read_canonical(checkpoint)
+    words = loader.read_tokenizer(checkpoint, config)
+    model = MLXFastVLM(config)
+    assign(model, tensors, mx.float16, checkpoint.name)
+    write_checkpoint(
+        target,
+        config.to_json(),
+        named_parameters(model),
+        lambda directory: words.save(directory / "tokenizer.json"),
+    )
+
+
+def convert_mobileclip(
+    trained: MobileCLIP, tower: dict[str, Any], text: dict[str, int], side: int, target: Path
+) -> None:
+    """open_clip's layout to ours, in float16."""
+    name = "trained by tests/demo/train_mobileclip.py"
+    tensors = {f"visual.trunk.{k}": v for k, v in half(trained.tower.trunk).items()}
+    tensors |= {f"visual.trunk.head.fc.{k}": v for k, v in half(trained.projection).items()}
+    tensors |= {f"text.{k}": v for k, v in half(trained.text).items()}
+    tensors["logit_scale"] = trained.logit_scale.detach().numpy()
+    words = TextConfig(**text, causal=False, rep_mixers=False)
+    pixels = PreprocessConfig(side, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    config = MobileCLIPConfig(
+        "demo",
+        trained.projection.out_features,
+        tower_config("mci0", tower),
+        words,
+        pixels,
+        {"model": name, "revision": None, "layout": OPEN_CLIP.name},
+    )
+    arrays = {key: mx.array(value) for key, value in tensors.items()}
+    model = MLXMobileCLIP(config)
+    assign(model, canonical_tensors(arrays, config, OPEN_CLIP, name), mx.float16, name)
+    merges = (target.parent / "merges.txt").read_bytes()
+    write_checkpoint(
+        target,
+        config.to_json(),
+        named_parameters(model),
+        lambda directory: (directory / "merges.txt").write_bytes(merges),
+    )

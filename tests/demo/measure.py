@@ -1,0 +1,153 @@
+"""How often the demo models are right, on scenes that training never saw.
+
+    PYTHONPATH=. python tests/demo/measure.py            # the tables of tests/demo/README.md
+    PYTHONPATH=. python tests/demo/measure.py --count 100
+
+Runs on MLX, through the packages' public functions.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from captions import LABELS
+from PIL.Image import Image
+from questions import TASKS, Question, article, ask, description
+from world import HELD_OUT, Scene, render, scene
+
+import mlx_fastvlm
+import mlx_mobileclip
+from mlx_fastvlm.tokenizer import TURN_END
+from mlx_mobileclip import recall, top_k_accuracy
+
+ASKED = tuple(TASKS)
+SETTINGS = {
+    "256 px, pad": {},
+    "128 px, pad": {"resolution": 128},
+    "512 px, pad": {"resolution": 512},
+    "256 px, crop": {"image_mode": "crop"},
+}
+ZERO_SHOT, RETRIEVAL = HELD_OUT + 1_000_000, HELD_OUT + 2_000_000  # first seeds of other scenes
+
+
+def right(
+    model: mlx_fastvlm.FastVLM,
+    processor: mlx_fastvlm.Processor,
+    image: Image,
+    asked: list[Question],
+    **settings: object,
+) -> list[bool]:
+    """Whether greedy decoding would give each answer, each question asked on its own.
+
+    It would if at each place of the right answer its token is the likeliest, so one pass over
+    the answer tells, and what all prompts begin with is read once.
+    """
+    words = processor.tokenizer
+    inputs = [processor(question.text, image, **settings) for question in asked]
+    prompts = [np.array(each.input_ids).tolist() for each in inputs]
+    begin = len(prompts[0])
+    for prompt in prompts:
+        shared = zip(prompt[:-1], prompts[0], strict=False)
+        begin = min(begin, next((i for i, (a, b) in enumerate(shared) if a != b), len(prompt) - 1))
+    cache = model.make_cache()
+    model(mx.array([prompts[0][:begin]]), cache, pixels=inputs[0].pixels)
+    results = []
+    for question, prompt in zip(asked, prompts, strict=True):
+        said = [*words.encode(question.answer), words.added[TURN_END]]
+        rest = prompt[begin:] + said
+        logits = model(mx.array([rest]), cache)[0, -len(said) - 1 : -1, : words.size]
+        results.append(mx.argmax(logits, axis=-1).tolist() == said)
+        for layer in cache:
+            layer.trim(len(rest))
+    return results
+
+
+def questions(shown: Scene, tasks: tuple[str, ...] = ASKED) -> list[Question]:
+    """One question of each task that has one for this scene."""
+    rng = random.Random(shown.seed)
+    asked = [ask(shown, rng, task) for task in tasks]
+    return [question for question in asked if question is not None]
+
+
+def rounds(count: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """Held-out scenes with their questions, until each task was asked `count` times."""
+    left = dict.fromkeys(ASKED, count)
+    seed = HELD_OUT
+    while any(left.values()):
+        shown = scene(seed)
+        asked = [question for question in questions(shown) if left[question.task]]
+        for question in asked:
+            left[question.task] -= 1
+        if asked:
+            yield shown, asked
+        seed += 1
+
+
+def answers(model: str | Path, count: int) -> dict[str, dict[str, float]]:
+    """Share of exactly right answers by setting and task, in percent."""
+    loaded = mlx_fastvlm.load(model)
+    found = {setting: dict.fromkeys(ASKED, 0) for setting in SETTINGS}
+    started = time.monotonic()
+    for number, (shown, asked) in enumerate(rounds(count)):
+        image = render(shown)
+        for name, setting in SETTINGS.items():
+            for question, good in zip(asked, right(*loaded, image, asked, **setting), strict=True):
+                found[name][question.task] += good
+        if number % 50 == 0:
+            seconds = time.monotonic() - started
+            print(f"{number} scenes, {seconds:.0f} s", end="\r", file=sys.stderr)
+    return {
+        name: {task: 100 * good / count for task, good in shares.items()}
+        for name, shares in found.items()
+    }
+
+
+def similarities(model: str | Path, count: int) -> dict[str, float]:
+    """Zero-shot top-1 over 48 labels and recall at 1 among 200 scenes, in percent."""
+    clip, processor = mlx_mobileclip.load(model)
+
+    def embed_images(scenes: list[Scene]) -> mx.array:
+        rows = []
+        for start in range(0, len(scenes), 32):
+            pixels = processor.images([render(s) for s in scenes[start : start + 32]])
+            rows.append(clip.encode_image(pixels, normalize=True))
+            mx.eval(rows[-1])
+            print(f"{start} scenes embedded", end="\r", file=sys.stderr)
+        return mx.concatenate(rows)
+
+    single = [scene(ZERO_SHOT + i, (1, 1), central=True) for i in range(count)]
+    labels = clip.encode_text(processor.texts([article(name) for name in LABELS]), normalize=True)
+    targets = [LABELS.index(shown.shapes[0].name) for shown in single]
+    many = [scene(RETRIEVAL + i, central=True) for i in range(200)]
+    texts = clip.encode_text(processor.texts([description(s) for s in many]), normalize=True)
+    found = recall(embed_images(many), texts, range(len(many)))
+    return {
+        "zero-shot top-1": 100 * top_k_accuracy(embed_images(single), labels, targets)[1],
+        "image to text R@1": 100 * found.image_to_text[1],
+        "text to image R@1": 100 * found.text_to_image[1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the demo models on held-out scenes.")
+    parser.add_argument("--fastvlm", default="demo", help="checkpoint; - for none")
+    parser.add_argument("--mobileclip", default="demo", help="checkpoint; - for none")
+    parser.add_argument("--count", type=int, default=1000, help="questions of each task")
+    options = parser.parse_args()
+    if options.fastvlm != "-":
+        table = answers(options.fastvlm, options.count)
+        print(f"\n| | {' | '.join(ASKED)} |\n|---|{'---|' * len(ASKED)}")
+        for name, shares in table.items():
+            print(f"| {name} | {' | '.join(f'{shares[task]:.1f}' for task in ASKED)} |")
+    if options.mobileclip != "-":
+        for name, share in similarities(options.mobileclip, options.count).items():
+            print(f"| {name} | {share:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

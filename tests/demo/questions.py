@@ -1,0 +1,251 @@
+"""Questions about scenes of the world, with their answers.
+
+Every question has one right answer that can be seen in the image: where two things could be
+meant, or a position lies between two names, it is not asked. About one question in eight asks
+for something that is not there, and the answer says so.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from world import COLOURS, KINDS, Scene, Shape
+
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+CLEARANCE = 0.05  # of a centre to the border between two of the nine places
+APART = 0.15  # of two centres along an axis, for one to be left of or above the other
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its answer; only exactly this answer counts as right."""
+
+    task: str
+    text: str
+    answer: str
+
+
+def place(scene: Scene, x: float, y: float) -> str | None:
+    """One of nine places; None too near to a border between two."""
+    names = []
+    for value, extent, parts in ((y, scene.height, ROWS), (x, scene.width, COLUMNS)):
+        third = extent / 3
+        if min(abs(value - third), abs(value - 2 * third)) < CLEARANCE:
+            return None
+        names.append(parts[min(2, int(value / third))])
+    if names == ["middle", "centre"]:
+        return "in the centre"
+    return f"at the {names[0]} {names[1]}"
+
+
+def article(noun: str) -> str:
+    """A noun with its indefinite article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _plural(kind: str, count: int) -> str:
+    if count == 1:
+        return kind
+    return f"{kind}es" if kind == "cross" else f"{kind}s"
+
+
+def _there_are(count: int, singular: str, plural: str) -> str:
+    if count == 0:
+        return f"There are no {plural}."
+    return f"There is 1 {singular}." if count == 1 else f"There are {count} {plural}."
+
+
+def count(scene: Scene, rng: random.Random) -> Question:
+    """How many shapes there are, or of a kind, or of a colour."""
+    which = rng.random()
+    if which < 0.3:
+        singular, plural, number = "shape", "shapes", len(scene.shapes)
+    elif which < 0.75:
+        kind = rng.choice(scene.shapes).kind if rng.random() < 0.8 else rng.choice(KINDS)
+        singular, plural = kind, _plural(kind, 2)
+        number = sum(s.kind == kind for s in scene.shapes)
+    else:
+        colour = (
+            rng.choice(scene.shapes).colour if rng.random() < 0.8 else rng.choice(list(COLOURS))
+        )
+        singular, plural = f"{colour} shape", f"{colour} shapes"
+        number = sum(s.colour == colour for s in scene.shapes)
+    text = rng.choice(
+        ("How many {} are there?", "How many {} do you see?", "Count the {}.",
+         "How many {} are in the image?")
+    ).format(plural)  # fmt: skip
+    answer = _there_are(number, singular, plural)
+    return Question("count", text, answer)
+
+
+def colour(scene: Scene, rng: random.Random) -> Question | None:
+    """The colour of the only shape of its kind."""
+    if rng.random() < 0.12:
+        missing = [k for k in KINDS if all(s.kind != k for s in scene.shapes)]
+        kind, answer = rng.choice(missing), None
+    else:
+        once = [s for s in scene.shapes if sum(o.kind == s.kind for o in scene.shapes) == 1]
+        if not once:
+            return None
+        shape = rng.choice(once)
+        kind, answer = shape.kind, shape.colour
+    text = rng.choice(
+        ("What colour is the {}?", "What is the colour of the {}?", "Which colour is the {}?",
+         "What color is the {}?")
+    ).format(kind)  # fmt: skip
+    if answer is None:
+        return Question("colour", text, f"There is no {kind}.")
+    return Question("colour", text, f"The {kind} is {answer}.")
+
+
+def shape(scene: Scene, rng: random.Random) -> Question | None:
+    """The kind of the only shape of its colour."""
+    if rng.random() < 0.12:
+        missing = [c for c in COLOURS if all(s.colour != c for s in scene.shapes)]
+        colour, answer = rng.choice(missing), None
+    else:
+        once = [s for s in scene.shapes if sum(o.colour == s.colour for o in scene.shapes) == 1]
+        if not once:
+            return None
+        found = rng.choice(once)
+        colour, answer = found.colour, found.kind
+    text = rng.choice(
+        ("What shape is the {} object?", "What is the {} shape?", "Which shape is {}?",
+         "What is {} in this image?")
+    ).format(colour)  # fmt: skip
+    if answer is None:
+        return Question("shape", text, f"There is no {colour} shape.")
+    return Question("shape", text, f"The {colour} shape is a {answer}.")
+
+
+def _unique(scene: Scene) -> list[Shape]:
+    return [s for s in scene.shapes if sum(o.name == s.name for o in scene.shapes) == 1]
+
+
+def _missing(scene: Scene, rng: random.Random) -> str:
+    """A coloured shape that is not there, often made of what is."""
+    colours = [s.colour for s in scene.shapes] if rng.random() < 0.5 else list(COLOURS)
+    kinds = [s.kind for s in scene.shapes] if rng.random() < 0.5 else list(KINDS)
+    names = {f"{c} {k}" for c in colours for k in kinds} - {s.name for s in scene.shapes}
+    if names:
+        return rng.choice(sorted(names))
+    return _missing(scene, rng)
+
+
+def position(scene: Scene, rng: random.Random) -> Question | None:
+    """Where a shape is, or whether it is left of, right of, above or below another."""
+    things = _unique(scene)
+    if not things:
+        return None
+    if len(things) > 1 and rng.random() < 0.4:
+        return _relation(things, rng)
+    text = rng.choice(
+        ("Where is the {}?", "Where do you see the {}?", "Where in the image is the {}?")
+    )
+    if rng.random() < 0.12:
+        name = _missing(scene, rng)
+        return Question("position", text.format(name), f"There is no {name}.")
+    thing = rng.choice(things)
+    where = place(scene, thing.x, thing.y)
+    if where is None:
+        return None
+    answer = f"The {thing.name} is {where}."
+    return Question("position", text.format(thing.name), answer)
+
+
+def _relation(things: list[Shape], rng: random.Random) -> Question | None:
+    a, b = rng.sample(things, 2)
+    relation = rng.choice(("left of", "right of", "above", "below"))
+    distance = b.x - a.x if relation in ("left of", "right of") else b.y - a.y
+    if relation in ("right of", "below"):
+        distance = -distance
+    if abs(distance) < APART:
+        return None
+    text = f"Is the {a.name} {relation} the {b.name}?"
+    yes = "Yes" if distance > 0 else "No"
+    says = "is" if distance > 0 else "is not"
+    answer = f"{yes}, the {a.name} {says} {relation} the {b.name}."
+    return Question("position", text, answer)
+
+
+def size(scene: Scene, rng: random.Random) -> Question | None:
+    """Which of two shapes is larger, or how large one is."""
+    things = _unique(scene)
+    if not things:
+        return None
+    if len(things) > 1 and rng.random() < 0.6:
+        a, b = rng.sample(things, 2)
+        text = rng.choice(
+            ("Which is larger, the {} or the {}?", "What is bigger, the {} or the {}?")
+        ).format(a.name, b.name)
+        if a.size == b.size:
+            return Question("size", text, "They are the same size.")
+        larger = a.name if a.radius > b.radius else b.name
+        return Question("size", text, f"The {larger} is larger.")
+    thing = rng.choice(things)
+    text = rng.choice(("How large is the {}?", "What size is the {}?", "How big is the {}?"))
+    answer = f"The {thing.name} is {thing.size}."
+    return Question("size", text.format(thing.name), answer)
+
+
+def presence(scene: Scene, rng: random.Random) -> Question:
+    """Whether there is a kind, a colour, or a coloured shape."""
+    level, there = rng.random(), rng.random() < 0.5
+    if level < 0.3:
+        present = [s.kind for s in scene.shapes]
+        absent = [k for k in KINDS if k not in present]
+    elif level < 0.5:
+        present = [f"{s.colour} shape" for s in scene.shapes]
+        absent = [f"{c} shape" for c in COLOURS if f"{c} shape" not in present]
+    else:
+        present, absent = [s.name for s in scene.shapes], [_missing(scene, rng)]
+    name = rng.choice(present if there else absent)
+    text = rng.choice(("Is there {}?", "Do you see {}?", "Can you see {} in the image?")).format(
+        article(name)
+    )
+    answer = f"Yes, there is {article(name)}." if there else f"No, there is no {name}."
+    return Question("presence", text, answer)
+
+
+def read(scene: Scene, rng: random.Random) -> Question:
+    """The printed word or number."""
+    text = rng.choice(
+        ("What does the text say?", "Read the text.", "What is written in the image?",
+         "What text do you see?")
+    )  # fmt: skip
+    if scene.text is None:
+        return Question("read", text, "There is no text.")
+    return Question("read", text, f"The text says {scene.text.content}.")
+
+
+def describe(scene: Scene, rng: random.Random) -> Question:
+    """Everything in the image, from left to right."""
+    text = rng.choice(("Describe the image.", "What do you see?", "What is in this image?"))
+    return Question("describe", text, description(scene))
+
+
+def description(scene: Scene) -> str:
+    """A sentence on the shapes from left to right, and one on the text."""
+    shapes = sorted(scene.shapes, key=lambda shape: shape.x)
+    things = listed([article(f"{shape.size} {shape.name}") for shape in shapes])
+    says = f" The text says {scene.text.content}." if scene.text else ""
+    return f"{things[0].upper()}{things[1:]}.{says}"
+
+
+def listed(things: list[str]) -> str:
+    """Things in one phrase: "a, b and c"."""
+    return things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
+
+
+TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+    task.__name__: task for task in (count, colour, shape, position, size, presence, read, describe)
+}
+
+
+def ask(scene: Scene, rng: random.Random, task: str) -> Question | None:
+    """A question of the task; None where this scene leaves none that has one answer."""
+    for _ in range(4):
+        question = TASKS[task](scene, rng)
+        if question is not None:
+            return question
+    return None

@@ -1,0 +1,187 @@
+"""The demo models in PyTorch: timm's FastViT and transformers' Qwen2, with small dimensions."""
+
+import math
+import os
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# PyPI has no CPU build of torchvision for Linux; its Python part is all that timm needs.
+with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
+    import torch
+    import torchvision  # noqa: F401
+
+import timm
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from world import COLOURS, KINDS, SIZES, Scene
+
+IMAGE_TOKEN = -200
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+LONGEST_TEXT = 5
+SUBCELLS = 2  # of an output position along each axis, each with room for one thing
+
+
+class Tower(nn.Module):
+    """A FastViT trunk with all its branches, and the heads that teach it to see.
+
+    The heads are left behind after training: they name what stands in each cell of the third
+    stage's map and of the output, which a text loss alone would take far longer to bring about.
+    """
+
+    def __init__(self, architecture: str, *, crop: bool = False, **shape: Any):
+        """`crop` tells whether images are cropped to a square rather than padded."""
+        super().__init__()
+        self.crop = crop
+        # Almost twice as fast, but MCi0's backward pass in it breaks the heap of torch 2.13.
+        channels_last = architecture == "fastvit_mci3"
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.trunk = timm.create_model(
+            architecture, num_classes=0, global_pool="", layer_scale_init_value=0.1, **shape
+        ).to(memory_format=self.memory)
+        middle = shape["embed_dims"][2]
+        self.kinds, self.letters = len(KINDS) + 2, len(LETTERS) + 1  # nothing, text; nothing
+        self.cell = self.kinds + len(COLOURS) + len(SIZES) + 2
+        self.middle_head = nn.Conv2d(middle, self.kinds + len(COLOURS) + self.letters, 1)
+        self.final_head = nn.Conv2d(self.trunk.num_features, SUBCELLS**2 * self.cell, 1)
+        self.text_head = nn.Conv2d(self.trunk.num_features, LONGEST_TEXT * self.letters, 1)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) to the third stage's map (B, C, S/16, S/16) and the output (B, D, s, s)."""
+        x = self.trunk.stem(pixels.contiguous(memory_format=self.memory))
+        for i, stage in enumerate(self.trunk.stages):
+            x = stage(x)
+            if i == 2:
+                middle = x
+        return middle, self.trunk.final_conv(x)
+
+    def loss(self, middle: Tensor, final: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+        """How far the heads are from naming what the scenes hold, each part on its own."""
+        losses = {}
+        grid = middle.shape[-1]
+        names, colours, letters = self.middle_head(middle).split(
+            (self.kinds, len(COLOURS), self.letters), 1
+        )
+        target = Targets(scenes, grid, self.crop)
+        losses["middle kind"] = _rare(names, target.kinds)
+        losses["middle colour"] = F.cross_entropy(colours, target.colours, ignore_index=-1)
+        losses["middle letter"] = _rare(letters, target.letters)
+        grid = final.shape[-1]
+        target = Targets(scenes, grid * SUBCELLS, self.crop)
+        cells = F.pixel_shuffle(self.final_head(final), SUBCELLS)
+        names, colours, sizes, offsets = cells.split((self.kinds, len(COLOURS), len(SIZES), 2), 1)
+        losses["kind"] = _rare(names, target.kinds)
+        losses["colour"] = F.cross_entropy(colours, target.colours, ignore_index=-1)
+        losses["size"] = F.cross_entropy(sizes, target.sizes, ignore_index=-1)
+        known = (target.colours >= 0)[:, None].expand_as(offsets)
+        losses["place"] = F.smooth_l1_loss(offsets[known], target.offsets[known])
+        read = self.text_head(final).unflatten(1, (self.letters, LONGEST_TEXT))
+        where, written = texts(scenes, grid, self.crop)
+        if len(where):
+            at = read[where[:, 0], :, :, where[:, 1], where[:, 2]]  # (texts, letters, places)
+            losses["text"] = F.cross_entropy(at, written)
+        return losses
+
+
+class FastVLM(nn.Module):
+    """Tower, projector and decoder; module names are those of Apple's checkpoints."""
+
+    def __init__(self, tower: Tower, text: dict[str, Any]):
+        super().__init__()
+        self.tower = tower
+        wide, narrow = tower.trunk.num_features, text["hidden_size"]
+        self.mm_projector = nn.Sequential(
+            nn.Linear(wide, narrow), nn.GELU(), nn.Linear(narrow, narrow)
+        )
+        self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
+
+    def embed(self, features: Tensor, ids: Tensor) -> Tensor:
+        """Features (n, D, s, s) of all images in order, and ids (B, L), to embeddings (B, L, H)."""
+        embedded = self.decoder.model.embed_tokens(ids.clamp(min=0))
+        images = self.mm_projector(features.flatten(2).transpose(1, 2))
+        embedded[ids == IMAGE_TOKEN] = images.flatten(0, 1).to(embedded.dtype)
+        return embedded
+
+    def names(self, features: Tensor) -> Tensor:
+        """What each projected image token resembles among the vocabulary, (n, N, V)."""
+        images = self.mm_projector(features.flatten(2).transpose(1, 2))
+        return self.decoder.lm_head(F.rms_norm(images, images.shape[-1:]))
+
+    def answers(self, features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        """Logits (M, V) before each of the M labels that are not negative."""
+        hidden = self.decoder.model(inputs_embeds=self.embed(features, ids)).last_hidden_state
+        return self.decoder.lm_head(hidden[:, :-1][labels[:, 1:] >= 0])
+
+
+class MobileCLIP(nn.Module):
+    """Tower and projection, open_clip's text tower, and the factor on similarities."""
+
+    def __init__(self, tower: Tower, text: dict[str, int], embed_dim: int):
+        super().__init__()
+        self.tower = tower
+        self.projection = nn.Linear(tower.trunk.num_features, embed_dim)
+        self.text = TextTransformer(**text, output_dim=embed_dim, no_causal_mask=True)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
+
+    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors (B, E), and the two maps of the tower."""
+        middle, final = self.tower(pixels)
+        return F.normalize(self.projection(final.mean((2, 3))), dim=-1), middle, final
+
+    def texts(self, ids: Tensor) -> Tensor:
+        """Unit vectors (B, E) of ids (B, L)."""
+        return F.normalize(self.text(ids), dim=-1)
+
+
+def _rare(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy where most cells hold nothing: these count a tenth."""
+    weight = torch.ones(logits.shape[1])
+    weight[0] = 0.1
+    return F.cross_entropy(logits, target, weight)
+
+
+class Targets:
+    """What each cell of a square grid over the prepared images holds."""
+
+    def __init__(self, scenes: list[Scene], grid: int, crop: bool):
+        shape = len(scenes), grid, grid
+        self.kinds, self.letters = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+        self.colours, self.sizes = (torch.full(shape, -1) for _ in range(2))
+        self.offsets = torch.zeros(len(scenes), 2, grid, grid)
+        for b, scene in enumerate(scenes):
+            for shape in scene.shapes:
+                at, offset = cell(scene, shape.x, shape.y, grid, crop)
+                self.kinds[b, *at] = 1 + KINDS.index(shape.kind)
+                self.colours[b, *at] = list(COLOURS).index(shape.colour)
+                self.sizes[b, *at] = list(SIZES).index(shape.size)
+                self.offsets[b, :, *at] = torch.tensor(offset)
+            if scene.text is not None:
+                at, _ = cell(scene, scene.text.x, scene.text.y, grid, crop)
+                self.kinds[b, *at] = len(KINDS) + 1
+                for letter, x, y in scene.text.letters:
+                    at, _ = cell(scene, x, y, grid, crop)
+                    self.letters[b, *at] = 1 + LETTERS.index(letter)
+
+
+def texts(scenes: list[Scene], grid: int, crop: bool) -> tuple[Tensor, Tensor]:
+    """Image, row and column of each printed text, and its letters, padded."""
+    where, written = [], []
+    for b, scene in enumerate(scenes):
+        if scene.text is not None:
+            where.append((b, *cell(scene, scene.text.x, scene.text.y, grid, crop)[0]))
+            ids = [1 + LETTERS.index(c) for c in scene.text.content]
+            written.append(ids + [0] * (LONGEST_TEXT - len(ids)))
+    return torch.tensor(where), torch.tensor(written)
+
+
+def cell(
+    scene: Scene, x: float, y: float, grid: int, crop: bool
+) -> tuple[tuple[int, int], list[float]]:
+    """Row and column of a point of the prepared scene, and its place within the cell."""
+    side = min(scene.width, scene.height) if crop else 1
+    x = (x + (side - scene.width) / 2) / side * grid
+    y = (y + (side - scene.height) / 2) / side * grid
+    row, column = (max(0, min(int(v), grid - 1)) for v in (y, x))
+    return (row, column), [x - column - 0.5, y - row - 0.5]

@@ -1,0 +1,137 @@
+"""Train the FastVLM demo model."""
+
+import argparse
+import random
+import shutil
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import data
+from conversation import Conversations, train_tokenizer
+from export import convert_fastvlm, write_apple_fastvlm
+from reference import F, FastVLM, Tower, torch
+from training import train
+from world import Scene, scene
+
+from mlx_fastvlm.tokenizer import Tokenizer
+from mlx_mobileclip.image import resize_pad
+
+SIDE = 256
+TOWER = {
+    "layers": (1, 1, 3, 2, 1),
+    "embed_dims": (16, 32, 64, 128, 256),
+    "mlp_ratios": (3, 3, 3, 3, 2),
+}
+SCENES, FEATURES = 60_000, 24_000  # the decoder first learns from the latter
+TEXT = {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 448,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+TOWER_STEPS, TOWER_BATCH = 2400, 32
+DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 2800, 300, 32
+TURNS = 7  # questions in a conversation
+NAMING = 5.0  # weight of the loss that ties image tokens to words
+SEEING = 0.1  # weight of the tower's own losses while the decoder learns with it
+
+
+Loss = tuple[torch.Tensor, dict[str, float]]
+
+
+def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
+    """Phase one: the tower learns to name what is where."""
+    tower.train()
+
+    def step(batch: Any) -> Loss:
+        pixels, shown = batch
+        losses = tower.loss(*tower(pixels), shown)
+        return sum(losses.values()), {k: v.item() for k, v in losses.items()}
+
+    groups = [{"params": list(tower.parameters()), "lr": 3e-3}]
+    source = partial(scenes.batches, TOWER_BATCH)
+    train("tower", tower, groups, source, step, TOWER_STEPS, out)
+
+
+def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
+    """Phases two and three: the decoder learns to answer, first alone, then with the tower.
+
+    BatchNorm keeps the statistics of phase one, as it will when it is folded.
+    """
+    model.train()
+    model.tower.eval()
+    tower = list(model.tower.parameters())
+    rest = [p for n, p in model.named_parameters() if not n.startswith("tower.")]
+    conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
+
+    def answer(features: torch.Tensor, shown: list[Scene], name: str) -> Loss:
+        rng = random.Random(f"{name} {sum(scene.seed for scene in shown)}")
+        loss, count = torch.zeros(()), 0
+        right: dict[str, list[float]] = defaultdict(list)
+        for said in conversations.batches(shown, rng):
+            labels = said.labels[:, 1:][said.labels[:, 1:] >= 0]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model.answers(features[said.images], said.ids, said.labels).float()
+            loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+            count += len(labels)
+            wrong = said.turns[said.labels >= 0][logits.argmax(-1) != labels].tolist()
+            for turn, task in enumerate(said.tasks):
+                right[task].append(turn not in wrong)
+        loss = loss / count
+        figures = {"loss": loss.item()} | {t: sum(r) / len(r) for t, r in sorted(right.items())}
+        # Projected tokens that resemble the words for what they show are soon found by them.
+        naming = F.binary_cross_entropy_with_logits(
+            model.names(features), conversations.named(shown), pos_weight=torch.tensor(10.0)
+        )
+        return loss + NAMING * naming, figures | {"naming": naming.item()}
+
+    def alone(batch: Any) -> Loss:
+        chosen, shown = batch
+        return answer(torch.from_numpy(seen[chosen]).float(), shown, "decoder")
+
+    def together(batch: Any) -> Loss:
+        pixels, shown = batch
+        middle, features = model.tower(pixels)
+        loss, figures = answer(features, shown, "together")
+        return loss + SEEING * sum(model.tower.loss(middle, features, shown).values()), figures
+
+    seen = data.looked_at(out / "features.npy", scenes, FEATURES, lambda x: model.tower(x)[1])
+    source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
+    groups = [{"params": rest, "lr": 2e-3}]
+    train("decoder", model, groups, source, alone, DECODER_STEPS, out)
+    groups = [{"params": rest, "lr": 7e-4}, {"params": tower, "lr": 7e-4}]
+    source = partial(scenes.batches, ANSWER_BATCH)
+    train("together", model, groups, source, together, TOGETHER_STEPS, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    tower = Tower("fastvit_mci3", **TOWER)
+    scenes = data.Scenes(
+        options.out / "scenes.bin", SCENES, scene, partial(resize_pad, size=SIDE), SIDE
+    )
+    train_tower(tower, scenes, options.out)
+    tokenizer = train_tokenizer(options.out)
+    text = {**TEXT, "vocab_size": tokenizer.size}
+    model = FastVLM(tower, text)
+    train_answers(model, tokenizer, scenes, options.out)
+    source = options.out / "source"
+    write_apple_fastvlm(model, TOWER, text, SIDE, source)
+    shutil.copy(options.out / "tokenizer.json", source)
+    convert_fastvlm(source, options.out / "demo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The loop that both demo models are trained with: resumable, logged, reproducible."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from reference import torch
+from torch import Tensor, nn
+
+SAVE_SECONDS = 120
+LOG_STEPS = 50
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    batches: Callable[[int], Iterator[Any]],
+    step: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    steps: int,
+    out: Path,
+) -> None:
+    """Run one phase of training, or the rest of it if it was interrupted.
+
+    Args:
+        name: Of the phase; its state and its log are files of this name under `out`.
+        model: Trained in place.
+        groups: Parameters with their peak `lr`; it rises for 3 % of the steps, then falls as a
+            cosine to zero.
+        batches: Endless batches, given how many batches were already used.
+        step: Loss of a batch, and what to log.
+        steps: Optimizer steps in all.
+        out: Directory for state and log.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)
+    warmup = max(1, int(0.03 * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, i / steps))),
+    )
+    state_path, log_path = out / f"{name}.pt", out / f"{name}.jsonl"
+    done, seconds = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        done, seconds = state["done"], state["seconds"]
+    source = batches(done) if done < steps else iter(())
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    started = saved = time.monotonic()
+    parameters = [p for group in groups for p in group["params"]]
+    for i in range(done, steps):
+        loss, figures = step(next(source))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        for key, value in figures.items():
+            sums[key] += value
+            counts[key] += 1
+        last = i + 1 == steps
+        now = time.monotonic()
+        if (i + 1) % LOG_STEPS == 0 or last:
+            record = {"step": i + 1, "seconds": round(seconds + now - started, 1)}
+            record |= {key: round(sums[key] / counts[key], 4) for key in sums}
+            print(name, record, flush=True)
+            with log_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            sums.clear()
+            counts.clear()
+        if last or now - saved > SAVE_SECONDS:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "done": i + 1,
+                "seconds": seconds + now - started,
+            }
+            partial = state_path.with_suffix(".partial")
+            torch.save(state, partial)
+            partial.replace(state_path)
+            saved = now

@@ -1,0 +1,93 @@
+"""What is computed otherwise on the CPU equals the plain formulation."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tolerances import relative_error
+
+from mlx_mobileclip.depthwise import Depthwise
+from mlx_mobileclip.gelu import bias_gelu, gelu
+
+pytestmark = pytest.mark.skipif(
+    mx.default_device().type != mx.DeviceType.cpu, reason="the formulations are the CPU's"
+)
+
+
+def exact(x: np.ndarray) -> np.ndarray:
+    return np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(np.float64).flat])
+
+
+def test_gelu_is_exact_to_two_millionths() -> None:
+    x = np.linspace(-30, 30, 100_001, dtype=np.float32)
+    assert np.abs(np.array(gelu(mx.array(x))) - exact(x)).max() < 2e-6
+
+
+def test_gelu_of_large_values() -> None:
+    """Relative to x beyond the fit, where float32 ends: no value is too large for the clamp."""
+    x = np.array([-1e30, -1e8, -1e4, 1e4, 1e8, 1e30], np.float32)
+    assert (np.abs(np.array(gelu(mx.array(x))) - exact(x)) < 1e-7 * np.abs(x)).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gelu_hides_nothing_that_is_not_finite(value: float) -> None:
+    assert not mx.isfinite(gelu(mx.array([value]))).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_gelu_in_half_precision_is_the_erf_form(dtype: mx.Dtype) -> None:
+    x = mx.linspace(-8, 8, 1001).astype(dtype)
+    assert gelu(x).dtype == dtype
+    expected = exact(np.array(x.astype(mx.float32)))
+    assert relative_error(np.array(gelu(x).astype(mx.float32)), expected) < 0.02
+
+
+def test_bias_gelu() -> None:
+    x, bias = mx.random.normal((2, 3, 5, 8)), mx.random.normal((8,))
+    assert mx.array_equal(bias_gelu(x, bias), gelu(x + bias)).item()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 8, 8), (3, 9, 13), (1, 31, 2)], ids=str)
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2), (3, 2)])
+def test_depthwise(shape: tuple[int, int, int], kernel_size: int, stride: int) -> None:
+    layer = Depthwise(6, kernel_size, stride)
+    layer.weight = mx.random.normal(layer.weight.shape)
+    x = mx.random.normal((*shape, 6))
+    layer.train()  # the plain convolution, which has a gradient
+    plain = np.array(layer(x))
+    layer.eval()
+    assert relative_error(np.array(layer(x)), plain) < 1e-6
+
+
+def test_depthwise_notices_another_kernel() -> None:
+    layer = Depthwise(6, 3)
+    layer.eval()
+    x = mx.random.normal((1, 5, 5, 6))
+    assert not layer(x).any().item()
+    layer.weight = mx.ones(layer.weight.shape)
+    assert layer(x).any().item()
+
+
+def test_depthwise_has_the_gradient_of_the_plain_convolution() -> None:
+    layer = Depthwise(6, 7, 2)
+    kernel, x = mx.random.normal(layer.weight.shape), mx.random.normal((1, 9, 8, 6))
+
+    def loss(kernel: mx.array, x: mx.array) -> mx.array:
+        layer.weight = kernel
+        return (layer(x) ** 2).sum()
+
+    layer.train()
+    plain = mx.grad(loss, argnums=(0, 1))(kernel, x)
+    layer.eval()
+    for value, reference in zip(mx.grad(loss, argnums=(0, 1))(kernel, x), plain, strict=True):
+        assert relative_error(np.array(value), np.array(reference)) < 1e-5
+    compiled = mx.compile(loss)(kernel, x)
+    assert relative_error(np.array(compiled), np.array(loss(kernel, x))) < 1e-6
+
+
+def test_depthwise_keeps_its_banded_matrix_out_of_the_parameters() -> None:
+    layer = Depthwise(6, 3)
+    layer.eval()
+    mx.eval(layer(mx.zeros((1, 5, 5, 6))))
+    assert list(layer.parameters()) == ["weight"]
