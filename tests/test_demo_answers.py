@@ -17,8 +17,13 @@ from tolerances import BATCHED, relative_error
 from world import HELD_OUT, Scene, render, scene
 
 from mlx_fastvlm import FastVLM, Processor, generate, load, stream_generate
+from mlx_fastvlm.loader import DEMO_DIRECTORY
 
 MODEL: str | Path = "demo"
+pytestmark = pytest.mark.skipif(
+    MODEL == "demo" and not DEMO_DIRECTORY.is_dir(),
+    reason="the demo model is still in training, see tests/demo/README.md",
+)
 ROOT = Path(__file__).parents[1]
 Demo = tuple[FastVLM, Processor]
 

@@ -21,7 +21,8 @@ VOCABULARY = 512
 ORDINALS = ("first", "second", "third")
 IGNORED = -100  # a label that is not trained on
 MAX_LENGTH = 1024
-LENGTHS = 3  # parts of a batch that are padded apart
+SHARES = [0.3 if task == "describe" else 1 for task in TASKS]  # descriptions are long
+LENGTHS = 2  # parts of a batch that are padded apart
 
 
 def train_tokenizer(directory: Path) -> runtime.Tokenizer:
@@ -136,7 +137,7 @@ class Conversations:
     def _questions(self, group: list[Scene], rng: random.Random) -> Iterator[Question]:
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
             index = rng.randrange(len(group))
-            question = ask(group[index], rng, rng.choice(list(TASKS)))
+            question = ask(group[index], rng, rng.choices(list(TASKS), SHARES)[0])
             if question is None:
                 continue
             text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])

@@ -1,7 +1,8 @@
-"""Train the MobileCLIP demo model: tower, then texts, then both together.
+"""Train the MobileCLIP demo model: the tower, then the texts, then both together.
 
-With --ablation, a finished model teaches new ones with the reinforced loss, and the same
-training without a teacher is run beside it.
+    PYTHONPATH=. python tests/demo/train_mobileclip.py --out DIR
+
+Run it again after an interruption: it goes on where it last saved.
 """
 
 import argparse
@@ -86,18 +87,6 @@ def contrastive(
     return loss, {"loss": loss.item(), "image to text": right, "scale": scale.exp().item()}
 
 
-def reinforced(
-    images: Tensor, texts: Tensor, scale: Tensor, teacher: tuple[Tensor, Tensor]
-) -> tuple[Tensor, dict[str, float]]:
-    """Distillation from a teacher's similarities: the reinforced loss with weights (0, 1)."""
-    logits = scale.exp().clamp(max=MOST_SIMILAR) * images @ texts.T
-    theirs = MOST_SIMILAR * teacher[0] @ teacher[1].T
-    loss = (
-        F.cross_entropy(logits, theirs.softmax(1)) + F.cross_entropy(logits.T, theirs.T.softmax(1))
-    ) / 2
-    return loss, {"loss": loss.item(), "scale": scale.exp().item()}
-
-
 class Training:
     """The phases of one model."""
 
@@ -158,8 +147,8 @@ class Training:
             self.out,
         )
 
-    def together(self, name: str, steps: int, teacher: MobileCLIP | None = None) -> None:
-        """Phase three: both towers; with a teacher, its similarities are the target."""
+    def together(self, name: str, steps: int) -> None:
+        """Phase three: both towers."""
         self.model.train()
         self.model.tower.eval()  # BatchNorm keeps its statistics, as when it is folded
 
@@ -169,12 +158,7 @@ class Training:
             captions = self._captions(name, shown)
             ids = self._ids(captions)
             texts, scale = self.model.texts(ids), self.model.logit_scale
-            if teacher is None:
-                loss, figures = contrastive(images, texts, scale, captions, shown)
-            else:
-                with torch.no_grad():
-                    taught = teacher.images(pixels)[0], teacher.texts(ids)
-                loss, figures = reinforced(images, texts, scale, taught)
+            loss, figures = contrastive(images, texts, scale, captions, shown)
             seen = self.model.tower.loss(middle, final, shown)
             return loss + SEEING * sum(seen.values()), figures
 
@@ -196,7 +180,7 @@ class Training:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition(chr(10))[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for states and logs")
     options = parser.parse_args()
     out = options.out

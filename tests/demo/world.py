@@ -106,7 +106,7 @@ def scene(
 
     Args:
         seed: All that it depends on, besides the other arguments.
-        shapes: Fewest and most shapes.
+        shapes: Fewest and most shapes; where there is no room for more, they stay fewer.
         text: Probability of a printed text.
         central: Whether everything stands in the central square, which is all that is left of
             an image whose preprocessing crops.
@@ -125,10 +125,12 @@ def scene(
     placed: list[Shape] = []
     count = rng.randint(*shapes)
     size_names = list(SIZES)
-    while len(placed) < count:
-        shape = _shape(rng, width, height, taken, size_names)
+    while len(placed) < count and size_names:
+        shape = _shape(rng, width, height, taken, rng.choice(size_names))
         if shape is not None:
             placed.append(shape)
+        else:  # too little room for this size: from now on only smaller ones, in the end none
+            size_names = size_names[:-1]
     return Scene(seed, width, height, tuple(placed), printed)
 
 
@@ -158,10 +160,9 @@ def _shape(
     width: float,
     height: float,
     taken: list[Box],
-    size_names: list[str],
+    size: str,
 ) -> Shape | None:
-    """Place one more shape; after many tries none fits, and only smaller sizes stay allowed."""
-    size = rng.choice(size_names)
+    """Place one more shape; None if no room for it was found in many tries."""
     radius = SIZES[size] * rng.uniform(0.95, 1.05)
     for _ in range(60):
         x = rng.uniform(radius + MARGIN, width - radius - MARGIN)
@@ -170,8 +171,6 @@ def _shape(
             taken.append((x, y, radius, radius))
             kind, colour = rng.choice(KINDS), rng.choice(list(COLOURS))
             return Shape(kind, colour, size, x, y, radius, rng.uniform(-15, 15))
-    if len(size_names) > 1:
-        size_names.pop()
     return None
 
 
