@@ -68,7 +68,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> 
         return _packaged(demo, revision)
     name = os.fspath(model)
     if is_repository(model):
-        return _fetch(name, revision, _download_fastvlm)
+        return _fetch(name, revision, _download_fastvlm, demo)
     path, is_directory, is_file = look(name)
     if is_file and path.suffix == ".zip":
         raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
@@ -93,7 +93,7 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
     name = os.fspath(model)
     of_weights = Path(name).suffix in WEIGHT_SUFFIXES
     if is_repository(model) and not of_weights:
-        return _fetch(name, revision, _download_mobileclip)
+        return _fetch(name, revision, _download_mobileclip, DEMO_DIRECTORY)
     path, is_directory, is_file = look(name)
     if is_directory or (is_file and of_weights):
         return Checkpoint(path, name)
@@ -125,7 +125,7 @@ def _packaged(directory: Path, revision: str | None) -> Checkpoint:
             f"{DEMO}: comes with this package in one revision; leave out --revision"
         )
     if not directory.is_dir():
-        raise CheckpointError(f"{DEMO}: {directory} is missing; install this package again")
+        raise CheckpointError(f"{DEMO}: this installation has none ({directory} is missing)")
     return Checkpoint(directory, DEMO)
 
 
@@ -157,7 +157,7 @@ def _download_mobileclip(name: str, revision: str | None) -> Path:
 
 
 def _fetch(
-    name: str, revision: str | None, download: Callable[[str, str | None], Path]
+    name: str, revision: str | None, download: Callable[[str, str | None], Path], demo: Path
 ) -> Checkpoint:
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -180,11 +180,12 @@ def _fetch(
     except HFValidationError as error:
         raise CheckpointError(f"{name}: not a valid repository name ({error})") from error
     except LocalEntryNotFoundError as error:
+        offline = "; or try --model demo, a small model that comes with this package"
+        alternative = offline if demo.is_dir() else ""
         local = f", or write ./{name} for the directory here" if Path(name).is_dir() else ""
         raise CheckpointError(
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
-            f"connect and run the command again to download it{local}; or try --model {DEMO}, "
-            "a small model that comes with this package"
+            f"connect and run the command again to download it{local}{alternative}"
         ) from error
     except ModelError as error:
         raise CheckpointError(

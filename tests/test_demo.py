@@ -130,7 +130,9 @@ def test_it_is_checked_like_any_checkpoint(
     load: Any = {"mlx_fastvlm": mlx_fastvlm, "mlx_mobileclip": mlx_mobileclip}[package].load
     broken = tmp_path / "broken"
     monkeypatch.setattr(place, "DEMO_DIRECTORY", broken)
-    with pytest.raises(CheckpointError, match=r"^demo: .*is missing; install this package again$"):
+    with pytest.raises(
+        CheckpointError, match=r"^demo: this installation has none \(.*broken is missing\)$"
+    ):
         load("demo")
     shutil.copytree(installed[package], broken)
     weights = broken / "model.safetensors"
@@ -141,7 +143,7 @@ def test_it_is_checked_like_any_checkpoint(
 
 @pytest.mark.parametrize("package", FIND)
 def test_it_is_named_where_nothing_can_be_fetched(
-    package: str, monkeypatch: pytest.MonkeyPatch
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -151,4 +153,8 @@ def test_it_is_named_where_nothing_can_be_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=r"run the command again .*; or try --model demo, a small"):
+        FIND[package]("org/name")
+    monkeypatch.setattr(fastvlm, "DEMO_DIRECTORY", tmp_path / "none")
+    monkeypatch.setattr(hub, "DEMO_DIRECTORY", tmp_path / "none")
+    with pytest.raises(ModelError, match=r"run the command again to download it$"):
         FIND[package]("org/name")
