@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from mlx_mobileclip.checkpoint import read_json
+from mlx_mobileclip.checkpoint import read_bounded, read_json
 from mlx_mobileclip.errors import ConfigError
 
 MAX_TOKENIZER_BYTES = 32 << 20  # Qwen2.5's takes 7
@@ -187,11 +187,8 @@ def _from_vocab_and_merges(
     vocab = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"
     try:
-        if path.exists() and not path.is_file():  # a pipe would block, a device never end
-            raise ConfigError(f"{path}: is not a regular file")
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_TOKENIZER_BYTES >> 20} MB")
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8")
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
         merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -138,6 +138,22 @@ class Fields:
         return tuple(Fields({key: v}, self.where).boolean(key) for v in values)
 
 
+def read_bounded(path: Path, limit_bytes: int, remark: str = "") -> bytes:
+    """Read a small file whole.
+
+    Raises:
+        ConfigError: it is no regular file, or larger than the limit, which `remark` explains.
+        OSError: it is missing or cannot be read.
+    """
+    if path.exists() and not path.is_file():  # a pipe would block, a device never end
+        raise ConfigError(f"{path}: is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ConfigError(f"{path}: larger than {limit_bytes >> 20} MB{remark}")
+    return data
+
+
 def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON object of bounded size.
 
@@ -153,12 +169,7 @@ def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]
         return result
 
     try:
-        if path.exists() and not path.is_file():  # a pipe would block, a device never end
-            raise ConfigError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-        if len(data) > limit_bytes:
-            raise ConfigError(f"{path}: larger than {limit_bytes >> 20} MB; this is no config file")
+        data = read_bounded(path, limit_bytes, "; this is no config file")
         value = json.loads(data, object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error

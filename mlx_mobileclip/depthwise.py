@@ -7,6 +7,8 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from .device import on_cpu
+
 ROWS, COLUMNS = 4, 4  # of the tile of outputs that one row of a product computes
 
 
@@ -31,13 +33,10 @@ class Depthwise(nn.Module):
         """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
         channels, kernel_size = self.weight.shape[:2]
         # With a kernel of 3 and a stride of 2 too little of a product is of use.
-        if kernel_size > 2 * self._stride and not self.training and self._on_cpu(x):
+        single = x.dtype == self.weight.dtype == mx.float32
+        if kernel_size > 2 * self._stride and not self.training and single and on_cpu():
             return self._by_products(x)
         return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
-
-    def _on_cpu(self, x: mx.array) -> bool:
-        single = x.dtype == self.weight.dtype == mx.float32
-        return single and mx.default_device().type == mx.DeviceType.cpu
 
     def _by_products(self, x: mx.array) -> mx.array:
         B, H, W, C = x.shape

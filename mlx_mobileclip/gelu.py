@@ -10,6 +10,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .device import on_cpu
+
 # erf(t / sqrt 2) / 2 = t * P(t^2) / Q(t^2) for |t| <= 5.6, beyond which it is 1/2 to 1e-8; fitted
 # by least squares with the weights drawn towards the largest error (Lawson's method).
 LIMIT = 5.6
@@ -31,7 +33,7 @@ def bias_gelu(x: mx.array, bias: mx.array) -> mx.array:
 
 
 def _is_slow(x: mx.array) -> bool:
-    return x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
+    return x.dtype == mx.float32 and on_cpu()
 
 
 # Compiled for each shape anew: only then does MLX know that elements lie side by side, without

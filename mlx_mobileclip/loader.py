@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from .checkpoint import assign, read_json, read_tensors
 from .clip import MODEL_TYPE, MobileCLIP, MobileCLIPConfig
+from .device import on_cpu
 from .errors import ConfigError
 from .hub import Checkpoint, resolve_file
 from .processor import Processor
@@ -19,7 +20,7 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 def default_dtype() -> mx.Dtype:
     """float16 on a GPU; float32 on a CPU, where half precision is slow."""
-    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.float16
+    return mx.float32 if on_cpu() else mx.float16
 
 
 def load(

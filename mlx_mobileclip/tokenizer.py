@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from .checkpoint import read_bounded
 from .errors import ConfigError, PromptError
 
 CONTEXT_LENGTH = 77
@@ -137,13 +138,7 @@ def read_merges(directory: Path, vocab_size: int) -> Merges | None:
         return None
     path = directory / OWN_MERGES_FILE
     try:
-        if path.exists() and not path.is_file():  # a pipe would block, a device never end
-            raise ConfigError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            data = file.read(MAX_MERGES_BYTES + 1)
-        if len(data) > MAX_MERGES_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_MERGES_BYTES >> 20} MB")
-        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+        lines = read_bounded(path, MAX_MERGES_BYTES).decode("utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path}: is missing; a vocabulary of {vocab_size}, unlike CLIP's {CLIP_VOCABULARY}, "
