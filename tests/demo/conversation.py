@@ -4,17 +4,18 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from questions import COLUMNS, ROWS, TASKS, Question, ask, describe
+from questions import TASKS, Question, ask, describe, thirds
 from reference import cell, torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from world import Scene, scene
+from world import COLOURS, KINDS, Scene, Shape, scene
 
 from mlx_fastvlm import tokenizer as runtime
+from mlx_fastvlm.model import IMAGE_TOKEN
 from mlx_fastvlm.prompt import SYSTEM_PROMPT, Control, Image, encode, render
 
 VOCABULARY = 512
@@ -66,6 +67,10 @@ def about(text: str, ordinal: str) -> str:
     return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
+# Ids, labels and turn numbers; what each answer was asked for; its words; which images.
+Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, list[int]]
+
+
 @dataclass
 class Batch:
     """Conversations, padded to one length.
@@ -73,8 +78,9 @@ class Batch:
     Attributes:
         ids: (B, L), IMAGE_TOKEN where an image embedding goes.
         labels: (B, L), the id where it belongs to an answer, else IGNORED.
-        turns: (B, L), number of the answer within the batch, or -1.
+        turns: (B, L), number within the batch of the question or answer, or -1.
         tasks: What each answer was asked for.
+        words: (T, V), the words of each answer and those for the things it is about: 1, else 0.
         images: Which images it speaks of, in order.
     """
 
@@ -82,6 +88,7 @@ class Batch:
     labels: Tensor
     turns: Tensor
     tasks: list[str]
+    words: Tensor
     images: list[int]
 
 
@@ -100,56 +107,78 @@ class Conversations:
         for b, shown in enumerate(scenes):
             for shape in shown.shapes:
                 at, _ = cell(shown, shape.x, shape.y, grid, crop=False)
-                row, column = (
-                    parts[min(2, int(3 * value / extent))]
-                    for value, extent, parts in (
-                        (shape.y, shown.height, ROWS),
-                        (shape.x, shown.width, COLUMNS),
-                    )
-                )
-                for word in (shape.kind, shape.colour, shape.size, row, column):
-                    target[b, *at, self.tokenizer.encode(f" {word}")] = 1
+                target[b, *at, self._words(shown, shape)] = 1
         return target.flatten(1, 2)
+
+    def pairs(self, scenes: list[Scene]) -> Tensor:
+        """Which colours of which kinds stand in each image token's part, (B, N, 48)."""
+        grid = math.isqrt(self.tokens_per_image)
+        target = torch.zeros(len(scenes), grid, grid, len(COLOURS) * len(KINDS))
+        for b, shown in enumerate(scenes):
+            for shape in shown.shapes:
+                at, _ = cell(shown, shape.x, shape.y, grid, crop=False)
+                colour = list(COLOURS).index(shape.colour)
+                target[b, *at, colour * len(KINDS) + KINDS.index(shape.kind)] = 1
+        return target.flatten(1, 2)
+
+    def _words(self, shown: Scene, shape: Shape) -> list[int]:
+        words = shape.kind, shape.colour, shape.size, *thirds(shown, shape.x, shape.y)
+        return [i for word in words for i in self.tokenizer.encode(f" {word}")]
 
     def batches(self, scenes: list[Scene], rng: random.Random) -> list[Batch]:
         """Use each scene once, in conversations about one to three; similar lengths together."""
         said = []
         start = 0
         for group in _groups(scenes, rng):
-            asked = list(self._questions(group, rng)) or [describe(group[0], rng)]
+            asked = list(self._questions(group, rng)) or [(group[0], describe(group[0], rng))]
+            words = torch.zeros(len(asked), self.tokenizer.size)
+            for i, (shown, question) in enumerate(asked):
+                words[i, self.tokenizer.encode(question.answer)] = 1
+                for thing in question.things:
+                    words[i, self._words(shown, thing)] = 1
+            questions = [question for _, question in asked]
             images = list(range(start, start + len(group)))
-            said.append((self.encode(len(group), asked), [q.task for q in asked], images))
+            tasks = [question.task for question in questions]
+            said.append((self.encode(len(group), questions), tasks, words, images))
             start += len(group)
         said.sort(key=lambda conversation: len(conversation[0]))
         size = math.ceil(len(said) / LENGTHS)
         return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
 
-    def _pad(self, said: list[tuple[list[tuple[int, int, int]], list[str], list[int]]]) -> Batch:
-        texts, tasks, images = zip(*said, strict=True)
+    def _pad(self, said: list[Conversation]) -> Batch:
+        texts, tasks, words, images = zip(*said, strict=True)
         length = max(len(text) for text in texts)
         padding = (self.tokenizer.added[runtime.TEXT_END], IGNORED, -1)
         padded = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
         ids, labels, turns = padded.unbind(-1)
         first = torch.tensor([0, *(len(task) for task in tasks[:-1])]).cumsum(0)
         turns = torch.where(turns < 0, -1, turns + first[:, None])
-        return Batch(ids, labels, turns, list(chain(*tasks)), list(chain(*images)))
+        return Batch(
+            ids, labels, turns, list(chain(*tasks)), torch.cat(words), list(chain(*images))
+        )
 
-    def _questions(self, group: list[Scene], rng: random.Random) -> Iterator[Question]:
+    def _questions(
+        self, group: list[Scene], rng: random.Random
+    ) -> Iterator[tuple[Scene, Question]]:
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
             index = rng.randrange(len(group))
             question = ask(group[index], rng, rng.choices(list(TASKS), SHARES)[0])
             if question is None:
                 continue
             text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])
-            yield Question(question.task, text, question.answer)
+            yield group[index], replace(question, text=text)
 
     def encode(self, images: int, asked: list[Question]) -> list[tuple[int, int, int]]:
-        """Ids, labels and turn numbers; every answer and its end are labels."""
+        """Ids, labels and turn numbers; every answer and its end are labels.
+
+        A turn begins after the images.
+        """
         result: list[tuple[int, int, int]] = []
 
         def unseen(parts: list[str | Control | Image]) -> None:
             ids = encode(parts, self.tokenizer, self.tokens_per_image, MAX_LENGTH)
-            result.extend((i, IGNORED, -1) for i in ids)
+            start = max((k + 1 for k, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
+            result.extend((t, IGNORED, i if k >= start else -1) for k, t in enumerate(ids))
 
         for i, question in enumerate(asked):
             if i == 0:

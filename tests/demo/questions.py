@@ -6,7 +6,7 @@ for something that is not there, and the answer says so.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from world import COLOURS, KINDS, Scene, Shape
@@ -18,24 +18,33 @@ APART = 0.15  # of two centres along an axis, for one to be left of or above the
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer; only exactly this answer counts as right."""
+    """A question and its answer; only exactly this answer counts as right.
+
+    `things` are the shapes that one has to look at to know it.
+    """
 
     task: str
     text: str
     answer: str
+    things: tuple[Shape, ...] = ()
 
 
 def place(scene: Scene, x: float, y: float) -> str | None:
     """One of nine places; None too near to a border between two."""
-    names = []
-    for value, extent, parts in ((y, scene.height, ROWS), (x, scene.width, COLUMNS)):
+    for value, extent in ((y, scene.height), (x, scene.width)):
         third = extent / 3
         if min(abs(value - third), abs(value - 2 * third)) < CLEARANCE:
             return None
-        names.append(parts[min(2, int(value / third))])
-    if names == ["middle", "centre"]:
+    row, column = thirds(scene, x, y)
+    if (row, column) == ("middle", "centre"):
         return "in the centre"
-    return f"at the {names[0]} {names[1]}"
+    return f"at the {row} {column}"
+
+
+def thirds(scene: Scene, x: float, y: float) -> tuple[str, str]:
+    """Names of the row and the column, of three each, that a point lies in."""
+    row, column = (min(2, int(3 * v / n)) for v, n in ((y, scene.height), (x, scene.width)))
+    return ROWS[row], COLUMNS[column]
 
 
 def article(noun: str) -> str:
@@ -43,9 +52,7 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _plural(kind: str, count: int) -> str:
-    if count == 1:
-        return kind
+def _plural(kind: str) -> str:
     return f"{kind}es" if kind == "cross" else f"{kind}s"
 
 
@@ -59,63 +66,64 @@ def count(scene: Scene, rng: random.Random) -> Question:
     """How many shapes there are, or of a kind, or of a colour."""
     which = rng.random()
     if which < 0.3:
-        singular, plural, number = "shape", "shapes", len(scene.shapes)
+        singular, plural, things = "shape", "shapes", list(scene.shapes)
     elif which < 0.75:
         kind = rng.choice(scene.shapes).kind if rng.random() < 0.8 else rng.choice(KINDS)
-        singular, plural = kind, _plural(kind, 2)
-        number = sum(s.kind == kind for s in scene.shapes)
+        singular, plural = kind, _plural(kind)
+        things = [s for s in scene.shapes if s.kind == kind]
     else:
         colour = (
             rng.choice(scene.shapes).colour if rng.random() < 0.8 else rng.choice(list(COLOURS))
         )
         singular, plural = f"{colour} shape", f"{colour} shapes"
-        number = sum(s.colour == colour for s in scene.shapes)
+        things = [s for s in scene.shapes if s.colour == colour]
     text = rng.choice(
         ("How many {} are there?", "How many {} do you see?", "Count the {}.",
          "How many {} are in the image?")
     ).format(plural)  # fmt: skip
-    answer = _there_are(number, singular, plural)
-    return Question("count", text, answer)
+    answer = _there_are(len(things), singular, plural)
+    return Question("count", text, answer, tuple(things))
+
+
+def _only(
+    scene: Scene, rng: random.Random, attribute: str, names: Iterable[str]
+) -> tuple[str, Shape | None] | None:
+    """A name that one shape alone has, and that shape; or a name of none, and None."""
+    named = [getattr(shape, attribute) for shape in scene.shapes]
+    if rng.random() < 0.12:
+        return rng.choice([name for name in names if name not in named]), None
+    once = [(n, s) for n, s in zip(named, scene.shapes, strict=True) if named.count(n) == 1]
+    return rng.choice(once) if once else None
 
 
 def colour(scene: Scene, rng: random.Random) -> Question | None:
     """The colour of the only shape of its kind."""
-    if rng.random() < 0.12:
-        missing = [k for k in KINDS if all(s.kind != k for s in scene.shapes)]
-        kind, answer = rng.choice(missing), None
-    else:
-        once = [s for s in scene.shapes if sum(o.kind == s.kind for o in scene.shapes) == 1]
-        if not once:
-            return None
-        shape = rng.choice(once)
-        kind, answer = shape.kind, shape.colour
+    found = _only(scene, rng, "kind", KINDS)
+    if found is None:
+        return None
+    kind, thing = found
     text = rng.choice(
         ("What colour is the {}?", "What is the colour of the {}?", "Which colour is the {}?",
          "What color is the {}?")
     ).format(kind)  # fmt: skip
-    if answer is None:
+    if thing is None:
         return Question("colour", text, f"There is no {kind}.")
-    return Question("colour", text, f"The {kind} is {answer}.")
+    return Question("colour", text, f"The {kind} is {thing.colour}.", (thing,))
 
 
 def shape(scene: Scene, rng: random.Random) -> Question | None:
     """The kind of the only shape of its colour."""
-    if rng.random() < 0.12:
-        missing = [c for c in COLOURS if all(s.colour != c for s in scene.shapes)]
-        colour, answer = rng.choice(missing), None
-    else:
-        once = [s for s in scene.shapes if sum(o.colour == s.colour for o in scene.shapes) == 1]
-        if not once:
-            return None
-        found = rng.choice(once)
-        colour, answer = found.colour, found.kind
+    found = _only(scene, rng, "colour", COLOURS)
+    if found is None:
+        return None
+    colour, thing = found
     text = rng.choice(
         ("What shape is the {} object?", "What is the {} shape?", "Which shape is {}?",
          "What is {} in this image?")
     ).format(colour)  # fmt: skip
-    if answer is None:
+    if thing is None:
         return Question("shape", text, f"There is no {colour} shape.")
-    return Question("shape", text, f"The {colour} shape is a {answer}.")
+    return Question("shape", text, f"The {colour} shape is a {thing.kind}.", (thing,))
 
 
 def _unique(scene: Scene) -> list[Shape]:
@@ -150,7 +158,7 @@ def position(scene: Scene, rng: random.Random) -> Question | None:
     if where is None:
         return None
     answer = f"The {thing.name} is {where}."
-    return Question("position", text.format(thing.name), answer)
+    return Question("position", text.format(thing.name), answer, (thing,))
 
 
 def _relation(things: list[Shape], rng: random.Random) -> Question | None:
@@ -165,7 +173,7 @@ def _relation(things: list[Shape], rng: random.Random) -> Question | None:
     yes = "Yes" if distance > 0 else "No"
     says = "is" if distance > 0 else "is not"
     answer = f"{yes}, the {a.name} {says} {relation} the {b.name}."
-    return Question("position", text, answer)
+    return Question("position", text, answer, (a, b))
 
 
 def size(scene: Scene, rng: random.Random) -> Question | None:
@@ -179,13 +187,13 @@ def size(scene: Scene, rng: random.Random) -> Question | None:
             ("Which is larger, the {} or the {}?", "What is bigger, the {} or the {}?")
         ).format(a.name, b.name)
         if a.size == b.size:
-            return Question("size", text, "They are the same size.")
+            return Question("size", text, "They are the same size.", (a, b))
         larger = a.name if a.radius > b.radius else b.name
-        return Question("size", text, f"The {larger} is larger.")
+        return Question("size", text, f"The {larger} is larger.", (a, b))
     thing = rng.choice(things)
     text = rng.choice(("How large is the {}?", "What size is the {}?", "How big is the {}?"))
     answer = f"The {thing.name} is {thing.size}."
-    return Question("size", text.format(thing.name), answer)
+    return Question("size", text.format(thing.name), answer, (thing,))
 
 
 def presence(scene: Scene, rng: random.Random) -> Question:
@@ -200,11 +208,12 @@ def presence(scene: Scene, rng: random.Random) -> Question:
     else:
         present, absent = [s.name for s in scene.shapes], [_missing(scene, rng)]
     name = rng.choice(present if there else absent)
+    things = tuple(s for s, n in zip(scene.shapes, present, strict=True) if n == name)
     text = rng.choice(("Is there {}?", "Do you see {}?", "Can you see {} in the image?")).format(
         article(name)
     )
     answer = f"Yes, there is {article(name)}." if there else f"No, there is no {name}."
-    return Question("presence", text, answer)
+    return Question("presence", text, answer, things)
 
 
 def read(scene: Scene, rng: random.Random) -> Question:
@@ -221,7 +230,7 @@ def read(scene: Scene, rng: random.Random) -> Question:
 def describe(scene: Scene, rng: random.Random) -> Question:
     """Everything in the image, from left to right."""
     text = rng.choice(("Describe the image.", "What do you see?", "What is in this image?"))
-    return Question("describe", text, description(scene))
+    return Question("describe", text, description(scene), scene.shapes)
 
 
 def description(scene: Scene) -> str:

@@ -18,7 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from world import COLOURS, KINDS, SIZES, Scene
 
-IMAGE_TOKEN = -200
+from mlx_fastvlm.model import IMAGE_TOKEN
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LONGEST_TEXT = 5
 SUBCELLS = 2  # of an output position along each axis, each with room for one thing
@@ -43,10 +44,11 @@ class Tower(nn.Module):
         ).to(memory_format=self.memory)
         middle = shape["embed_dims"][2]
         self.kinds, self.letters = len(KINDS) + 2, len(LETTERS) + 1  # nothing, text; nothing
-        self.cell = self.kinds + len(COLOURS) + len(SIZES) + 2
+        per_cell = self.kinds + len(COLOURS) + len(SIZES) + 2
         self.middle_head = nn.Conv2d(middle, self.kinds + len(COLOURS) + self.letters, 1)
-        self.final_head = nn.Conv2d(self.trunk.num_features, SUBCELLS**2 * self.cell, 1)
+        self.final_head = nn.Conv2d(self.trunk.num_features, SUBCELLS**2 * per_cell, 1)
         self.text_head = nn.Conv2d(self.trunk.num_features, LONGEST_TEXT * self.letters, 1)
+        self.where_head = nn.Conv2d(self.trunk.num_features, SUBCELLS**2 * 2, 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) to the third stage's map (B, C, S/16, S/16) and the output (B, D, s, s)."""
@@ -77,10 +79,12 @@ class Tower(nn.Module):
         losses["size"] = F.cross_entropy(sizes, target.sizes, ignore_index=-1)
         known = (target.colours >= 0)[:, None].expand_as(offsets)
         losses["place"] = F.smooth_l1_loss(offsets[known], target.offsets[known])
+        where = F.pixel_shuffle(self.where_head(final), SUBCELLS)
+        losses["where"] = F.smooth_l1_loss(where[known], target.where[known])
         read = self.text_head(final).unflatten(1, (self.letters, LONGEST_TEXT))
-        where, written = texts(scenes, grid, self.crop)
-        if len(where):
-            at = read[where[:, 0], :, :, where[:, 1], where[:, 2]]  # (texts, letters, places)
+        rows, written = texts(scenes, grid, self.crop)
+        if len(rows):
+            at = read[rows[:, 0], :, :, rows[:, 1], rows[:, 2]]  # (texts, letters, places)
             losses["text"] = F.cross_entropy(at, written)
         return losses
 
@@ -96,23 +100,27 @@ class FastVLM(nn.Module):
             nn.Linear(wide, narrow), nn.GELU(), nn.Linear(narrow, narrow)
         )
         self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
+        self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # left behind after training
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (n, D, s, s) to image tokens (n, s * s, H)."""
+        return self.mm_projector(features.flatten(2).transpose(1, 2))
 
     def embed(self, features: Tensor, ids: Tensor) -> Tensor:
         """Features (n, D, s, s) of all images in order, and ids (B, L), to embeddings (B, L, H)."""
         embedded = self.decoder.model.embed_tokens(ids.clamp(min=0))
-        images = self.mm_projector(features.flatten(2).transpose(1, 2))
-        embedded[ids == IMAGE_TOKEN] = images.flatten(0, 1).to(embedded.dtype)
+        embedded[ids == IMAGE_TOKEN] = self.project(features).flatten(0, 1).to(embedded.dtype)
         return embedded
 
-    def names(self, features: Tensor) -> Tensor:
-        """What each projected image token resembles among the vocabulary, (n, N, V)."""
-        images = self.mm_projector(features.flatten(2).transpose(1, 2))
-        return self.decoder.lm_head(F.rms_norm(images, images.shape[-1:]))
+    def named(self, hidden: Tensor) -> Tensor:
+        """What hidden states (..., H) resemble among the vocabulary, (..., V)."""
+        return self.decoder.lm_head(F.rms_norm(hidden, hidden.shape[-1:]))
 
-    def answers(self, features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        """Logits (M, V) before each of the M labels that are not negative."""
-        hidden = self.decoder.model(inputs_embeds=self.embed(features, ids)).last_hidden_state
-        return self.decoder.lm_head(hidden[:, :-1][labels[:, 1:] >= 0])
+    def hidden(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's states (B, L, H) half way, and after its last norm."""
+        embedded = self.embed(features, ids)
+        out = self.decoder.model(inputs_embeds=embedded, output_hidden_states=True)
+        return out.hidden_states[len(self.decoder.model.layers) // 2], out.last_hidden_state
 
 
 class MobileCLIP(nn.Module):
@@ -149,7 +157,7 @@ class Targets:
         shape = len(scenes), grid, grid
         self.kinds, self.letters = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
         self.colours, self.sizes = (torch.full(shape, -1) for _ in range(2))
-        self.offsets = torch.zeros(len(scenes), 2, grid, grid)
+        self.offsets, self.where = (torch.zeros(len(scenes), 2, grid, grid) for _ in range(2))
         for b, scene in enumerate(scenes):
             for shape in scene.shapes:
                 at, offset = cell(scene, shape.x, shape.y, grid, crop)
@@ -157,6 +165,8 @@ class Targets:
                 self.colours[b, *at] = list(COLOURS).index(shape.colour)
                 self.sizes[b, *at] = list(SIZES).index(shape.size)
                 self.offsets[b, :, *at] = torch.tensor(offset)
+                share = shape.x / scene.width, shape.y / scene.height
+                self.where[b, :, *at] = 4 * torch.tensor(share) - 2
             if scene.text is not None:
                 at, _ = cell(scene, scene.text.x, scene.text.y, grid, crop)
                 self.kinds[b, *at] = len(KINDS) + 1

@@ -41,10 +41,11 @@ TEXT = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-TOWER_STEPS, TOWER_BATCH = 2400, 32
-DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 4000, 4000, 16
+TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
+DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 3000, 2000, 16
 TURNS = 7  # questions in a conversation
-NAMING = 5.0  # weight of the loss that ties image tokens to words
+SHOWING = 50.0  # weight of the losses that tie image tokens to words
+FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
 SEEING = 0.1  # weight of the tower's own losses while the decoder learns with it
 
 
@@ -52,17 +53,28 @@ Loss = tuple[torch.Tensor, dict[str, float]]
 
 
 def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
-    """Phase one: the tower learns to name what is where."""
+    """Phases one and two: the tower learns to name what it sees, then also where in the scene.
+
+    The second is apart because naming what is in a cell needs its surroundings only.
+    """
     tower.train()
 
-    def step(batch: Any) -> Loss:
+    def step(batch: Any, left_out: tuple[str, ...] = ()) -> Loss:
         pixels, shown = batch
         losses = tower.loss(*tower(pixels), shown)
-        return sum(losses.values()), {k: v.item() for k, v in losses.items()}
+        taught = [value for name, value in losses.items() if name not in left_out]
+        return sum(taught), {name: value.item() for name, value in losses.items()}
 
-    groups = [{"params": list(tower.parameters()), "lr": 3e-3}]
-    source = partial(scenes.batches, TOWER_BATCH)
-    train("tower", tower, groups, source, step, TOWER_STEPS, out)
+    parameters, source = list(tower.parameters()), partial(scenes.batches, TOWER_BATCH)
+    groups = [{"params": parameters, "lr": 3e-3}]
+    train("tower", tower, groups, source, partial(step, left_out=("where",)), TOWER_STEPS, out)
+    groups = [{"params": parameters, "lr": 1e-3}]
+    train("places", tower, groups, source, step, PLACES_STEPS, out)
+
+
+def naming(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """How far logits are from telling which few words apply."""
+    return F.binary_cross_entropy_with_logits(logits, words, pos_weight=torch.tensor(10.0))
 
 
 def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
@@ -73,29 +85,44 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
     model.train()
     model.tower.eval()
     tower = list(model.tower.parameters())
-    rest = [p for n, p in model.named_parameters() if not n.startswith("tower.")]
+    matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
+    apart = {id(p) for p in (*tower, *matrices)}
+    others = [p for p in model.parameters() if id(p) not in apart]
     conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
 
     def answer(features: torch.Tensor, shown: list[Scene], name: str) -> Loss:
         rng = random.Random(f"{name} {sum(scene.seed for scene in shown)}")
-        loss, count = torch.zeros(()), 0
+        loss, foretelling, count = torch.zeros(()), torch.zeros(()), 0
         right: dict[str, list[float]] = defaultdict(list)
-        for said in conversations.batches(shown, rng):
-            labels = said.labels[:, 1:][said.labels[:, 1:] >= 0]
+        batches = conversations.batches(shown, rng)
+        for said in batches:
+            where = said.labels[:, 1:] >= 0
+            labels = said.labels[:, 1:][where]
             with torch.autocast("cpu", torch.bfloat16):
-                logits = model.answers(features[said.images], said.ids, said.labels).float()
+                before, last = model.hidden(features[said.images], said.ids)
+                logits = model.decoder.lm_head(last[:, :-1][where]).float()
+                asking = (said.turns >= 0) & (said.labels < 0)
+                foretold = model.named(before[asking]).float()
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+            foretelling = foretelling + naming(foretold, said.words[said.turns[asking]]) / len(
+                batches
+            )
             count += len(labels)
-            wrong = said.turns[said.labels >= 0][logits.argmax(-1) != labels].tolist()
+            wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
             for turn, task in enumerate(said.tasks):
                 right[task].append(turn not in wrong)
         loss = loss / count
+        # Image tokens that resemble the words for what they show are soon found by them.
+        images = model.project(features)
+        shows = naming(model.named(images), conversations.named(shown))
+        pairs = naming(model.pairs(images), conversations.pairs(shown))
         figures = {"loss": loss.item()} | {t: sum(r) / len(r) for t, r in sorted(right.items())}
-        # Projected tokens that resemble the words for what they show are soon found by them.
-        naming = F.binary_cross_entropy_with_logits(
-            model.names(features), conversations.named(shown), pos_weight=torch.tensor(10.0)
-        )
-        return loss + NAMING * naming, figures | {"naming": naming.item()}
+        figures |= {
+            "naming": shows.item(),
+            "pairs": pairs.item(),
+            "foretelling": foretelling.item(),
+        }
+        return loss + SHOWING * (shows + pairs) + FORETELLING * foretelling, figures
 
     def alone(batch: Any) -> Loss:
         chosen, shown = batch
@@ -109,11 +136,11 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
 
     seen = data.looked_at(out / "features.npy", scenes, FEATURES, lambda x: model.tower(x)[1])
     source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
-    groups = [{"params": rest, "lr": 1e-3}]
-    train("decoder", model, groups, source, alone, DECODER_STEPS, out)
-    groups = [{"params": rest, "lr": 1e-3}, {"params": tower, "lr": 5e-4}]
+    groups = [{"params": others, "lr": 1e-3}]
+    train("decoder", model, groups, source, alone, DECODER_STEPS, out, matrices)
+    groups = [{"params": others, "lr": 1e-3}, {"params": tower, "lr": 5e-4}]
     source = partial(scenes.batches, ANSWER_BATCH)
-    train("together", model, groups, source, together, TOGETHER_STEPS, out)
+    train("together", model, groups, source, together, TOGETHER_STEPS, out, matrices)
 
 
 def main() -> None:

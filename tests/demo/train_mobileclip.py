@@ -1,12 +1,18 @@
 """Train the MobileCLIP demo model: the tower, then the texts, then both together.
 
+The texts are learned once more from the finished model by the loss of reinforced training, to
+compare the two: DIR/plain and DIR/reinforced are what each has made of the same start.
+
     PYTHONPATH=. python tests/demo/train_mobileclip.py --out DIR
 
 Run it again after an interruption: it goes on where it last saved.
 """
 
 import argparse
+import copy
+import json
 import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,7 @@ import data
 import numpy as np
 from captions import LABELS, Caption, caption
 from export import convert_mobileclip
+from PIL.Image import Resampling
 from reference import F, MobileCLIP, Tower, torch
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -22,8 +29,8 @@ from torch import Tensor, nn
 from training import train
 from world import Scene, scene
 
-from mlx_mobileclip.image import Image, resize_shorter
-from mlx_mobileclip.tokenizer import BASE, WORD_END, WORD_PATTERN, Tokenizer, clean
+from mlx_mobileclip.processor import _resize_crop
+from mlx_mobileclip.tokenizer import WORD_END, WORD_PATTERN, Tokenizer, clean, write_merges
 
 SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
 TOWER = {"layers": (1, 2, 4, 2), "embed_dims": (16, 32, 64, 128), "mlp_ratios": (3, 3, 3, 3)}
@@ -41,17 +48,10 @@ def central(seed: int) -> Scene:
     return scene(seed, (1, 1) if seed % 4 == 0 else (1, 5), central=True)
 
 
-def crop(image: Image.Image) -> Image.Image:
-    """The preprocessing of MobileCLIP: shorter side to 256 px, then the central square."""
-    resized = resize_shorter(image, SIDE, Image.Resampling.BILINEAR)
-    left, top = (round((side - SIDE) / 2) for side in resized.size)
-    return resized.crop((left, top, left + SIDE, top + SIDE))
-
-
 def train_merges(directory: Path) -> Tokenizer:
     """Learn byte pairs from captions without printed texts, which are spelled by letters."""
     rng = random.Random(0)
-    lines = [clean(caption(scene(seed, text=0), rng).text) for seed in range(4000)]
+    lines = [caption(scene(seed, text=0), rng).text for seed in range(4000)]
     lines += ["The text says"] * 400
     backend = Backend(models.BPE(end_of_word_suffix=WORD_END))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,14 +63,10 @@ def train_merges(directory: Path) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400, end_of_word_suffix=WORD_END, min_frequency=20, show_progress=False
     )
-    backend.train_from_iterator([clean(line) for line in lines], trainer)
-    backend.model.save(str(directory))
-    merges = [
-        line for line in (directory / "merges.txt").read_text().splitlines() if line[0] != "#"
-    ]
-    (directory / "vocab.json").unlink()
-    (directory / "merges.txt").write_text("\n".join(merges) + "\n")
-    return Tokenizer([tuple(line.split(" ")) for line in merges], CONTEXT)
+    backend.train_from_iterator(map(clean, lines), trainer)
+    merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    write_merges(directory, merges)
+    return Tokenizer(merges, CONTEXT)
 
 
 def contrastive(
@@ -87,82 +83,97 @@ def contrastive(
     return loss, {"loss": loss.item(), "image to text": right, "scale": scale.exp().item()}
 
 
+def reinforced(
+    images: Tensor, texts: Tensor, scale: Tensor, similar: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy both ways with a teacher's softmax: weights (0, 1) of MobileCLIP's paper."""
+    logits = scale.exp().clamp(max=MOST_SIMILAR) * images @ texts.T
+    by_image = F.cross_entropy(logits, similar.softmax(1))
+    by_text = F.cross_entropy(logits.T, similar.T.softmax(1))
+    loss = (by_image + by_text) / 2
+    right = (logits.argmax(1) == torch.arange(len(logits))).float().mean().item()
+    return loss, {"loss": loss.item(), "image to text": right, "scale": scale.exp().item()}
+
+
 class Training:
     """The phases of one model."""
 
     def __init__(self, scenes: data.Scenes, words: Tokenizer, out: Path):
         self.scenes, self.words, self.out = scenes, words, out
-        tower = Tower("fastvit_mci0", crop=True, **TOWER)
-        size = words.end_id + 1
-        self.model = MobileCLIP(tower, {**TEXT, "vocab_size": size}, EMBED_DIM)
-        self.present = nn.Linear(tower.trunk.num_features, len(LABELS))
+        self.text = {**TEXT, "vocab_size": words.end_id + 1}
+        self.tower = Tower("fastvit_mci0", crop=True, **TOWER)
 
     def see(self) -> None:
         """Phase one: the tower learns to name what is where, and its mean what there is."""
-        model = nn.ModuleList([self.model.tower, self.present]).train()
+        present = nn.Linear(self.tower.trunk.num_features, len(LABELS))
+        model = nn.ModuleList([self.tower, present]).train()
 
         def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
             pixels, shown = batch
-            middle, final = self.model.tower(pixels)
-            losses = self.model.tower.loss(middle, final, shown)
+            middle, final = self.tower(pixels)
+            losses = self.tower.loss(middle, final, shown)
             there = torch.zeros(len(shown), len(LABELS))
             for row, one in zip(there, shown, strict=True):
                 row[[LABELS.index(shape.name) for shape in one.shapes]] = 1
-            logits = self.present(final.mean((2, 3)))
+            logits = present(final.mean((2, 3)))
             losses["present"] = 10 * F.binary_cross_entropy_with_logits(logits, there)
             return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
         self._train("tower", model, 3e-3, step, TOWER_STEPS, TOWER_BATCH)
+        self.tower.eval()  # BatchNorm keeps its statistics from now on, as when it is folded
 
-    def match(self) -> None:
-        """Phase two: the text tower and the projection learn to match what the tower sees."""
-        self.model.eval()
-        seen = data.looked_at(
-            self.out / "means.npy",
-            self.scenes,
-            len(self.scenes.scenes),
-            lambda pixels: self.model.tower(pixels)[1].mean((2, 3)),
-        )
-        self.model.text.train()
-        parts = {"text": self.model.text, "projection": self.model.projection}
-        holder = nn.Module()
-        holder.parts, holder.scale = nn.ModuleDict(parts), self.model.logit_scale
+    def match(self, name: str, teacher: MobileCLIP | None = None) -> MobileCLIP:
+        """Phase two: texts and projection learn to match what the tower sees.
+
+        With a teacher, they learn from it alone, by the reinforced loss.
+        """
+        torch.manual_seed(1)
+        model = MobileCLIP(self.tower, self.text, EMBED_DIM).train()
+        self.tower.eval()
+        seen = self._looked_at("means", lambda pixels: self.tower(pixels)[1].mean((2, 3)))
+        if teacher is not None:
+            teacher.eval()
+            known = self._looked_at("known", lambda pixels: teacher.images(pixels)[0])
+        learning = nn.ModuleList([model.text, model.projection])
+        learning.logit_scale = model.logit_scale
 
         def step(batch: tuple[np.ndarray, list[Scene]]) -> tuple[Tensor, dict[str, float]]:
             chosen, shown = batch
-            images = F.normalize(
-                self.model.projection(torch.from_numpy(seen[chosen]).float()), dim=-1
-            )
+            means = torch.from_numpy(seen[chosen]).float()
+            images = F.normalize(model.projection(means), dim=-1)
             captions = self._captions("texts", shown)
-            texts = self.model.texts(self._ids(captions))
-            return contrastive(images, texts, self.model.logit_scale, captions, shown)
+            ids = self._ids(captions)
+            texts = model.texts(ids)
+            if teacher is None:
+                return contrastive(images, texts, model.logit_scale, captions, shown)
+            with torch.no_grad():
+                similar = torch.from_numpy(known[chosen]).float() @ teacher.texts(ids).T
+                similar *= teacher.logit_scale.exp().clamp(max=MOST_SIMILAR)
+            return reinforced(images, texts, model.logit_scale, similar)
 
-        train(
-            "texts",
-            holder,
-            [{"params": list(holder.parameters()), "lr": 1e-3}],
-            lambda done: self.scenes.choices(TEXT_BATCH, done),
-            step,
-            TEXT_STEPS,
-            self.out,
-        )
+        groups = [{"params": list(learning.parameters()), "lr": 1e-3}]
+        source = partial(self.scenes.choices, TEXT_BATCH)
+        train(name, learning, groups, source, step, TEXT_STEPS, self.out)
+        return model
 
-    def together(self, name: str, steps: int) -> None:
+    def together(self, model: MobileCLIP) -> None:
         """Phase three: both towers."""
-        self.model.train()
-        self.model.tower.eval()  # BatchNorm keeps its statistics, as when it is folded
+        model.train()
+        model.tower.eval()
 
         def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
             pixels, shown = batch
-            images, middle, final = self.model.images(pixels)
-            captions = self._captions(name, shown)
-            ids = self._ids(captions)
-            texts, scale = self.model.texts(ids), self.model.logit_scale
-            loss, figures = contrastive(images, texts, scale, captions, shown)
-            seen = self.model.tower.loss(middle, final, shown)
+            images, middle, final = model.images(pixels)
+            captions = self._captions("together", shown)
+            texts = model.texts(self._ids(captions))
+            loss, figures = contrastive(images, texts, model.logit_scale, captions, shown)
+            seen = model.tower.loss(middle, final, shown)
             return loss + SEEING * sum(seen.values()), figures
 
-        self._train(name, self.model, 5e-4, step, steps, TOGETHER_BATCH)
+        self._train("together", model, 5e-4, step, TOGETHER_STEPS, TOGETHER_BATCH)
+
+    def convert(self, model: MobileCLIP, name: str) -> None:
+        convert_mobileclip(model, TOWER, self.text, SIDE, self.out / name)
 
     def _train(
         self, name: str, model: nn.Module, lr: float, step: Any, steps: int, batch: int
@@ -170,6 +181,9 @@ class Training:
         groups = [{"params": list(model.parameters()), "lr": lr}]
         source = partial(self.scenes.batches, batch)
         train(name, model, groups, source, step, steps, self.out)
+
+    def _looked_at(self, name: str, see: Callable[[Tensor], Tensor]) -> np.ndarray:
+        return data.looked_at(self.out / f"{name}.npy", self.scenes, len(self.scenes.scenes), see)
 
     def _captions(self, name: str, shown: list[Scene]) -> list[Caption]:
         rng = random.Random(f"{name} {sum(one.seed for one in shown)}")
@@ -187,14 +201,18 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     words = train_merges(out)
-    assert words.start_id >= BASE - 2
-    scenes = data.Scenes(out / "scenes.bin", SCENES, central, crop, SIDE)
+    prepare = partial(_resize_crop, size=SIDE, resample=Resampling.BILINEAR)
+    scenes = data.Scenes(out / "scenes.bin", SCENES, central, prepare, SIDE)
     training = Training(scenes, words, out)
     training.see()
-    training.match()
-    training.together("together", TOGETHER_STEPS)
-    text = {**TEXT, "vocab_size": words.end_id + 1}
-    convert_mobileclip(training.model, TOWER, text, SIDE, out / "demo")
+    model = training.match("texts")
+    training.convert(model, "plain")
+    tower = copy.deepcopy(training.tower)
+    training.together(model)
+    training.convert(model, "demo")
+    training.tower = tower
+    student = training.match("reinforced", teacher=model)
+    training.convert(student, "reinforced")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 SAVE_SECONDS = 120
 LOG_STEPS = 50
+MUON_RATE = 2e-3
 
 
 def train(
@@ -23,6 +24,7 @@ def train(
     step: Callable[[Any], tuple[Tensor, dict[str, float]]],
     steps: int,
     out: Path,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> None:
     """Run one phase of training, or the rest of it if it was interrupted.
 
@@ -35,33 +37,39 @@ def train(
         step: Loss of a batch, and what to log.
         steps: Optimizer steps in all.
         out: Directory for state and log.
+        matrices: Parameters of two dimensions that Muon updates instead of AdamW.
     """
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)
+    optimizers = [torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, MUON_RATE, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
+        )
     warmup = max(1, int(0.03 * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1, i / steps))),
-    )
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     state_path, log_path = out / f"{name}.pt", out / f"{name}.jsonl"
     done, seconds = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         done, seconds = state["done"], state["seconds"]
+        if done < steps:
+            for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved_state)
     source = batches(done) if done < steps else iter(())
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     started = saved = time.monotonic()
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = [p for group in groups for p in group["params"]] + list(matrices)
     for i in range(done, steps):
+        share = min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
         loss, figures = step(next(source))
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = share * peak
+            optimizer.step()
+            optimizer.zero_grad()
         for key, value in figures.items():
             sums[key] += value
             counts[key] += 1
@@ -78,8 +86,7 @@ def train(
         if last or now - saved > SAVE_SECONDS:
             state = {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "done": i + 1,
                 "seconds": seconds + now - started,
             }
