@@ -39,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="SRC",
-        help="repository or directory to convert; for MobileCLIP also a .pt, .bin or "
-        ".safetensors file",
+        help="repository or directory to convert, or demo, the FastVLM that comes with this "
+        "package; for MobileCLIP also a .pt, .bin or .safetensors file",
     )
     parser.add_argument(
         "--mlx-path", required=True, type=Path, metavar="DST", help="directory to create"

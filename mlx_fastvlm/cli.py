@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model",
         default="apple/FastVLM-0.5B",
         metavar="M",
-        help="repository on Hugging Face or checkpoint directory (default: %(default)s)",
+        help="repository on Hugging Face, checkpoint directory, or demo, the small model that "
+        "comes with this package (default: %(default)s)",
     )
     parser.add_argument(
         "--image",

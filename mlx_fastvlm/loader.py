@@ -31,8 +31,8 @@ def load(
     """Load any FastVLM checkpoint: converted, Apple's, transformers' or mlx-vlm's.
 
     Args:
-        model: Repository id (`org/name`) or directory. "demo" is kept for a small model that is
-            to come with this package (a directory of that name is "./demo").
+        model: Repository id (`org/name`), directory, or "demo", the small model that comes with
+            this package (a directory of that name is "./demo").
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given. The tower loses 8 times more to bfloat16 than to float16.
