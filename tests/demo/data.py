@@ -80,7 +80,7 @@ def _draw(scenes: list[Scene], prepare: Callable[[Image.Image], Image.Image]) ->
 
 def tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (B, S, S, 3) as (B, 3, S, S) in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Write trained PyTorch weights as their sources do, and turn them into ours with the converter."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def convert_fastvlm(source: Path, target: Path) -> None:
     checkpoint = Checkpoint(source, "trained by tests/demo/train_fastvlm.py")
     config, tensors = loader.read_canonical(checkpoint)
     words = loader.read_tokenizer(checkpoint, config)
+    shutil.rmtree(target, ignore_errors=True)
     model = MLXFastVLM(config)
     assign(model, tensors, mx.float16, checkpoint.name)
     write_checkpoint(
@@ -103,6 +105,7 @@ def convert_mobileclip(
     model = MLXMobileCLIP(config)
     assign(model, canonical_tensors(arrays, config, OPEN_CLIP, name), mx.float16, name)
     merges = (target.parent / "merges.txt").read_bytes()
+    shutil.rmtree(target, ignore_errors=True)
     write_checkpoint(
         target,
         config.to_json(),

@@ -143,25 +143,28 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
     train("together", model, groups, source, together, TOGETHER_STEPS, out, matrices)
 
 
+def run(out: Path) -> FastVLM:
+    """Every phase, and the checkpoint in `out`/demo."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tower = Tower("fastvit_mci3", **TOWER)
+    scenes = data.Scenes(out / "scenes.bin", SCENES, scene, partial(resize_pad, size=SIDE), SIDE)
+    train_tower(tower, scenes, out)
+    tokenizer = train_tokenizer(out)
+    text = {**TEXT, "vocab_size": tokenizer.size}
+    model = FastVLM(tower, text)
+    train_answers(model, tokenizer, scenes, out)
+    source = out / "source"
+    write_apple_fastvlm(model, TOWER, text, SIDE, source)
+    shutil.copy(out / "tokenizer.json", source)
+    convert_fastvlm(source, out / "demo")
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(chr(10))[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for states and logs")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    tower = Tower("fastvit_mci3", **TOWER)
-    scenes = data.Scenes(
-        options.out / "scenes.bin", SCENES, scene, partial(resize_pad, size=SIDE), SIDE
-    )
-    train_tower(tower, scenes, options.out)
-    tokenizer = train_tokenizer(options.out)
-    text = {**TEXT, "vocab_size": tokenizer.size}
-    model = FastVLM(tower, text)
-    train_answers(model, tokenizer, scenes, options.out)
-    source = options.out / "source"
-    write_apple_fastvlm(model, TOWER, text, SIDE, source)
-    shutil.copy(options.out / "tokenizer.json", source)
-    convert_fastvlm(source, options.out / "demo")
+    run(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -193,11 +193,8 @@ class Training:
         return torch.from_numpy(self.words([one.text for one in captions])).long()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition(chr(10))[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory for states and logs")
-    options = parser.parse_args()
-    out = options.out
+def run(out: Path) -> MobileCLIP:
+    """Every phase, and the checkpoints in `out`/demo, plain and reinforced."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     words = train_merges(out)
@@ -213,6 +210,13 @@ def main() -> None:
     training.tower = tower
     student = training.match("reinforced", teacher=model)
     training.convert(student, "reinforced")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition(chr(10))[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory for states and logs")
+    run(parser.parse_args().out)
 
 
 if __name__ == "__main__":

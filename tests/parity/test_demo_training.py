@@ -1,0 +1,87 @@
+"""The demo models' training, a few steps of each phase, and what MLX makes of the result."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import train_fastvlm
+import train_mobileclip
+from captions import caption
+from conversation import Conversations
+from questions import TASKS, ask
+from reference import torch
+from tolerances import relative_error
+from world import HELD_OUT, render, scene
+
+import mlx_fastvlm
+import mlx_mobileclip
+from mlx_mobileclip.image import resize_pad
+
+pytestmark = pytest.mark.parity
+ROUNDED = 1e-2  # weights stored in float16, twice: as the source's and as ours
+FEW = dict.fromkeys(("TOWER_STEPS", "PLACES_STEPS", "DECODER_STEPS", "TOGETHER_STEPS"), 2)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, script: Any, **values: int) -> None:
+    for name, value in values.items():
+        monkeypatch.setattr(script, name, value)
+
+
+def states(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.pt"))}
+
+
+def test_fastvlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, train_fastvlm, **FEW, SCENES=64, FEATURES=32)
+    trained = train_fastvlm.run(tmp_path).eval()
+    first = states(tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("*.jsonl"))] == [
+        "decoder.jsonl", "places.jsonl", "together.jsonl", "tower.jsonl",
+    ]  # fmt: skip
+    train_fastvlm.run(tmp_path)  # there is nothing left to do
+    assert states(tmp_path) == first
+    model, processor = mlx_fastvlm.load(tmp_path / "demo", dtype="float32")
+    shown = scene(HELD_OUT)
+    pixels = np.asarray(resize_pad(render(shown), train_fastvlm.SIDE), np.float32) / 255
+    conversations = Conversations(processor.tokenizer, 16, turns=1)
+    for task in TASKS:
+        question = ask(shown, random.Random(0), task)
+        if question is None:
+            continue
+        said = conversations.encode(1, [question])
+        prompt = [token for token, label, _ in said if label < 0]
+        inputs = processor(question.text, render(shown))
+        assert np.array(inputs.input_ids).tolist() == prompt
+        with torch.no_grad():
+            _, features = trained.tower(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+            _, hidden = trained.hidden(features, torch.tensor([prompt]))
+            expected = trained.decoder.lm_head(hidden).numpy()
+        logits = model(inputs.input_ids[None], pixels=inputs.pixels)
+        assert relative_error(logits, expected) < ROUNDED
+
+
+def test_mobileclip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"TOWER_STEPS": 2, "TEXT_STEPS": 2, "TOGETHER_STEPS": 2, "SCENES": 40}
+    batches = dict.fromkeys(("TOWER_BATCH", "TEXT_BATCH", "TOGETHER_BATCH"), 8)
+    shrink(monkeypatch, train_mobileclip, **few, **batches)
+    trained = train_mobileclip.run(tmp_path).eval()
+    first = states(tmp_path)
+    assert first.keys() == {"tower.pt", "texts.pt", "together.pt", "reinforced.pt"}
+    model, processor = mlx_mobileclip.load(tmp_path / "demo", dtype="float32")
+    scenes = [train_mobileclip.central(HELD_OUT + i) for i in range(4)]
+    pixels = processor.images([render(shown) for shown in scenes])
+    ids = processor.texts([caption(shown, random.Random(0)).text for shown in scenes])
+    with torch.no_grad():
+        images, *_ = trained.images(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2))
+        texts = trained.texts(torch.from_numpy(np.array(ids)).long())
+    found = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
+    assert relative_error(found[0], images.numpy()) < ROUNDED
+    assert relative_error(found[1], texts.numpy()) < ROUNDED
+    for name in ("plain", "reinforced"):
+        other, _ = mlx_mobileclip.load(tmp_path / name, dtype="float32")
+        assert mx.isfinite(other.encode_text(ids)).all().item()
+    train_mobileclip.run(tmp_path)
+    assert states(tmp_path) == first
