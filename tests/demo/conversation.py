@@ -22,7 +22,6 @@ VOCABULARY = 512
 ORDINALS = ("first", "second", "third")
 IGNORED = -100  # a label that is not trained on
 MAX_LENGTH = 1024
-SHARES = [0.3 if task == "describe" else 1 for task in TASKS]  # descriptions are long
 LENGTHS = 2  # parts of a batch that are padded apart
 
 
@@ -67,8 +66,10 @@ def about(text: str, ordinal: str) -> str:
     return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
-# Ids, labels and turn numbers; what each answer was asked for; its words; which images.
-Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, list[int]]
+# Ids, labels and turn numbers; what each answer was asked for; its words; what is named where;
+# which images.
+Named = list[tuple[int, Scene, Shape]]
+Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, Named, list[int]]
 
 
 @dataclass
@@ -81,6 +82,9 @@ class Batch:
         turns: (B, L), number within the batch of the question or answer, or -1.
         tasks: What each answer was asked for.
         words: (T, V), the words of each answer and those for the things it is about: 1, else 0.
+        names: Row and column of the tokens that name one thing in a question, (M,) each.
+        called: (M, V), the words for that thing.
+        places: (M, 2), where it is.
         images: Which images it speaks of, in order.
     """
 
@@ -89,6 +93,9 @@ class Batch:
     turns: Tensor
     tasks: list[str]
     words: Tensor
+    names: tuple[Tensor, Tensor]
+    called: Tensor
+    places: Tensor
     images: list[int]
 
 
@@ -96,7 +103,8 @@ class Conversations:
     """Turns scenes into conversations about one to three of them."""
 
     def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
-        """Conversations of at most `turns` questions."""
+        """Conversations of at most `turns` questions; `shares` is how often each task is asked."""
+        self.shares = [0.3 if task == "describe" else 1 for task in TASKS]  # these are long
         self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
         self.end = tokenizer.added[runtime.TURN_END]
 
@@ -121,6 +129,18 @@ class Conversations:
                 target[b, *at, colour * len(KINDS) + KINDS.index(shape.kind)] = 1
         return target.flatten(1, 2)
 
+    def places(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+        """Which image tokens show one thing, (B, N), and where it is in the scene, (M, 2)."""
+        grid = math.isqrt(self.tokens_per_image)
+        alone = torch.zeros(len(scenes), grid, grid)
+        where = torch.zeros(len(scenes), grid, grid, 2)
+        for b, shown in enumerate(scenes):
+            for shape in shown.shapes:
+                at, _ = cell(shown, shape.x, shape.y, grid, crop=False)
+                alone[b, *at] += 1
+                where[b, *at] = torch.tensor(_share(shown, shape))
+        return (alone == 1).flatten(1), where[alone == 1]
+
     def _words(self, shown: Scene, shape: Shape) -> list[int]:
         words = shape.kind, shape.colour, shape.size, *thirds(shown, shape.x, shape.y)
         return [i for word in words for i in self.tokenizer.encode(f" {word}")]
@@ -139,30 +159,61 @@ class Conversations:
             questions = [question for _, question in asked]
             images = list(range(start, start + len(group)))
             tasks = [question.task for question in questions]
-            said.append((self.encode(len(group), questions), tasks, words, images))
+            encoded = self.encode(len(group), questions)
+            names = self._names(encoded, asked)
+            said.append((encoded, tasks, words, names, images))
             start += len(group)
         said.sort(key=lambda conversation: len(conversation[0]))
         size = math.ceil(len(said) / LENGTHS)
         return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
 
     def _pad(self, said: list[Conversation]) -> Batch:
-        texts, tasks, words, images = zip(*said, strict=True)
+        texts, tasks, words, names, images = zip(*said, strict=True)
         length = max(len(text) for text in texts)
         padding = (self.tokenizer.added[runtime.TEXT_END], IGNORED, -1)
         padded = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
         ids, labels, turns = padded.unbind(-1)
         first = torch.tensor([0, *(len(task) for task in tasks[:-1])]).cumsum(0)
         turns = torch.where(turns < 0, -1, turns + first[:, None])
+        named = [(row, *name) for row, all_names in enumerate(names) for name in all_names]
+        called = torch.zeros(len(named), self.tokenizer.size)
+        for m, (_, _, shown, thing) in enumerate(named):
+            called[m, self._words(shown, thing)] = 1
         return Batch(
-            ids, labels, turns, list(chain(*tasks)), torch.cat(words), list(chain(*images))
+            ids,
+            labels,
+            turns,
+            list(chain(*tasks)),
+            torch.cat(words),
+            (
+                torch.tensor([n[0] for n in named]).long(),
+                torch.tensor([n[1] for n in named]).long(),
+            ),
+            called,
+            torch.tensor([_share(shown, thing) for _, _, shown, thing in named]).reshape(-1, 2),
+            list(chain(*images)),
         )
+
+    def _names(
+        self, encoded: list[tuple[int, int, int]], asked: list[tuple[Scene, Question]]
+    ) -> Named:
+        """Where a question names a thing it is about by colour and kind: the kind's token."""
+        found: Named = []
+        for at in range(1, len(encoded)):
+            (first, _, _), (second, label, turn) = encoded[at - 1 : at + 1]
+            if turn >= 0 and label < 0:
+                shown, question = asked[turn]
+                for thing in question.things:
+                    if [first, second] == self.tokenizer.encode(f" {thing.name}"):
+                        found.append((at, shown, thing))
+        return found
 
     def _questions(
         self, group: list[Scene], rng: random.Random
     ) -> Iterator[tuple[Scene, Question]]:
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
             index = rng.randrange(len(group))
-            question = ask(group[index], rng, rng.choices(list(TASKS), SHARES)[0])
+            question = ask(group[index], rng, rng.choices(list(TASKS), self.shares)[0])
             if question is None:
                 continue
             text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])
@@ -190,6 +241,11 @@ class Conversations:
             answer = [*self.tokenizer.encode(question.answer), self.end]
             result.extend((token, token, i) for token in answer)
         return result
+
+
+def _share(shown: Scene, shape: Shape) -> tuple[float, float]:
+    """Where the centre of a shape is, from -2 to 2."""
+    return 4 * shape.x / shown.width - 2, 4 * shape.y / shown.height - 2
 
 
 def _groups(scenes: list[Scene], rng: random.Random) -> Iterator[list[Scene]]:

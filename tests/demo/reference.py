@@ -101,6 +101,7 @@ class FastVLM(nn.Module):
         )
         self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
         self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # left behind after training
+        self.places: nn.Linear | None = None  # likewise, where things are, taught late
 
     def project(self, features: Tensor) -> Tensor:
         """Features (n, D, s, s) to image tokens (n, s * s, H)."""

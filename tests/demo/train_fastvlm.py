@@ -1,4 +1,4 @@
-"""Train the FastVLM demo model: the tower, then the decoder, then both together.
+"""Train the FastVLM demo model: first the tower, then projector and decoder.
 
     PYTHONPATH=. python tests/demo/train_fastvlm.py --out DIR
 
@@ -16,6 +16,7 @@ from typing import Any
 import data
 from conversation import Conversations, train_tokenizer
 from export import convert_fastvlm, write_apple_fastvlm
+from questions import TASKS
 from reference import F, FastVLM, Tower, torch
 from training import train
 from world import Scene, scene
@@ -29,7 +30,7 @@ TOWER = {
     "embed_dims": (16, 32, 64, 128, 256),
     "mlp_ratios": (3, 3, 3, 3, 2),
 }
-SCENES, FEATURES = 60_000, 24_000  # the decoder first learns from the latter
+SCENES, FEATURES = 60_000, 24_000  # the decoder learns from the latter
 TEXT = {
     "hidden_size": 192,
     "num_hidden_layers": 4,
@@ -42,11 +43,11 @@ TEXT = {
     "tie_word_embeddings": True,
 }
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
-DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 3000, 2000, 16
+DECODER_STEPS, ANSWER_STEPS, ANSWER_BATCH = 3000, 3000, 16
 TURNS = 7  # questions in a conversation
+HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}  # asked more
 SHOWING = 50.0  # weight of the losses that tie image tokens to words
 FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
-SEEING = 0.1  # weight of the tower's own losses while the decoder learns with it
 
 
 Loss = tuple[torch.Tensor, dict[str, float]]
@@ -78,21 +79,21 @@ def naming(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
-    """Phases two and three: the decoder learns to answer, first alone, then with the tower.
+    """Phases three and four: projector and decoder learn to answer from what the tower sees.
 
-    BatchNorm keeps the statistics of phase one, as it will when it is folded.
+    In the fourth they are also taught where exactly each thing is, and which words and which
+    place belong to each thing that a question names: what it takes to compare two of them.
     """
-    model.train()
     model.tower.eval()
-    tower = list(model.tower.parameters())
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
-    apart = {id(p) for p in (*tower, *matrices)}
+    apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
     others = [p for p in model.parameters() if id(p) not in apart]
     conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
 
-    def answer(features: torch.Tensor, shown: list[Scene], name: str) -> Loss:
+    def answer(features: torch.Tensor, shown: list[Scene]) -> Loss:
+        name = "decoder" if model.places is None else "answers"
         rng = random.Random(f"{name} {sum(scene.seed for scene in shown)}")
-        loss, foretelling, count = torch.zeros(()), torch.zeros(()), 0
+        loss, foretelling, calling, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
         right: dict[str, list[float]] = defaultdict(list)
         batches = conversations.batches(shown, rng)
         for said in batches:
@@ -102,11 +103,17 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
                 before, last = model.hidden(features[said.images], said.ids)
                 logits = model.decoder.lm_head(last[:, :-1][where]).float()
                 asking = (said.turns >= 0) & (said.labels < 0)
+                if model.places is not None:
+                    asking[said.names] = False  # these tokens tell of one thing
                 foretold = model.named(before[asking]).float()
+                named = before[said.names]
+                called = model.named(named).float()
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-            foretelling = foretelling + naming(foretold, said.words[said.turns[asking]]) / len(
-                batches
-            )
+            meant = naming(foretold, said.words[said.turns[asking]])
+            foretelling = foretelling + meant / len(batches)
+            if model.places is not None and len(said.called):
+                places = F.smooth_l1_loss(model.places(named.float()), said.places)
+                calling = calling + (naming(called, said.called) + places) / len(batches)
             count += len(labels)
             wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
             for turn, task in enumerate(said.tasks):
@@ -116,31 +123,28 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
         images = model.project(features)
         shows = naming(model.named(images), conversations.named(shown))
         pairs = naming(model.pairs(images), conversations.pairs(shown))
+        losses = {"naming": SHOWING * shows, "pairs": SHOWING * pairs}
+        losses |= {"foretelling": FORETELLING * foretelling}
+        if model.places is not None:
+            known, where = conversations.places(shown)
+            losses["places"] = F.smooth_l1_loss(model.places(images[known]), where)
+            losses["calling"] = FORETELLING * calling
         figures = {"loss": loss.item()} | {t: sum(r) / len(r) for t, r in sorted(right.items())}
-        figures |= {
-            "naming": shows.item(),
-            "pairs": pairs.item(),
-            "foretelling": foretelling.item(),
-        }
-        return loss + SHOWING * (shows + pairs) + FORETELLING * foretelling, figures
+        figures |= {name: value.item() for name, value in losses.items()}
+        return loss + sum(losses.values()), figures
 
-    def alone(batch: Any) -> Loss:
+    def step(batch: Any) -> Loss:
         chosen, shown = batch
-        return answer(torch.from_numpy(seen[chosen]).float(), shown, "decoder")
-
-    def together(batch: Any) -> Loss:
-        pixels, shown = batch
-        middle, features = model.tower(pixels)
-        loss, figures = answer(features, shown, "together")
-        return loss + SEEING * sum(model.tower.loss(middle, features, shown).values()), figures
+        return answer(torch.from_numpy(seen[chosen]).float(), shown)
 
     seen = data.looked_at(out / "features.npy", scenes, FEATURES, lambda x: model.tower(x)[1])
     source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
     groups = [{"params": others, "lr": 1e-3}]
-    train("decoder", model, groups, source, alone, DECODER_STEPS, out, matrices)
-    groups = [{"params": others, "lr": 1e-3}, {"params": tower, "lr": 5e-4}]
-    source = partial(scenes.batches, ANSWER_BATCH)
-    train("together", model, groups, source, together, TOGETHER_STEPS, out, matrices)
+    train("decoder", model, groups, source, step, DECODER_STEPS, out, matrices)
+    conversations.shares = [HARDER.get(task, 0.7) for task in TASKS]
+    model.places = torch.nn.Linear(TEXT["hidden_size"], 2)
+    groups = [{"params": [*others, *model.places.parameters()], "lr": 1e-3}]
+    train("answers", model, groups, source, step, ANSWER_STEPS, out, matrices)
 
 
 def run(out: Path) -> FastVLM:
