@@ -43,7 +43,7 @@ TEXT = {
     "tie_word_embeddings": True,
 }
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
-DECODER_STEPS, ANSWER_STEPS, ANSWER_BATCH = 3000, 3000, 16
+DECODER_STEPS, ANSWER_STEPS, ANSWER_BATCH = 3000, 2200, 16
 TURNS = 7  # questions in a conversation
 HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}  # asked more
 SHOWING = 50.0  # weight of the losses that tie image tokens to words

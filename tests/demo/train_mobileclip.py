@@ -36,9 +36,9 @@ SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
 TOWER = {"layers": (1, 2, 4, 2), "embed_dims": (16, 32, 64, 128), "mlp_ratios": (3, 3, 3, 3)}
 TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 4}
 SCENES = 24_000
-TOWER_STEPS, TOWER_BATCH = 900, 32
-TEXT_STEPS, TEXT_BATCH = 400, 192
-TOGETHER_STEPS, TOGETHER_BATCH = 220, 96
+TOWER_STEPS, TOWER_BATCH = 600, 32
+TEXT_STEPS, TEXT_BATCH = 300, 192
+TOGETHER_STEPS, TOGETHER_BATCH = 160, 96
 SEEING = 0.1  # weight of the tower's own losses while it learns with the texts
 MOST_SIMILAR = 100.0
 
