@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from questions import TASKS, Question, ask, describe, thirds
+from questions import TASKS, Question, ask, count, describe, thirds
 from reference import cell, torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -66,10 +66,10 @@ def about(text: str, ordinal: str) -> str:
     return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
-# Ids, labels and turn numbers; what each answer was asked for; its words; what is named where;
-# which images.
+# Ids, labels and turn numbers; what each answer was asked for; its words; how many things it is
+# about; what is named where; which images.
 Named = list[tuple[int, Scene, Shape]]
-Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, Named, list[int]]
+Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, list[int], Named, list[int]]
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Batch:
         turns: (B, L), number within the batch of the question or answer, or -1.
         tasks: What each answer was asked for.
         words: (T, V), the words of each answer and those for the things it is about: 1, else 0.
+        numbers: (T,), how many things it is about.
         names: Row and column of the tokens that name one thing in a question, (M,) each.
         called: (M, V), the words for that thing.
         places: (M, 2), where it is.
@@ -93,6 +94,7 @@ class Batch:
     turns: Tensor
     tasks: list[str]
     words: Tensor
+    numbers: Tensor
     names: tuple[Tensor, Tensor]
     called: Tensor
     places: Tensor
@@ -105,6 +107,7 @@ class Conversations:
     def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
         """Conversations of at most `turns` questions; `shares` is how often each task is asked."""
         self.shares = [0.3 if task == "describe" else 1 for task in TASKS]  # these are long
+        self.higher = False  # whether to ask less for what is there once only
         self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
         self.end = tokenizer.added[runtime.TURN_END]
 
@@ -161,14 +164,15 @@ class Conversations:
             tasks = [question.task for question in questions]
             encoded = self.encode(len(group), questions)
             names = self._names(encoded, asked)
-            said.append((encoded, tasks, words, names, images))
+            numbers = [len(question.things) for question in questions]
+            said.append((encoded, tasks, words, numbers, names, images))
             start += len(group)
         said.sort(key=lambda conversation: len(conversation[0]))
         size = math.ceil(len(said) / LENGTHS)
         return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
 
     def _pad(self, said: list[Conversation]) -> Batch:
-        texts, tasks, words, names, images = zip(*said, strict=True)
+        texts, tasks, words, numbers, names, images = zip(*said, strict=True)
         length = max(len(text) for text in texts)
         padding = (self.tokenizer.added[runtime.TEXT_END], IGNORED, -1)
         padded = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
@@ -185,6 +189,7 @@ class Conversations:
             turns,
             list(chain(*tasks)),
             torch.cat(words),
+            torch.tensor([*chain(*numbers)], dtype=torch.float32),
             (
                 torch.tensor([n[0] for n in named]).long(),
                 torch.tensor([n[1] for n in named]).long(),
@@ -213,7 +218,10 @@ class Conversations:
     ) -> Iterator[tuple[Scene, Question]]:
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
             index = rng.randrange(len(group))
-            question = ask(group[index], rng, rng.choices(list(TASKS), self.shares)[0])
+            task = rng.choices(list(TASKS), self.shares)[0]
+            question = ask(group[index], rng, task)
+            if self.higher and task == "count":
+                question = max(question, count(group[index], rng), key=lambda q: len(q.things))
             if question is None:
                 continue
             text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])

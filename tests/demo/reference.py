@@ -101,7 +101,9 @@ class FastVLM(nn.Module):
         )
         self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
         self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # left behind after training
-        self.places: nn.Linear | None = None  # likewise, where things are, taught late
+        # Likewise where things are and how many, both taught late.
+        self.places: nn.Linear | None = None
+        self.numbers: nn.Linear | None = None
 
     def project(self, features: Tensor) -> Tensor:
         """Features (n, D, s, s) to image tokens (n, s * s, H)."""

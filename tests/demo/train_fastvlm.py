@@ -43,8 +43,9 @@ TEXT = {
     "tie_word_embeddings": True,
 }
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
-DECODER_STEPS, ANSWER_STEPS, ANSWER_BATCH = 3000, 2200, 16
+DECODER_STEPS, ANSWER_STEPS, COUNTING_STEPS, ANSWER_BATCH = 3000, 2200, 1200, 16
 TURNS = 7  # questions in a conversation
+COUNTING = {"count": 4.0, "read": 1.0, "describe": 0.3}
 HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}  # asked more
 SHOWING = 50.0  # weight of the losses that tie image tokens to words
 FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
@@ -78,11 +79,18 @@ def naming(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, words, pos_weight=torch.tensor(10.0))
 
 
+def before_answers(labels: torch.Tensor) -> torch.Tensor:
+    """Which tokens are among the last five before an answer: those that end its question."""
+    answered = F.pad((labels >= 0).float(), (0, 5))[:, None]
+    return F.max_pool1d(answered, 6, stride=1)[:, 0] > 0
+
+
 def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
-    """Phases three and four: projector and decoder learn to answer from what the tower sees.
+    """Phases three to five: projector and decoder learn to answer from what the tower sees.
 
     In the fourth they are also taught where exactly each thing is, and which words and which
-    place belong to each thing that a question names: what it takes to compare two of them.
+    place belong to each thing that a question names: what it takes to compare two of them. The
+    fifth is about counting.
     """
     model.tower.eval()
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
@@ -91,9 +99,11 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
     conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
 
     def answer(features: torch.Tensor, shown: list[Scene]) -> Loss:
-        name = "decoder" if model.places is None else "answers"
+        late = "counting" if model.numbers is not None else "answers"
+        name = "decoder" if model.places is None else late
         rng = random.Random(f"{name} {sum(scene.seed for scene in shown)}")
-        loss, foretelling, calling, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
+        loss, foretelling, calling, counting = (torch.zeros(()) for _ in range(4))
+        count = 0
         right: dict[str, list[float]] = defaultdict(list)
         batches = conversations.batches(shown, rng)
         for said in batches:
@@ -114,6 +124,11 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
             if model.places is not None and len(said.called):
                 places = F.smooth_l1_loss(model.places(named.float()), said.places)
                 calling = calling + (naming(called, said.called) + places) / len(batches)
+            if model.numbers is not None:
+                read = asking & before_answers(said.labels)
+                number = model.numbers(before[read].float())[:, 0]
+                told = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
+                counting = counting + told / len(batches)
             count += len(labels)
             wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
             for turn, task in enumerate(said.tasks):
@@ -129,6 +144,8 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
             known, where = conversations.places(shown)
             losses["places"] = F.smooth_l1_loss(model.places(images[known]), where)
             losses["calling"] = FORETELLING * calling
+        if model.numbers is not None:
+            losses["counting"] = counting
         figures = {"loss": loss.item()} | {t: sum(r) / len(r) for t, r in sorted(right.items())}
         figures |= {name: value.item() for name, value in losses.items()}
         return loss + sum(losses.values()), figures
@@ -145,6 +162,12 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
     model.places = torch.nn.Linear(TEXT["hidden_size"], 2)
     groups = [{"params": [*others, *model.places.parameters()], "lr": 1e-3}]
     train("answers", model, groups, source, step, ANSWER_STEPS, out, matrices)
+    conversations.shares = [COUNTING.get(task, 0.6) for task in TASKS]
+    conversations.higher = True
+    model.numbers = torch.nn.Linear(TEXT["hidden_size"], 1)
+    late = [*model.places.parameters(), *model.numbers.parameters()]
+    groups = [{"params": [*others, *late], "lr": 1e-3}]
+    train("counting", model, groups, source, step, COUNTING_STEPS, out, matrices)
 
 
 def run(out: Path) -> FastVLM:
