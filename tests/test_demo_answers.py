@@ -17,27 +17,23 @@ from tolerances import BATCHED, relative_error
 from world import HELD_OUT, Scene, render, scene
 
 from mlx_fastvlm import FastVLM, Processor, generate, load, stream_generate
-from mlx_fastvlm.loader import DEMO_DIRECTORY
 
 MODEL: str | Path = "demo"
-pytestmark = pytest.mark.skipif(
-    MODEL == "demo" and not DEMO_DIRECTORY.is_dir(),
-    reason="the demo model is still in training, see tests/demo/README.md",
-)
 ROOT = Path(__file__).parents[1]
 Demo = tuple[FastVLM, Processor]
 
-# Least share of exactly right answers, by task.
+# Least share of exactly right answers, by task: five points below what 1,000 questions gave
+# (tests/demo/README.md), as there are fewer here.
 FLOORS = {
     "count": 0.9,
     "colour": 0.9,
     "shape": 0.9,
     "presence": 0.9,
-    "position": 0.8,
-    "size": 0.8,
-    "read": 0.7,
+    "position": 0.85,
+    "size": 0.9,
+    "read": 0.8,
 }
-SCENES = range(HELD_OUT, HELD_OUT + 30)
+SCENES = range(HELD_OUT, HELD_OUT + 80)
 # Scenes for which all that is asked below must be answered right.
 TALKED_ABOUT = (HELD_OUT + 100, HELD_OUT + 101)
 COUNTED = HELD_OUT + 222  # has two circles

@@ -12,14 +12,10 @@ import synthetic
 from world import HELD_OUT, render, scene
 
 from mlx_fastvlm import FastVLM, Processor, generate, load
-from mlx_fastvlm.loader import DEMO_DIRECTORY, Canonical, find_checkpoint, read_canonical
+from mlx_fastvlm.loader import Canonical, find_checkpoint, read_canonical
 from mlx_mobileclip.hub import Checkpoint
 
 MODEL: str | Path = "demo"
-pytestmark = pytest.mark.skipif(
-    MODEL == "demo" and not DEMO_DIRECTORY.is_dir(),
-    reason="the demo model is still in training, see tests/demo/README.md",
-)
 LAYOUTS = ("llava_qwen2", "fast_vlm", "mlx-vlm", "app export")
 QUESTIONS = ("How many shapes are there?", "Describe the image.")
 SEED = HELD_OUT
