@@ -4,9 +4,10 @@ import warnings
 
 import mlx.core as mx
 
-from mlx_fastvlm.config import FastVLMConfig, Quantization
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_mobileclip.checkpoint import Fields
 from mlx_mobileclip.errors import CheckpointError
+from mlx_mobileclip.quantization import Quantization
 
 from .source import Source
 

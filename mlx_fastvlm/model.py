@@ -6,16 +6,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
+from mlx_mobileclip.errors import ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.gelu import gelu
+from mlx_mobileclip.quantization import pack
 
 from .cache import STEP, KVCache
-from .config import FastVLMConfig, Quantization
+from .config import FastVLMConfig
 from .qwen2 import Qwen2
 
 # Stands for one image embedding in a list of ids; no tokenizer has it. LLaVA's value.
 IMAGE_TOKEN = -200
+# What can be quantised apart, by where it lies.
+PARTS = {"decoder": "language_model.", "projector": "projector.", "vision": "vision_tower."}
 
 
 class FastVLM(nn.Module):
@@ -29,28 +32,7 @@ class FastVLM(nn.Module):
         inputs = [config.vision.features] + [width] * config.projector_depth
         self.projector = [nn.Linear(inputs[i], width) for i in range(config.projector_depth)]
         self.language_model = Qwen2(config.text)
-        if config.quantization:
-            self._quantize(config.quantization)
-
-    def _quantize(self, quantization: dict[str, Quantization]) -> None:
-        layers = dict(self.named_modules())
-        for path, layer in quantization.items():
-            module: Any = layers.get(path)
-            if not hasattr(module, "to_quantized") or path.startswith("vision_tower."):
-                raise ConfigError(f"quantization: {path[:80]!r} is no layer that can be packed")
-            if module.weight.shape[-1] % layer.group_size:
-                raise ConfigError(
-                    f"quantization: {path} is {module.weight.shape[-1]} wide, no multiple of "
-                    f"group_size {layer.group_size}"
-                )
-
-        def packing(path: str, _: nn.Module) -> bool | dict[str, Any]:
-            layer = quantization.get(path)
-            if layer is None:
-                return False
-            return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-
-        nn.quantize(self, class_predicate=packing)
+        pack(self, config.quantization)
 
     @property
     def layers(self) -> list[nn.Module]:
