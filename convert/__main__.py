@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,32 @@ from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.loader import find_checkpoint, read_canonical, read_tokenizer
 from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
 from mlx_fastvlm.model import FastVLM
-from mlx_mobileclip.checkpoint import check_fit, read_json
+from mlx_fastvlm.processor import Processor
+from mlx_mobileclip.checkpoint import check_fit, named_parameters, read_json, read_tensors
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
 from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.errors import ConfigError, name_some
-from mlx_mobileclip.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
+from mlx_mobileclip.hub import (
+    DEMO,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    is_repository,
+    look,
+    resolve_file,
+)
 from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.loader import read_tokenizer as read_clip_tokenizer
+from mlx_mobileclip.processor import Processor as ClipProcessor
 from mlx_mobileclip.quantization import MODES, Packed, Quantization, choose
 from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
+from .calibration import samples
+from .card import Making, card, table
+from .quality import Agreement, Closeness, Read, agreement, closeness, is_tied, size
 from .quantize import Tensors, as_stored, compare, unpacked
 from .write import check_target, copy_licence, write_checkpoint
 
@@ -89,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
         f"{', '.join(FASTVLM_PARTS)}; of MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
     )
     parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures to compare the quantised model on (default: some that are drawn for it)",
+    )
+    parser.add_argument(
         "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
     )
     parser.add_argument(
@@ -102,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
+    args.arguments = sys.argv[1:] if argv is None else argv
     return run_command(lambda: _run(args), debug=args.debug)
 
 
@@ -155,7 +175,15 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         if merges is not None:
             write_merges(directory, merges)
 
-    _write(args, checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words)
+    def measure(packed: Read) -> Closeness:
+        words = read_clip_tokenizer(checkpoint, config)
+        processor = ClipProcessor(config.preprocess, words)
+        return closeness(read, packed, processor, samples(args.calibration))
+
+    conversion = Conversion(
+        checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words, measure
+    )
+    _write(args, conversion)
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
@@ -174,25 +202,46 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
     def write_words(directory: Path) -> None:
         words.save(directory / "tokenizer.json")
 
-    _write(args, checkpoint, model, FASTVLM_PARTS, ("decoder",), read, write_words)
+    def measure(packed: Read) -> Agreement:
+        return agreement(read, packed, Processor(words, config), samples(args.calibration))
+
+    _write(
+        args,
+        Conversion(checkpoint, model, FASTVLM_PARTS, ("decoder",), read, write_words, measure),
+    )
 
 
-def _write(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    model: Any,
-    prefixes: dict[str, str],
-    usual_parts: tuple[str, ...],
-    read: Callable[[], tuple[Any, Tensors]],
-    write_words: Callable[[Path], None],
-) -> None:
-    """Write the checkpoint; `model` has the shapes only, `read` the tensors, lazily."""
+@dataclass(frozen=True)
+class Conversion:
+    """What is done differently for FastVLM and MobileCLIP.
+
+    Attributes:
+        checkpoint: Where the source lies.
+        model: Of the source's shapes; its weights are never looked at.
+        prefixes: Where its parts lie.
+        usual_parts: Which of them -q packs.
+        read: Config and lazy tensors of the source, anew with each call.
+        write_words: Writes the tokenizer's files.
+        measure: Compares the source with a packed checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    model: Any
+    prefixes: dict[str, str]
+    usual_parts: tuple[str, ...]
+    read: Read
+    write_words: Callable[[Path], None]
+    measure: Callable[[Read], Agreement | Closeness]
+
+
+def _write(args: argparse.Namespace, conversion: Conversion) -> None:
+    checkpoint, model, read = conversion.checkpoint, conversion.model, conversion.read
     packed: Packed = {}
     skipped: list[str] = []
     if args.quantize:
         packing = Quantization.of(args.q_mode or "affine", args.q_bits, args.q_group_size)
-        parts = tuple(args.q_parts or usual_parts)
-        packed, skipped = choose(model, prefixes, parts, packing)
+        parts = tuple(args.q_parts or conversion.usual_parts)
+        packed, skipped = choose(model, conversion.prefixes, parts, packing)
 
     def stored() -> tuple[Any, Tensors]:
         config, tensors = read()
@@ -207,17 +256,34 @@ def _write(
     change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
     if packed:
         change += f", {' and '.join(parts)} quantised to {packing.bits} bits ({packing.mode})"
-    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, is_tied(config))
+    quality = ""
 
     def other_files(directory: Path) -> None:
-        write_words(directory)
+        nonlocal quality
+        conversion.write_words(directory)
         copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
         if args.verify:
             compare(directory, stored()[1])
+        if packed:
+            tell(f"comparing {args.mlx_path} with {args.model}")
+            cost = conversion.measure(lambda: (config, read_tensors(directory)))
+            quality = table(sizes, cost)
+        making = Making(
+            name=args.mlx_path.name,
+            source=_described(checkpoint),
+            base_model=checkpoint.name if is_repository(args.model) else None,
+            is_fastvlm=isinstance(model, FastVLM),
+            dtype=args.dtype,
+            arguments=args.arguments,
+        )
+        (directory / "README.md").write_text(card(making, config.quantization, quality))
 
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
         write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
-        tell(f"wrote {args.mlx_path}: {size_bytes / 1e9:.2f} GB of weights")
+        tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
+    if quality and not args.quiet:
+        print(quality, file=sys.stderr)
     if skipped and not args.quiet:
         print(
             f"not quantised, as {packing.group_size} does not divide their width: "

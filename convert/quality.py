@@ -38,6 +38,11 @@ class Size:
     per_token_bytes: int
 
 
+def is_tied(config: Any) -> bool:
+    """Whether the embedding is the output layer as well, and so is read for each token."""
+    return isinstance(config, FastVLMConfig) and config.text.tie_word_embeddings
+
+
 def size(weights: int, stored: Tensors, tied: bool) -> Size:
     """Size of a checkpoint that has so many weights and is stored in these tensors."""
     disk = sum(tensor.nbytes for tensor in stored.values())
@@ -117,7 +122,7 @@ def _distributions(
 
 def _inputs(processor: Processor, sample: Sample) -> tuple[mx.array, mx.array, int]:
     """Ids (1, L) of question and answer, pixels, and where the text after the image begins."""
-    resolution = min(RESOLUTION, processor.config.image_size)
+    resolution = min(RESOLUTION, processor.image_size)
     asked = processor(sample.question, [sample.image], resolution=resolution)
     ids = np.concatenate([asked.input_ids, processor.tokenizer.encode(sample.answer)])
     start = int(np.flatnonzero(ids == IMAGE_TOKEN)[-1]) + 1

@@ -52,6 +52,7 @@ def unpack(layer: Tensors, packing: Quantization) -> mx.array:
         group_size=packing.group_size,
         bits=packing.bits,
         mode=packing.mode,
+        dtype=mx.float32,
     )
 
 

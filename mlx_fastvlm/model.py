@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mobileclip.errors import ImageError, PromptError
+from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.gelu import gelu
 from mlx_mobileclip.quantization import pack
@@ -39,9 +39,23 @@ class FastVLM(nn.Module):
         """The decoder's layers, where mlx-lm looks for them."""
         return list(self.language_model.layers)
 
-    def make_cache(self, capacity: int = STEP) -> list[KVCache]:
-        """One empty KV cache per decoder layer, with room for `capacity` tokens."""
-        return self.language_model.make_cache(capacity)
+    def make_cache(self, capacity: int = STEP, bits: int | None = None) -> list[KVCache]:
+        """One empty KV cache per decoder layer.
+
+        Args:
+            capacity: Tokens to reserve room for.
+            bits: 8 or 4 to keep keys and values packed; None for floats.
+
+        Raises:
+            ConfigError: MLX cannot pack heads of this width.
+        """
+        if bits not in (None, 4, 8):
+            raise ConfigError(f"kv_bits is {bits}; it can be 8 or 4")
+        if bits is not None and self.config.text.head_dim % 32:
+            raise ConfigError(
+                f"heads are {self.config.text.head_dim} wide, no multiple of 32; leave out kv_bits"
+            )
+        return self.language_model.make_cache(capacity, bits)
 
     def encode_image(self, pixels: mx.array) -> mx.array:
         """Turn images into decoder-width embeddings.
@@ -89,7 +103,7 @@ class FastVLM(nn.Module):
         vocab_size = self.config.text.vocab_size
         if np.any((flat_ids >= vocab_size) | ((flat_ids < 0) & (flat_ids != IMAGE_TOKEN))):
             raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")
-        x = self.language_model.embed_tokens(mx.maximum(input_ids, 0))
+        x = self.language_model.embed(mx.maximum(input_ids, 0))
         if image_features is None or not given:
             return x
         flat = x.reshape(-1, x.shape[-1])

@@ -37,7 +37,7 @@ def test_a_converted_checkpoint_is_the_same_model(source: Path, tmp_path: Path) 
     target = tmp_path / "out"
     assert convert(source, target, "--dtype", "float32") == 0
     assert sorted(p.name for p in target.iterdir()) == [
-        "LICENSE", "NOTICE", "config.json", "model.safetensors", "tokenizer.json",
+        "LICENSE", "NOTICE", "README.md", "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
     ours, processor = load(target)
     theirs, their_processor = load(source)

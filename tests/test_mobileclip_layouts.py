@@ -199,6 +199,7 @@ def test_converted_is_the_same_model(
     assert command.main(options) == 0, capsys.readouterr().err
     assert sorted(p.name for p in target.iterdir()) == [
         "NOTICE",
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
