@@ -4,27 +4,41 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from mlx_fastvlm.config import QUANTIZATION_MODES, FastVLMConfig, Quantization
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.loader import find_checkpoint, read_canonical, read_tokenizer
+from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
 from mlx_fastvlm.model import FastVLM
-from mlx_mobileclip.checkpoint import Fields, assign, named_parameters, read_json, read_tensors
+from mlx_fastvlm.processor import Processor
+from mlx_mobileclip.checkpoint import check_fit, named_parameters, read_json, read_tensors
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
-from mlx_mobileclip.clip import MobileCLIP
+from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
+from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
 from mlx_mobileclip.command import progress, run_command
-from mlx_mobileclip.errors import CheckpointError, ConfigError
-from mlx_mobileclip.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
+from mlx_mobileclip.errors import ConfigError, name_some
+from mlx_mobileclip.hub import (
+    DEMO,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    is_repository,
+    look,
+    resolve_file,
+)
 from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.loader import read_tokenizer as read_clip_tokenizer
+from mlx_mobileclip.processor import Processor as ClipProcessor
+from mlx_mobileclip.quantization import MODES, Packed, Quantization, choose
 from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
+from .calibration import samples
+from .card import Making, card, table
+from .quality import Agreement, Closeness, Read, agreement, closeness, is_tied, size
+from .quantize import Tensors, as_stored, compare, unpacked
 from .write import check_target, copy_licence, write_checkpoint
 
 
@@ -64,16 +78,37 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint to take the image tower from, for app exports, which have none",
     )
     parser.add_argument(
-        "-q", "--quantize", action="store_true", help="quantise the decoder and its embedding"
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="quantise: of FastVLM the decoder and its embedding, of MobileCLIP both towers",
     )
-    parser.add_argument("--q-bits", type=int, metavar="B", help="bits per weight (default: 4)")
     parser.add_argument(
-        "--q-group-size", type=int, metavar="G", help="weights that share a scale (default: 64)"
+        "--q-bits", type=int, metavar="B", help="bits per weight, 2 to 8 (default: the mode's, 4)"
     )
     parser.add_argument(
-        "--q-mode",
-        choices=sorted(QUANTIZATION_MODES),
-        help="default: affine",
+        "--q-group-size",
+        type=int,
+        metavar="G",
+        help="weights that share a scale: 32, 64 or 128 (default: the mode's, 64)",
+    )
+    parser.add_argument("--q-mode", choices=sorted(MODES), help="default: affine")
+    parser.add_argument(
+        "--q-parts",
+        nargs="+",
+        choices=sorted({*FASTVLM_PARTS, *MOBILECLIP_PARTS}),
+        metavar="P",
+        help="what to quantise: of FastVLM any of "
+        f"{', '.join(FASTVLM_PARTS)}; of MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures to compare the quantised model on (default: some that are drawn for it)",
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
     )
     parser.add_argument(
         "--verify", action="store_true", help="read back what was written and compare every bit"
@@ -86,12 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
+    args.arguments = sys.argv[1:] if argv is None else argv
     return run_command(lambda: _run(args), debug=args.debug)
 
 
 def _run(args: argparse.Namespace) -> None:
-    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode):
-        raise ConfigError("--q-bits, --q-group-size and --q-mode need -q; add it")
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode or args.q_parts):
+        raise ConfigError("--q-bits, --q-group-size, --q-mode and --q-parts need -q; add it")
+    if args.quantize and args.dequantize:
+        raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     check_target(args.mlx_path)
@@ -117,16 +155,19 @@ def _is_mobileclip(model: str, variant: str | None) -> bool:
 
 
 def _run_mobileclip(args: argparse.Namespace) -> None:
-    if args.quantize or args.vision_from:
-        option = "--quantize" if args.quantize else "--vision-from"
-        raise ConfigError(f"{option} is for FastVLM; leave it out for a MobileCLIP checkpoint")
+    if args.vision_from:
+        raise ConfigError("--vision-from is for FastVLM; leave it out for a MobileCLIP checkpoint")
     checkpoint = resolve_file(args.model, args.revision)
+
+    def read() -> tuple[MobileCLIPConfig, Tensors]:
+        return read_mobileclip(checkpoint, args.variant)
+
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
-        config, tensors = read_mobileclip(checkpoint, args.variant)
+        config, tensors = read()
         text = config.text
         merges = None if text is None else read_merges(checkpoint.path, text.vocab_size)
         model = MobileCLIP(config)
-        assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
+        check_fit(model, tensors, checkpoint.name)
         layout = config.source.get("layout", "canonical")
         tell(f"read {args.model}, {config.variant}, layout {layout}")
 
@@ -134,104 +175,126 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         if merges is not None:
             write_merges(directory, merges)
 
-    _write(args, checkpoint, config.to_json(), model, write_words)
+    def measure(packed: Read) -> Closeness:
+        words = read_clip_tokenizer(checkpoint, config)
+        processor = ClipProcessor(config.preprocess, words)
+        return closeness(read, packed, processor, samples(args.calibration))
+
+    conversion = Conversion(
+        checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words, measure
+    )
+    _write(args, conversion)
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
-    packing = _packing(args) if args.quantize else None
     checkpoint = find_checkpoint(args.model, args.revision)
+
+    def read() -> tuple[FastVLMConfig, Tensors]:
+        return read_canonical(checkpoint, args.vision_from)
+
     with progress(f"reading {args.model}", quiet=args.quiet) as tell:
-        config, tensors = read_canonical(checkpoint, args.vision_from)
+        config, tensors = read()
         words = read_tokenizer(checkpoint, config)
         model = FastVLM(config)
-        assign(model, tensors, DTYPES[args.dtype], checkpoint.name)
+        check_fit(model, tensors, checkpoint.name)
         tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")
-    if packing is not None:
-        config = quantize(model, config, packing)
 
     def write_words(directory: Path) -> None:
         words.save(directory / "tokenizer.json")
 
-    _write(args, checkpoint, config.to_json(), model, write_words, packing)
+    def measure(packed: Read) -> Agreement:
+        return agreement(read, packed, Processor(words, config), samples(args.calibration))
+
+    _write(
+        args,
+        Conversion(checkpoint, model, FASTVLM_PARTS, ("decoder",), read, write_words, measure),
+    )
 
 
-def _write(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    model: nn.Module,
-    write_words: Callable[[Path], None],
-    packing: Quantization | None = None,
-) -> None:
-    graft = config["source"].get("vision_from")
+@dataclass(frozen=True)
+class Conversion:
+    """What is done differently for FastVLM and MobileCLIP.
+
+    Attributes:
+        checkpoint: Where the source lies.
+        model: Of the source's shapes; its weights are never looked at.
+        prefixes: Where its parts lie.
+        usual_parts: Which of them -q packs.
+        read: Config and lazy tensors of the source, anew with each call.
+        write_words: Writes the tokenizer's files.
+        measure: Compares the source with a packed checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    model: Any
+    prefixes: dict[str, str]
+    usual_parts: tuple[str, ...]
+    read: Read
+    write_words: Callable[[Path], None]
+    measure: Callable[[Read], Agreement | Closeness]
+
+
+def _write(args: argparse.Namespace, conversion: Conversion) -> None:
+    checkpoint, model, read = conversion.checkpoint, conversion.model, conversion.read
+    packed: Packed = {}
+    skipped: list[str] = []
+    if args.quantize:
+        packing = Quantization.of(args.q_mode or "affine", args.q_bits, args.q_group_size)
+        parts = tuple(args.q_parts or conversion.usual_parts)
+        packed, skipped = choose(model, conversion.prefixes, parts, packing)
+
+    def stored() -> tuple[Any, Tensors]:
+        config, tensors = read()
+        held = {} if args.dequantize else config.quantization
+        floats = unpacked(tensors, config.quantization) if args.dequantize else tensors
+        result = as_stored(floats, DTYPES[args.dtype], packed)
+        return replace(config, quantization=packed or held), result
+
+    config, tensors = stored()
+    graft = config.source.get("vision_from")
     change = f"Image tower taken from: {graft}\n" if graft else ""
     change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
-    change += f", decoder quantised to {packing.bits} bits." if packing else "."
+    if packed:
+        change += f", {' and '.join(parts)} quantised to {packing.bits} bits ({packing.mode})"
+    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, is_tied(config))
+    quality = ""
+
+    def other_files(directory: Path) -> None:
+        nonlocal quality
+        conversion.write_words(directory)
+        copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
+        if args.verify:
+            compare(directory, stored()[1])
+        if packed:
+            tell(f"comparing {args.mlx_path} with {args.model}")
+            cost = conversion.measure(lambda: (config, read_tensors(directory)))
+            quality = table(sizes, cost)
+        making = Making(
+            name=args.mlx_path.name,
+            source=_described(checkpoint),
+            base_model=checkpoint.name if is_repository(args.model) else None,
+            is_fastvlm=isinstance(model, FastVLM),
+            dtype=args.dtype,
+            arguments=args.arguments,
+        )
+        (directory / "README.md").write_text(card(making, config.quantization, quality))
+
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
-        weights = named_parameters(model)
-        size_bytes = sum(tensor.nbytes for tensor in weights.values())
-
-        def other_files(directory: Path) -> None:
-            write_words(directory)
-            copy_licence(checkpoint.path, directory, _described(checkpoint), change)
-            if args.verify:
-                _verify(directory, model)
-
-        write_checkpoint(args.mlx_path, config, weights, other_files)
-        tell(f"wrote {args.mlx_path}: {size_bytes / 1e9:.2f} GB of weights")
-
-
-def _verify(directory: Path, model: nn.Module) -> None:
-    """Raise CheckpointError unless the directory holds the model's weights, bit by bit."""
-    written = read_tensors(directory)
-    for name, weight in named_parameters(model).items():
-        if name not in written or not mx.array_equal(written[name], weight).item():
-            raise CheckpointError(f"{directory}: {name} was not written as it is; try another disk")
+        write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
+        tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
+    if quality and not args.quiet:
+        print(quality, file=sys.stderr)
+    if skipped and not args.quiet:
+        print(
+            f"not quantised, as {packing.group_size} does not divide their width: "
+            f"{name_some(skipped)}",
+            file=sys.stderr,
+        )
 
 
 def _described(checkpoint: Checkpoint) -> str:
     revision = checkpoint.revision
     return f"{checkpoint.name}, commit {revision}" if revision else checkpoint.name
-
-
-def _packing(args: argparse.Namespace) -> Quantization:
-    mode = args.q_mode or "affine"
-    bits, group_sizes = QUANTIZATION_MODES[mode]
-    fields = {
-        "mode": mode,
-        "bits": args.q_bits if args.q_bits is not None else (4 if 4 in bits else bits[0]),
-        "group_size": args.q_group_size
-        if args.q_group_size is not None
-        else (64 if 64 in group_sizes else group_sizes[0]),
-    }
-    return Quantization.from_json(Fields(fields, "quantization"))
-
-
-def quantize(model: FastVLM, config: FastVLMConfig, packing: Quantization) -> FastVLMConfig:
-    """Quantise the decoder and its embedding in place; returns the config that says so.
-
-    Raises:
-        ConfigError: the model is quantised already, or a layer's width has no whole groups.
-    """
-    if config.quantization:
-        raise ConfigError("the model is quantised already; convert the original instead")
-    packed: dict[str, Quantization] = {}
-
-    def pick(path: str, layer: nn.Module) -> bool:
-        if not path.startswith("language_model.") or not hasattr(layer, "to_quantized"):
-            return False
-        width = layer.weight.shape[-1]
-        if width % packing.group_size:
-            raise ConfigError(
-                f"{path} is {width} wide, no multiple of {packing.group_size}; "
-                "choose another --q-group-size"
-            )
-        packed[path] = packing
-        return True
-
-    nn.quantize(model, **asdict(packing), class_predicate=pick)
-    mx.eval(model.parameters())
-    return replace(config, quantization=packed)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import warnings
 
 import mlx.core as mx
 
-from mlx_fastvlm.config import FastVLMConfig, Quantization
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_mobileclip.checkpoint import Fields
 from mlx_mobileclip.errors import CheckpointError
+from mlx_mobileclip.quantization import Quantization
 
+from .quantize import unpack
 from .source import Source
 
 
@@ -121,7 +123,7 @@ class Decoder:
             floats = [
                 self.source.take(f"{name}.weight", (n, inputs))
                 if packing is None
-                else _unpacked(self._packed(name, n, inputs, packing), packing)
+                else unpack(self._packed(name, n, inputs, packing), packing)
                 for (name, n), packing in zip(parts, packings, strict=True)
             ]
             out = {f"{dst}.weight": mx.concatenate(floats)}
@@ -148,14 +150,3 @@ class Decoder:
         if affine:
             out["biases"] = self.source.take(f"{name}.biases", (rows, groups))
         return out
-
-
-def _unpacked(packed: dict[str, mx.array], packing: Quantization) -> mx.array:
-    return mx.dequantize(
-        packed["weight"].astype(mx.uint32),
-        packed["scales"],
-        packed.get("biases"),
-        group_size=packing.group_size,
-        bits=packing.bits,
-        mode=packing.mode,
-    )

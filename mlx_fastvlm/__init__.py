@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ModelError,
         PromptError,
     )
+    from mlx_mobileclip.quantization import Quantization
 
     from .generate import Chunk, Result, Stats, generate, stream_generate
     from .loader import load
@@ -33,6 +34,7 @@ __all__ = [
     "ModelError",
     "Processor",
     "PromptError",
+    "Quantization",
     "Result",
     "Stats",
     "__version__",
@@ -44,6 +46,7 @@ __all__ = [
 _MODULES = {
     "load": ".loader",
     "FastVLM": ".model",
+    "Quantization": "mlx_mobileclip.quantization",
     "Inputs": ".processor",
     "Processor": ".processor",
     **dict.fromkeys(("Chunk", "Result", "Stats", "generate", "stream_generate"), ".generate"),

@@ -88,3 +88,53 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of the buffers, reserve included."""
         return 0 if self.keys is None or self.values is None else 2 * self.keys.nbytes
+
+
+class QuantizedKVCache(KVCache):
+    """A cache that keeps keys and values in 8 or 4 bits, and gives them back as floats."""
+
+    def __init__(self, capacity: int, bits: int, group_size: int) -> None:
+        """Reserve room for `capacity` tokens.
+
+        Args:
+            capacity: Tokens.
+            bits: 8 or 4.
+            group_size: Values of one head that share a scale: 32 or 64, a divisor of its width.
+        """
+        super().__init__(capacity)
+        self._packing = {"bits": bits, "group_size": group_size}
+        self._buffers: list[mx.array | None] = [None] * 6
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values of new tokens and return those of all, as rounded."""
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        new = [*mx.quantize(keys, **self._packing), *mx.quantize(values, **self._packing)]
+        self._buffers = [
+            self._reserve(b, n, start) for b, n in zip(self._buffers, new, strict=True)
+        ]
+        parts = []
+        for buffer, added in zip(self._buffers, new, strict=True):
+            assert buffer is not None
+            buffer[..., start : self.offset, :] = added
+            parts.append(buffer[..., : self.offset, :])
+        return mx.dequantize(*parts[:3], **self._packing), mx.dequantize(
+            *parts[3:], **self._packing
+        )
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What must be evaluated, or saved, to keep the cache."""
+        return (*self._buffers, self.offset)
+
+    @state.setter
+    def state(self, value: tuple[Any, ...]) -> None:
+        *self._buffers, self.offset = value
+
+    def empty(self) -> bool:
+        """Whether nothing has been stored yet."""
+        return self._buffers[0] is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, reserve included."""
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)

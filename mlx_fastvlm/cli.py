@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     drawing.add_argument("--seed", type=int, metavar="N", help="for a repeatable draw")
     parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4),
+        help="keep the KV cache in so many bits (default: in floats)",
+    )
+    parser.add_argument(
         "--stop",
         action="append",
         default=[],
@@ -152,6 +158,7 @@ def _run(args: argparse.Namespace) -> None:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         stop=args.stop,
+        kv_bits=args.kv_bits,
     ):
         chunks.append(chunk)
         if not args.json:

@@ -5,17 +5,12 @@ from typing import Any
 
 from mlx_mobileclip.checkpoint import Fields
 from mlx_mobileclip.fastvit import FastViTConfig
+from mlx_mobileclip.quantization import Packed, read_packed
 
 MODEL_TYPE = "mlx_fastvlm"
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop")
 RESOLUTIONS = range(128, 1536 + 1, 64)
-QUANTIZATION_MODES = {  # mode: (bits, group sizes) that MLX implements
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +57,6 @@ class Qwen2Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
-    """How one layer is packed; MLX's modes, bits per weight, weights per scale."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
-
-    @classmethod
-    def from_json(cls, fields: Fields) -> "Quantization":
-        """Read and check one entry; raises ConfigError when MLX has no such packing."""
-        mode = fields.choice("mode", tuple(QUANTIZATION_MODES), "affine")
-        bits, group_sizes = QUANTIZATION_MODES[mode]
-        packing = cls(
-            bits=fields.integer("bits", 1, 8),
-            group_size=fields.integer("group_size", 1, 1024),
-            mode=mode,
-        )
-        if packing.bits not in bits:
-            raise fields.error("bits", f"{packing.bits} is not one of {bits} for {mode}")
-        if packing.group_size not in group_sizes:
-            raise fields.error("group_size", f"{packing.group_size} is not one of {group_sizes}")
-        return packing
-
-
-@dataclass(frozen=True, slots=True)
 class FastVLMConfig:
     """Everything about a FastVLM checkpoint that its tensors cannot tell.
 
@@ -107,7 +77,7 @@ class FastVLMConfig:
     image_size: int
     image_mode: str
     max_length: int
-    quantization: dict[str, Quantization] = field(default_factory=dict)
+    quantization: Packed = field(default_factory=dict)
     source: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -137,7 +107,6 @@ class FastVLMConfig:
         """Read and check a canonical config.json; raises ConfigError naming the field at fault."""
         fields = Fields(values, where)
         fields.check_version(FORMAT_VERSION)
-        packed = fields.object("quantization") if fields.has("quantization") else None
         config = cls(
             text=Qwen2Config.from_json(fields.object("text_config")),
             vision=FastViTConfig.from_json(fields.object("vision_config")),
@@ -145,11 +114,7 @@ class FastVLMConfig:
             image_size=fields.integer("image_size", RESOLUTIONS.start, RESOLUTIONS.stop - 1),
             image_mode=fields.choice("image_mode", IMAGE_MODES),
             max_length=fields.integer("max_length", 1, 1 << 20),
-            quantization={
-                path: Quantization.from_json(packed.object(path)) for path in packed.values
-            }
-            if packed
-            else {},
+            quantization=read_packed(fields),
             source=_source(fields),
         )
         if config.image_size not in RESOLUTIONS:

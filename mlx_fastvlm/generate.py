@@ -133,6 +133,7 @@ def stream_generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    kv_bits: int | None = None,
 ) -> Iterator[Chunk]:
     """Answer a prompt piece by piece, one chunk a token.
 
@@ -152,6 +153,8 @@ def stream_generate(
         repetition_penalty: Above 1 discourages tokens already seen.
         seed: For a repeatable draw.
         stop: Text or texts that end the answer; they are not part of it.
+        kv_bits: 8 or 4 to keep the KV cache in so many bits; by default it is not packed, for at
+            the lengths of a FastVLM prompt that saves little.
 
     Yields:
         Chunks; the last one has a finish_reason: "stop" at an end token or stop text, else
@@ -183,6 +186,7 @@ def stream_generate(
         embeddings,
         Sampler(sampling, processor.tokenizer.size, np.array(inputs.input_ids).tolist()),
         max_tokens,
+        kv_bits,
     )
     answer = _Answer(TextDecoder(processor.tokenizer), stops)
     stop_ids = processor.tokenizer.stop_ids
@@ -230,9 +234,10 @@ def _tokens(
     embeddings: mx.array,
     sampler: Sampler,
     max_tokens: int,
+    kv_bits: int | None,
 ) -> Iterator[int]:
     """Token after token; each step is queued before the token of the last one is read."""
-    cache = model.make_cache(inputs.input_ids.size + max_tokens)
+    cache = model.make_cache(inputs.input_ids.size + max_tokens, kv_bits)
     known = processor.tokenizer.size
 
     def step(ids: mx.array, embeddings: mx.array | None = None) -> mx.array:

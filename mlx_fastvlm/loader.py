@@ -1,6 +1,7 @@
 """From what the user typed to a model that is ready to answer."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,10 +11,11 @@ from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import DEMO, Checkpoint, resolve
 from mlx_mobileclip.loader import import_converter, parse_dtype
+from mlx_mobileclip.quantization import Quantization, quantize_parts
 
 from . import tokenizer
 from .config import MODEL_TYPE, FastVLMConfig
-from .model import FastVLM
+from .model import PARTS, FastVLM
 from .processor import Processor
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
@@ -27,6 +29,8 @@ def load(
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
     vision_from: str | os.PathLike[str] | None = None,
+    quantize: Quantization | None = None,
+    parts: Sequence[str] = ("decoder",),
 ) -> tuple[FastVLM, Processor]:
     """Load any FastVLM checkpoint: converted, Apple's, transformers' or mlx-vlm's.
 
@@ -38,6 +42,9 @@ def load(
             given. The tower loses 8 times more to bfloat16 than to float16.
         vision_from: Checkpoint to take the image tower from, for Apple's app exports, which
             carry none. It must be the same size and training stage.
+        quantize: Pack the weights once they are loaded, such as Quantization(bits=4). They are
+            whole in memory for a moment; a checkpoint that `convert` has packed never is.
+        parts: Which of "decoder" (with its embedding), "projector" and "vision" to pack.
 
     Returns:
         The model, its weights evaluated so that any thread can use it, and its processor.
@@ -45,7 +52,10 @@ def load(
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
     """
-    return load_checkpoint(find_checkpoint(model, revision), dtype, vision_from)
+    result = load_checkpoint(find_checkpoint(model, revision), dtype, vision_from)
+    if quantize is not None:
+        quantize_parts(result[0], PARTS, parts, quantize)
+    return result
 
 
 def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:

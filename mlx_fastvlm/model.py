@@ -9,13 +9,16 @@ import numpy as np
 from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.gelu import gelu
+from mlx_mobileclip.quantization import pack
 
 from .cache import STEP, KVCache
-from .config import FastVLMConfig, Quantization
+from .config import FastVLMConfig
 from .qwen2 import Qwen2
 
 # Stands for one image embedding in a list of ids; no tokenizer has it. LLaVA's value.
 IMAGE_TOKEN = -200
+# What can be quantised apart, by where it lies.
+PARTS = {"decoder": "language_model.", "projector": "projector.", "vision": "vision_tower."}
 
 
 class FastVLM(nn.Module):
@@ -29,37 +32,30 @@ class FastVLM(nn.Module):
         inputs = [config.vision.features] + [width] * config.projector_depth
         self.projector = [nn.Linear(inputs[i], width) for i in range(config.projector_depth)]
         self.language_model = Qwen2(config.text)
-        if config.quantization:
-            self._quantize(config.quantization)
-
-    def _quantize(self, quantization: dict[str, Quantization]) -> None:
-        layers = dict(self.named_modules())
-        for path, layer in quantization.items():
-            module: Any = layers.get(path)
-            if not hasattr(module, "to_quantized") or path.startswith("vision_tower."):
-                raise ConfigError(f"quantization: {path[:80]!r} is no layer that can be packed")
-            if module.weight.shape[-1] % layer.group_size:
-                raise ConfigError(
-                    f"quantization: {path} is {module.weight.shape[-1]} wide, no multiple of "
-                    f"group_size {layer.group_size}"
-                )
-
-        def packing(path: str, _: nn.Module) -> bool | dict[str, Any]:
-            layer = quantization.get(path)
-            if layer is None:
-                return False
-            return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-
-        nn.quantize(self, class_predicate=packing)
+        pack(self, config.quantization)
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder's layers, where mlx-lm looks for them."""
         return list(self.language_model.layers)
 
-    def make_cache(self, capacity: int = STEP) -> list[KVCache]:
-        """One empty KV cache per decoder layer, with room for `capacity` tokens."""
-        return self.language_model.make_cache(capacity)
+    def make_cache(self, capacity: int = STEP, bits: int | None = None) -> list[KVCache]:
+        """One empty KV cache per decoder layer.
+
+        Args:
+            capacity: Tokens to reserve room for.
+            bits: 8 or 4 to keep keys and values packed; None for floats.
+
+        Raises:
+            ConfigError: MLX cannot pack heads of this width.
+        """
+        if bits not in (None, 4, 8):
+            raise ConfigError(f"kv_bits is {bits}; it can be 8 or 4")
+        if bits is not None and self.config.text.head_dim % 32:
+            raise ConfigError(
+                f"heads are {self.config.text.head_dim} wide, no multiple of 32; leave out kv_bits"
+            )
+        return self.language_model.make_cache(capacity, bits)
 
     def encode_image(self, pixels: mx.array) -> mx.array:
         """Turn images into decoder-width embeddings.
@@ -107,7 +103,7 @@ class FastVLM(nn.Module):
         vocab_size = self.config.text.vocab_size
         if np.any((flat_ids >= vocab_size) | ((flat_ids < 0) & (flat_ids != IMAGE_TOKEN))):
             raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")
-        x = self.language_model.embed_tokens(mx.maximum(input_ids, 0))
+        x = self.language_model.embed(mx.maximum(input_ids, 0))
         if image_features is None or not given:
             return x
         flat = x.reshape(-1, x.shape[-1])

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import STEP, KVCache
+from .cache import STEP, KVCache, QuantizedKVCache
 from .config import Qwen2Config
 
 
@@ -96,15 +96,23 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._group_size = 64 if config.head_dim % 64 == 0 else 32  # of packed keys and values
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
-    def make_cache(self, capacity: int = STEP) -> list[KVCache]:
-        """One empty cache per layer, with room for `capacity` tokens."""
-        return [KVCache(capacity) for _ in self.layers]
+    def make_cache(self, capacity: int = STEP, bits: int | None = None) -> list[KVCache]:
+        """One empty cache per layer, with room for `capacity` tokens, floats if `bits` is None."""
+        if bits is None:
+            return [KVCache(capacity) for _ in self.layers]
+        return [QuantizedKVCache(capacity, bits, self._group_size) for _ in self.layers]
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Look ids up: (B, L) to (B, L, D)."""
+        # MLX unpacks mxfp and nvfp weights as bfloat16, beside which float16 becomes float32.
+        return self.embed_tokens(ids).astype(self.norm.weight.dtype)
 
     def __call__(
         self,
@@ -125,7 +133,7 @@ class Qwen2(nn.Module):
         Returns:
             (B, L, V), or (B, 1, V) with `last_only`.
         """
-        x = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        x = self.embed(inputs) if input_embeddings is None else input_embeddings
         caches: list[Any] = [None] * len(self.layers) if cache is None else cache
         length = x.shape[1]
         if caches[0] is None:

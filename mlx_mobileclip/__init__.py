@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .loader import load
     from .processor import Processor
+    from .quantization import Quantization
     from .retrieval import Recall, recall, top_k_accuracy
     from .zeroshot import Prediction, classify, text_matrix
 
@@ -37,6 +38,7 @@ __all__ = [
     "Prediction",
     "Processor",
     "PromptError",
+    "Quantization",
     "Recall",
     "__version__",
     "classify",
@@ -51,6 +53,7 @@ _MODULES = {
     "MobileCLIP": ".clip",
     "MobileCLIPConfig": ".clip",
     "Processor": ".processor",
+    "Quantization": ".quantization",
     **dict.fromkeys(("Prediction", "classify", "text_matrix"), ".zeroshot"),
     **dict.fromkeys(("Recall", "recall", "top_k_accuracy"), ".retrieval"),
     **dict.fromkeys(

@@ -6,12 +6,13 @@ every header is first checked by the reference implementation (`safetensors.safe
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +27,14 @@ SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 # Weights, packed or float; U8 are mxfp scales, I64 BatchNorm's step counters.
 DTYPES = {"F32", "F16", "BF16", "U32", "U8", "I64"}
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+STORED_DTYPES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+PIECE = 1 << 24  # values that are checked at a time while writing
 
 
 class Fields:
@@ -273,20 +282,17 @@ def named_parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
 
 
-def _finite(tensor: mx.array) -> mx.array:
+def is_finite(tensor: mx.array) -> mx.array:
+    """Whether all values are, as a lazy scalar."""
     # The sum of all values is finite unless one of them is not; one pass, no temporary.
     return mx.isfinite(mx.sum(tensor.astype(mx.float32)))
 
 
-def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, where: str) -> None:
-    """Give the model its weights: names and shapes must match exactly, values must be finite.
-
-    Float tensors are cast to `dtype`, packed ones are kept. The weights are evaluated here, so
-    that another thread can use the model. `tensors` is emptied on the way, so that a source
-    tensor's memory is free as soon as its cast is done.
+def check_fit(model: nn.Module, tensors: dict[str, mx.array], where: str) -> None:
+    """Compare names, shapes and kinds of lazy tensors with what a model takes.
 
     Raises:
-        CheckpointError: names every tensor that is missing, left over, misshapen or not finite.
+        CheckpointError: names every tensor that is missing, left over or misshapen.
     """
     expected = named_parameters(model)
     problems = []
@@ -303,57 +309,112 @@ def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, wher
             problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
     if problems:
         raise CheckpointError(f"{where}: {name_some(problems)}; its tensors do not fit its config")
-    weights = []
-    for name in list(tensors):
-        value = tensors.pop(name)
-        if value.dtype in FLOATS:  # a lone number, such as logit_scale, costs nothing to keep exact
-            value = value.astype(dtype if value.ndim else mx.float32)
-        weights.append((name, value))
+
+
+def as_dtype(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
+    """A float tensor in another precision; a packed one as it is."""
+    if tensor.dtype not in FLOATS:
+        return tensor
+    # A lone number, such as logit_scale, costs nothing to keep exact.
+    return tensor.astype(dtype if tensor.ndim else mx.float32)
+
+
+def not_finite(names: list[str], dtype: mx.Dtype, where: str) -> CheckpointError:
+    """The error for values that are not, or that do not fit the precision."""
+    return CheckpointError(
+        f"{where}: not finite in {str(dtype).split('.')[-1]}: {name_some(names)}; "
+        "try --dtype float32, or download the checkpoint again"
+    )
+
+
+def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, where: str) -> None:
+    """Give the model its weights: names and shapes must match exactly, values must be finite.
+
+    Float tensors are cast to `dtype`, packed ones are kept. The weights are evaluated here, so
+    that another thread can use the model. `tensors` is emptied on the way, so that a source
+    tensor's memory is free as soon as its cast is done.
+
+    Raises:
+        CheckpointError: names every tensor that is missing, left over, misshapen or not finite.
+    """
+    check_fit(model, tensors, where)
+    weights = [(name, as_dtype(tensors.pop(name), dtype)) for name in list(tensors)]
     model.load_weights(weights, strict=True)
-    finite = {name: _finite(value) for name, value in weights if value.dtype in FLOATS}
+    finite = {name: is_finite(value) for name, value in weights if value.dtype in FLOATS}
     try:
         mx.eval(model.parameters(), finite)
     except RuntimeError as error:
         raise CheckpointError(f"{where}: the weights cannot be read ({error})") from error
     if bad := sorted(name for name, ok in finite.items() if not ok.item()):
-        raise CheckpointError(
-            f"{where}: not finite in {str(dtype).split('.')[-1]}: {name_some(bad)}; "
-            "try --dtype float32, or download the checkpoint again"
-        )
+        raise not_finite(bad, dtype, where)
 
 
-def _shards(tensors: dict[str, mx.array], limit_bytes: int) -> Iterator[dict[str, mx.array]]:
-    """Cut the tensors, in order, into groups of at most `limit_bytes` (or one tensor)."""
-    group: dict[str, mx.array] = {}
+def _shards(tensors: dict[str, mx.array], limit_bytes: int) -> list[list[str]]:
+    """Cut the sorted names into groups of at most `limit_bytes` (or one tensor)."""
+    groups: list[list[str]] = [[]]
     size = 0
-    for name in list(tensors):
-        tensor = tensors.pop(name)
-        if group and size + tensor.nbytes > limit_bytes:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
-    yield group
+    for name in sorted(tensors):
+        if groups[-1] and size + tensors[name].nbytes > limit_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensors[name].nbytes
+    return groups
 
 
 def write_tensors(
     directory: Path, tensors: dict[str, mx.array], shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write model.safetensors, or numbered shards with an index; empties `tensors`."""
+    """Write model.safetensors, or numbered shards with an index.
+
+    Lazy tensors are evaluated, written and forgotten one after the other, so that memory is
+    needed for the largest and not for all; `tensors` is emptied on the way.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
     total_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    parts: list[list[str]] = []
-    for shard in _shards(tensors, shard_bytes):
-        path = directory / f"part-{len(parts):05d}.safetensors"
-        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
-        parts.append(list(shard))
-    if len(parts) == 1:
-        (directory / "part-00000.safetensors").rename(directory / "model.safetensors")
-        return
+    groups = _shards(tensors, shard_bytes)
     weight_map = {}
-    for i, names in enumerate(parts):
-        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        (directory / f"part-{i:05d}.safetensors").rename(directory / file)
+    for i, names in enumerate(groups):
+        last = f"-{i + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        file = f"model{last}.safetensors"
+        with (directory / file).open("wb") as shard:
+            shard.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                shard.write(_data(tensors.pop(name), name))
         weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    path = directory / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2))
+
+
+def _header(tensors: dict[str, mx.array]) -> bytes:
+    """Length and JSON that begin a safetensors file, padded to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        entries[name] = {
+            "dtype": STORED_DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _data(tensor: mx.array, name: str) -> memoryview:
+    """A tensor's bytes, little-endian; evaluated here."""
+    mx.eval(tensor)
+    if tensor.dtype in FLOATS:
+        flat = tensor.reshape(-1)
+        pieces = (flat[i : i + PIECE] for i in range(0, flat.size, PIECE))
+        if not all(is_finite(piece).item() for piece in pieces):
+            raise not_finite([name], tensor.dtype, "the weights")
+    if tensor.dtype == mx.bfloat16:  # which NumPy has not
+        tensor = tensor.view(mx.uint16)
+    return memoryview(np.ascontiguousarray(np.asarray(tensor)).reshape(-1)).cast("B")

@@ -10,12 +10,14 @@ import numpy as np
 from .checkpoint import Fields
 from .errors import ImageError, ModelError, PromptError
 from .fastvit import FastViT, FastViTConfig
+from .quantization import Packed, pack, read_packed
 from .text import TextConfig, TextTower
 from .vit import ViT, ViTConfig
 
 MODEL_TYPE = "mlx_mobileclip"
 FORMAT_VERSION = 1
 INTERPOLATIONS = ("bilinear", "bicubic")
+PARTS = {"image": "image.", "text": "text."}  # what can be quantised apart, by where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class MobileCLIPConfig:
         image: The image tower.
         text: The text tower; None for a checkpoint of the image tower alone.
         preprocess: How images are prepared.
+        quantization: Packing of each quantised layer by its path in the model.
         source: Where the checkpoint came from: model, revision, layout.
     """
 
@@ -63,6 +66,7 @@ class MobileCLIPConfig:
     image: FastViTConfig | ViTConfig
     text: TextConfig | None
     preprocess: PreprocessConfig
+    quantization: Packed = field(default_factory=dict)
     source: dict[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +83,8 @@ class MobileCLIPConfig:
         }
         if self.text is not None:
             result["text_config"] = self.text.to_json()
+        if self.quantization:
+            result["quantization"] = {p: asdict(q) for p, q in self.quantization.items()}
         return result
 
     @classmethod
@@ -96,6 +102,7 @@ class MobileCLIPConfig:
             if fields.has("text_config")
             else None,
             preprocess=PreprocessConfig.from_json(fields.object("preprocess_config")),
+            quantization=read_packed(fields),
             source=dict(fields.get("source", {})),
         )
         size = config.preprocess.image_size
@@ -138,6 +145,7 @@ class MobileCLIP(nn.Module):
         has_text = config.text is not None
         self.text = TextTower(config.text, config.embed_dim) if config.text else None
         self.logit_scale = mx.array(np.log(1 / 0.07), mx.float32) if has_text else None
+        pack(self, config.quantization)
 
     def encode_image(self, pixels: mx.array, normalize: bool = False) -> mx.array:
         """Embed images.

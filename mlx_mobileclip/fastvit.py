@@ -19,6 +19,7 @@ import mlx.nn as nn
 from .checkpoint import Fields
 from .depthwise import Depthwise
 from .gelu import bias_gelu, gelu
+from .quantization import add_product
 
 HEAD_DIM = 32
 LAYER_NORM_EPS = 1e-5
@@ -215,7 +216,7 @@ class Attention(nn.Module):
         queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, 32)
         y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=HEAD_DIM**-0.5)
         y = y.transpose(0, 2, 1, 3).reshape(B * H * W, C)
-        return mx.addmm(x.reshape(B * H * W, C), y, self.proj.weight.T).reshape(B, H, W, C)
+        return add_product(x.reshape(B * H * W, C), y, self.proj).reshape(B, H, W, C)
 
 
 class ConvFFN(nn.Module):
@@ -231,7 +232,7 @@ class ConvFFN(nn.Module):
         """Shapes (B, H, W, C); `residual` already holds fc2's bias."""
         C = x.shape[-1]
         hidden = gelu(self.fc1(self.conv(x).reshape(-1, C)))
-        return mx.addmm(residual.reshape(-1, C), hidden, self.fc2.weight.T).reshape(x.shape)
+        return add_product(residual.reshape(-1, C), hidden, self.fc2).reshape(x.shape)
 
 
 class Block(nn.Module):

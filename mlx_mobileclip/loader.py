@@ -1,17 +1,19 @@
 """From what the user typed to a model that is ready to embed."""
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 
 from .checkpoint import assign, read_json, read_tensors
-from .clip import MODEL_TYPE, MobileCLIP, MobileCLIPConfig
+from .clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig
 from .device import on_cpu
 from .errors import ConfigError
 from .hub import Checkpoint, resolve_file
 from .processor import Processor
+from .quantization import Quantization, quantize_parts
 from .tokenizer import CONTEXT_LENGTH, Tokenizer, clip_tokenizer, read_merges
 
 DEFAULT_MODEL = "apple/MobileCLIP2-S0"
@@ -29,6 +31,8 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
+    quantize: Quantization | None = None,
+    parts: Sequence[str] = tuple(PARTS),
 ) -> tuple[MobileCLIP, Processor]:
     """Load any MobileCLIP checkpoint: converted, Apple's, open_clip's or timm's.
 
@@ -41,6 +45,8 @@ def load(
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given.
+        quantize: Pack the weights once they are loaded, such as Quantization(bits=8).
+        parts: Which of "image" and "text" to pack.
 
     Returns:
         The model, its weights evaluated so that any thread can use it, and its processor.
@@ -48,7 +54,10 @@ def load(
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
     """
-    return load_checkpoint(resolve_file(model, revision), variant, dtype)
+    result = load_checkpoint(resolve_file(model, revision), variant, dtype)
+    if quantize is not None:
+        quantize_parts(result[0], PARTS, parts, quantize)
+    return result
 
 
 def load_checkpoint(

@@ -128,7 +128,8 @@ class TextTower(nn.Module):
         Returns:
             (B, E).
         """
-        x = self.embedding(ids) + self.positions
+        # A packed embedding can come as bfloat16, beside which float16 would become float32.
+        x = self.embedding(ids).astype(self.positions.dtype) + self.positions
         for layer in self.layers:
             x = layer(x, self._causal)
         ends = mx.argmax(ids, axis=-1)

@@ -235,7 +235,7 @@ def test_planted_links_are_not_published(sound: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = {path.name for path in (tmp_path / "out").iterdir()}
     weights = {"config.json", "model.safetensors", "tokenizer.json", "NOTICE"}
-    assert found == weights | {"LICENSE", "LICENSE_MODEL"}
+    assert found == weights | {"LICENSE", "LICENSE_MODEL", "README.md"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 

@@ -20,8 +20,8 @@ from tolerances import (
     relative_error,
 )
 
-from mlx_fastvlm import FastVLM, ImageError, Processor, PromptError, generate, load
-from mlx_fastvlm.cache import KVCache
+from mlx_fastvlm import ConfigError, FastVLM, ImageError, Processor, PromptError, generate, load
+from mlx_fastvlm.cache import KVCache, QuantizedKVCache
 from mlx_fastvlm.config import Qwen2Config, projector_depth
 from mlx_fastvlm.model import IMAGE_TOKEN
 from mlx_fastvlm.qwen2 import Qwen2
@@ -135,6 +135,25 @@ def test_mlx_lm_generates_with_our_model(
     tokens = [int(token) for token, _ in steps]
     answer = generate(model, processor, "a", image, max_tokens=8)
     assert tokens[: len(answer.token_ids)] == answer.token_ids
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
+    """What it gives back is what was packed, however it came in, and it takes less room."""
+    mx.random.seed(0)
+    keys, values = mx.random.normal((2, 1, 2, 300, 64))
+    cache, floats = QuantizedKVCache(10, bits, 32), KVCache(10)
+    for start, end in ((0, 7), (7, 8), (8, 290), (290, 300)):
+        new = keys[:, :, start:end], values[:, :, start:end]
+        got = cache.update_and_fetch(*new)
+        floats.update_and_fetch(*new)
+    packing = {"group_size": 32, "bits": bits}
+    for whole, returned in zip((keys, values), got, strict=True):
+        assert mx.array_equal(returned, mx.dequantize(*mx.quantize(whole, **packing), **packing))
+    assert cache.trim(5) == 5 and cache.size() == 295 and not cache.empty()
+    assert cache.nbytes < floats.nbytes / 2
+    with pytest.raises(ConfigError, match="kv_bits is 3"):
+        tiny[0].make_cache(bits=3)
 
 
 def test_mlx_lm_quantized_cache(keep_limits: None) -> None:

@@ -1,0 +1,138 @@
+"""Packed layers: every mode, in memory and on disk, and back to floats."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import synthetic
+import synthetic_clip
+from synthetic_clip import tiny_config, tiny_shapes, values
+from tolerances import relative_error
+
+import mlx_fastvlm
+import mlx_mobileclip
+from convert import __main__ as command
+from mlx_fastvlm import ConfigError, Quantization
+from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
+from mlx_mobileclip.checkpoint import named_parameters
+from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
+from mlx_mobileclip.loader import import_converter
+from mlx_mobileclip.quantization import MODES
+from mlx_mobileclip.variants import VARIANTS
+
+PACKINGS = [
+    Quantization(bits, group_size, mode)
+    for mode, (all_bits, group_sizes) in MODES.items()
+    for bits in all_bits
+    for group_size in group_sizes
+    if group_size <= 64  # the widest that divides the tiny decoder
+]
+# Products with packed weights sum in another order than with the same weights as floats.
+SUMMED = 1e-4
+
+
+@pytest.fixture(scope="module")
+def fastvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.write_layout(tmp_path_factory.mktemp("vlm") / "source", "llava_qwen2")
+
+
+def convert(source: Path, target: Path, *options: str) -> None:
+    arguments = ["--model", str(source), "--mlx-path", str(target), "--dtype", "float32"]
+    assert command.main([*arguments, "--verify", *options]) == 0
+
+
+def q(packing: Quantization, *parts: str) -> list[str]:
+    result = ["-q", "--q-mode", packing.mode, "--q-bits", str(packing.bits)]
+    return [*result, "--q-group-size", str(packing.group_size), "--q-parts", *parts]
+
+
+def answer(path: Path, **options: Any) -> mx.array:
+    model, processor = mlx_fastvlm.load(path, dtype="float32", **options)
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    inputs = processor("what is it?", [image], resolution=128)
+    return model(inputs.input_ids[None], pixels=inputs.pixels)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_fastvlm(packing: Quantization, fastvlm: Path, tmp_path: Path) -> None:
+    """Packed on disk is packed in memory, and computes what its floats compute."""
+    convert(fastvlm, tmp_path / "packed", *q(packing, *FASTVLM_PARTS))
+    logits = answer(tmp_path / "packed")
+    options = {"quantize": packing, "parts": tuple(FASTVLM_PARTS)}
+    assert mx.array_equal(logits, answer(fastvlm, **options)).item()
+    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    assert relative_error(logits, answer(tmp_path / "floats")) < SUMMED
+    assert relative_error(logits, answer(fastvlm)) > SUMMED  # as something was lost
+
+
+@pytest.mark.parametrize("part", FASTVLM_PARTS)
+def test_parts_of_fastvlm(
+    part: str, fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(fastvlm, tmp_path / "packed", *q(Quantization(8, 32), part))
+    model, _ = mlx_fastvlm.load(tmp_path / "packed")
+    packed = {name.rpartition(".")[0] for name in named_parameters(model) if "scales" in name}
+    assert packed == model.config.quantization.keys()
+    assert all(path.startswith(FASTVLM_PARTS[part]) for path in packed)
+    listed = "not quantised, as 32 does not divide their width" in capsys.readouterr().err
+    assert listed == (part == "vision")
+
+
+def test_back_to_floats(fastvlm: Path, tmp_path: Path) -> None:
+    """A packed checkpoint as floats says nothing of packing, and can be packed again."""
+    convert(fastvlm, tmp_path / "packed", "-q", "--q-group-size", "32")
+    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    model, _ = mlx_fastvlm.load(tmp_path / "floats")
+    assert not model.config.quantization
+    convert(tmp_path / "floats", tmp_path / "again", "-q", "--q-group-size", "32")
+    model, _ = mlx_fastvlm.load(tmp_path / "again")
+    assert model.config.quantization
+
+
+def test_what_cannot_be_packed(fastvlm: Path, tmp_path: Path) -> None:
+    four = Quantization(4, 32)
+    with pytest.raises(ConfigError, match="no part is called 'text'; there are decoder"):
+        mlx_fastvlm.load(fastvlm, quantize=four, parts=("text",))
+    with pytest.raises(ConfigError, match="no layer of decoder is a multiple of 128 wide"):
+        mlx_fastvlm.load(fastvlm, quantize=Quantization(4, 128))
+    with pytest.raises(ConfigError, match="nvfp5"):
+        Quantization.of("nvfp5")
+    convert(fastvlm, tmp_path / "packed", *q(four, "decoder"))
+    with pytest.raises(ConfigError, match="quantised already"):
+        mlx_fastvlm.load(tmp_path / "packed", quantize=four)
+
+
+@pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP2-S3", "MobileCLIP2-B"])
+@pytest.mark.parametrize("parts", [("image",), ("text",), tuple(MOBILECLIP_PARTS)], ids=str)
+def test_mobileclip(
+    variant: str, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {name: tiny_config(name) for name in VARIANTS}
+    monkeypatch.setattr(import_converter("mobileclip"), "VARIANTS", small)
+    source = tmp_path / f"{variant.lower().replace('-', '_')}.pt"
+    layout = "apple" if variant == "MobileCLIP-S0" else "open_clip"
+    synthetic_clip.write(source, values(tiny_shapes(variant, layout)))
+    packing = Quantization(8, 32)
+    convert(source, tmp_path / "packed", *q(packing, *parts))
+    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+
+    def embeddings(path: Path, **options: Any) -> tuple[mx.array, mx.array]:
+        model, processor = mlx_mobileclip.load(path, dtype="float32", **options)
+        image = np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)
+        pixels, ids = processor.images([image]), processor.texts(["a red circle"])
+        return model.encode_image(pixels), model.encode_text(ids)
+
+    floats = embeddings(tmp_path / "floats")
+    for name, here, there, loaded, whole in zip(
+        MOBILECLIP_PARTS,
+        embeddings(tmp_path / "packed"),
+        floats,
+        embeddings(source, quantize=packing, parts=parts),
+        embeddings(source),
+        strict=True,
+    ):
+        assert mx.array_equal(here, loaded).item()
+        assert relative_error(here, there) < SUMMED
+        assert (relative_error(here, whole) > 1e-6) == (name in parts)
