@@ -99,7 +99,7 @@ def convert_mobileclip(
         tower_config("mci0", tower),
         words,
         pixels,
-        {"model": name, "revision": None, "layout": OPEN_CLIP.name},
+        source={"model": name, "revision": None, "layout": OPEN_CLIP.name},
     )
     arrays = {key: mx.array(value) for key, value in tensors.items()}
     model = MLXMobileCLIP(config)
