@@ -126,10 +126,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode or args.q_parts):
-        raise ConfigError("--q-bits, --q-group-size, --q-mode and --q-parts need -q; add it")
+    needing = (args.q_bits, args.q_group_size, args.q_mode, args.q_parts, args.calibration)
+    if not args.quantize and any(value is not None for value in needing):
+        raise ConfigError("--calibration and every --q-... option need -q; add it")
     if args.quantize and args.dequantize:
         raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
+    args.samples = samples(args.calibration) if args.quantize else []
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     check_target(args.mlx_path)
@@ -178,7 +180,7 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
     def measure(packed: Read) -> Closeness:
         words = read_clip_tokenizer(checkpoint, config)
         processor = ClipProcessor(config.preprocess, words)
-        return closeness(read, packed, processor, samples(args.calibration))
+        return closeness(read, packed, processor, args.samples)
 
     conversion = Conversion(
         checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words, measure
@@ -203,7 +205,7 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
         words.save(directory / "tokenizer.json")
 
     def measure(packed: Read) -> Agreement:
-        return agreement(read, packed, Processor(words, config), samples(args.calibration))
+        return agreement(read, packed, Processor(words, config), args.samples)
 
     _write(
         args,

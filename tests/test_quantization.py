@@ -1,5 +1,6 @@
 """Packed layers: every mode, in memory and on disk, and back to floats."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tolerances import relative_error
 import mlx_fastvlm
 import mlx_mobileclip
 from convert import __main__ as command
+from convert import calibration, quality
 from mlx_fastvlm import ConfigError, Quantization
+from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
 from mlx_mobileclip.checkpoint import named_parameters
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
@@ -136,3 +139,50 @@ def test_mobileclip(
         assert mx.array_equal(here, loaded).item()
         assert relative_error(here, there) < SUMMED
         assert (relative_error(here, whole) > 1e-6) == (name in parts)
+
+
+def test_its_own_pictures(
+    fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of a directory are compared on instead of drawn ones; without any, nothing is done."""
+    options = ["-q", "--q-group-size", "32", "--calibration", str(tmp_path / "pictures")]
+    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "packed")]
+    assert command.main([*base, *options]) == 1
+    assert "is no directory; give one with pictures" in capsys.readouterr().err
+    (tmp_path / "pictures").mkdir()
+    assert command.main([*base, *options]) == 1
+    assert "holds no picture" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+    calibration.drawn(1)[0].save(tmp_path / "pictures" / "one.png")
+    assert command.main([*base, *options]) == 0
+    one = capsys.readouterr().err
+    assert command.main([*base[:3], str(tmp_path / "drawn"), *options[:3]]) == 0
+    eight = capsys.readouterr().err
+    few, many = (int(re.findall(r"mean of (\d+) tokens", text)[0]) for text in (one, eight))
+    assert 0 < few < many
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "KL divergence" in card and "python -m convert --model" in card
+
+
+def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> None:
+    """Fewer bits are farther from the original, which is at no distance from itself."""
+    found = []
+    for bits in (8, 4, 2):
+        convert(fastvlm, tmp_path / str(bits), *q(Quantization(bits, 32), "decoder"))
+        card = (tmp_path / str(bits) / "README.md").read_text()
+        found.append(float(re.findall(r"\| ([\d.]+) nats", card)[0]))
+    assert 0 < found[0] < found[1] < found[2]
+    model, processor = mlx_fastvlm.load(fastvlm)
+    checkpoint = find_checkpoint(fastvlm)
+
+    def read() -> Any:
+        return read_canonical(checkpoint)
+
+    same = quality.agreement(read, read, processor, calibration.samples(None))
+    assert (same.kl, same.top_1) == (0.0, 1.0)
+    sample = calibration.samples(None)[0]
+    (logs,) = quality._distributions(*read(), processor, [sample])
+    ids, pixels, start = quality._inputs(processor, sample)
+    logits = model(ids, pixels=pixels)[0, start:, : processor.tokenizer.size]
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    assert relative_error(logs, expected) < 1e-5  # part by part, as all at once
