@@ -144,7 +144,7 @@ def test_mobileclip(
 def test_its_own_pictures(
     fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pictures of a directory are compared on instead of drawn ones; without any, nothing is done."""
+    """Pictures of a directory replace the drawn ones; without any, nothing is written."""
     options = ["-q", "--q-group-size", "32", "--calibration", str(tmp_path / "pictures")]
     base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "packed")]
     assert command.main([*base, *options]) == 1
