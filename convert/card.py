@@ -75,7 +75,7 @@ def table(size: Size, cost: Agreement | Closeness) -> str:
     if isinstance(cost, Agreement):
         rows += [
             ("bytes read per token of an answer", f"{size.per_token_bytes:,}"),
-            (f"KL divergence, mean of {cost.positions} tokens", f"{cost.kl:.4f} nats"),
+            (f"KL divergence, mean of {cost.positions} tokens", f"{cost.kl:.3g} nats"),
             ("same likeliest token", f"{100 * cost.top_1:.1f} %"),
         ]
     else:

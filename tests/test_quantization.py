@@ -170,7 +170,7 @@ def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> Non
     for bits in (8, 4, 2):
         convert(fastvlm, tmp_path / str(bits), *q(Quantization(bits, 32), "decoder"))
         card = (tmp_path / str(bits) / "README.md").read_text()
-        found.append(float(re.findall(r"\| ([\d.]+) nats", card)[0]))
+        found.append(float(re.findall(r"\| ([\d.e-]+) nats", card)[0]))
     assert 0 < found[0] < found[1] < found[2]
     model, processor = mlx_fastvlm.load(fastvlm)
     checkpoint = find_checkpoint(fastvlm)
