@@ -113,7 +113,9 @@ def _distributions(
     with _part(model, tensors | kept, ("language_model.norm.", head), None):
         for x, (_, _, start) in zip(states, inputs, strict=True):
             last = decoder.norm(x[0, start:]).astype(dtype)
-            logits = _output(decoder.embed_tokens if tied else decoder.lm_head, last)
+            logits = _output(
+                decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head, last
+            )
             logits = logits[:, : processor.tokenizer.size].astype(mx.float32)
             logits -= mx.logsumexp(logits, axis=-1, keepdims=True)
             mx.eval(logits)
@@ -126,6 +128,7 @@ def _inputs(processor: Processor, sample: Sample) -> tuple[mx.array, mx.array, i
     asked = processor(sample.question, [sample.image], resolution=resolution)
     ids = np.concatenate([asked.input_ids, processor.tokenizer.encode(sample.answer)])
     start = int(np.flatnonzero(ids == IMAGE_TOKEN)[-1]) + 1
+    assert asked.pixels is not None
     return mx.array(ids[None]), asked.pixels, start
 
 
@@ -184,9 +187,9 @@ def closeness(
     )
     same = [mx.argmax(i @ t.T, axis=-1) for i, t in ((images, texts), (our_images, our_texts))]
     return Closeness(
-        mx.mean(mx.sum(images * our_images, axis=-1)).item(),
-        mx.mean(mx.sum(texts * our_texts, axis=-1)).item(),
-        mx.mean(same[0] == same[1]).item(),
+        float(np.mean(np.sum(images * our_images, axis=-1))),
+        float(np.mean(np.sum(texts * our_texts, axis=-1))),
+        float(np.mean(same[0] == same[1])),
     )
 
 

@@ -102,24 +102,24 @@ class QuantizedKVCache(KVCache):
             group_size: Values of one head that share a scale: 32 or 64, a divisor of its width.
         """
         super().__init__(capacity)
-        self._packing = {"bits": bits, "group_size": group_size}
-        self._buffers: list[mx.array | None] = [None] * 6
+        self._bits, self._group_size = bits, group_size
+        self._buffers: list[mx.array] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values of new tokens and return those of all, as rounded."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        new = [*mx.quantize(keys, **self._packing), *mx.quantize(values, **self._packing)]
-        self._buffers = [
-            self._reserve(b, n, start) for b, n in zip(self._buffers, new, strict=True)
+        new = [
+            part for x in (keys, values) for part in mx.quantize(x, self._group_size, self._bits)
         ]
-        parts = []
+        old: list[mx.array | None] = [*self._buffers] or [None] * len(new)
+        self._buffers = [self._reserve(b, n, start) for b, n in zip(old, new, strict=True)]
         for buffer, added in zip(self._buffers, new, strict=True):
-            assert buffer is not None
             buffer[..., start : self.offset, :] = added
-            parts.append(buffer[..., : self.offset, :])
-        return mx.dequantize(*parts[:3], **self._packing), mx.dequantize(
-            *parts[3:], **self._packing
-        )
+        return self._unpacked(self._buffers[:3]), self._unpacked(self._buffers[3:])
+
+    def _unpacked(self, buffers: list[mx.array]) -> mx.array:
+        weight, scales, biases = (buffer[..., : self.offset, :] for buffer in buffers)
+        return mx.dequantize(weight, scales, biases, self._group_size, self._bits)
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -132,9 +132,9 @@ class QuantizedKVCache(KVCache):
 
     def empty(self) -> bool:
         """Whether nothing has been stored yet."""
-        return self._buffers[0] is None
+        return not self._buffers
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, reserve included."""
-        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
+        return sum(buffer.nbytes for buffer in self._buffers)

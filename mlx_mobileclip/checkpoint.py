@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, ConfigError, name_some
@@ -417,4 +418,5 @@ def _data(tensor: mx.array, name: str) -> memoryview:
             raise not_finite([name], tensor.dtype, "the weights")
     if tensor.dtype == mx.bfloat16:  # which NumPy has not
         tensor = tensor.view(mx.uint16)
-    return memoryview(np.ascontiguousarray(np.asarray(tensor)).reshape(-1)).cast("B")
+    data: NDArray[Any] = np.ascontiguousarray(np.asarray(tensor)).reshape(-1)
+    return data.view(np.uint8).data
