@@ -279,7 +279,8 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
             dtype=args.dtype,
             arguments=args.arguments,
         )
-        (directory / "README.md").write_text(card(making, config.quantization, quality))
+        text = card(making, config.quantization, quality)
+        (directory / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
         write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)

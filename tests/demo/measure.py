@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python tests/demo/measure.py            # the tables of tests/demo/README.md
     PYTHONPATH=. python tests/demo/measure.py --count 100
+    PYTHONPATH=. python tests/demo/measure.py --packed   # FastVLM's in every mode of quantisation
 
 Runs on MLX, through the packages' public functions.
 """
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +24,8 @@ from world import HELD_OUT, Scene, render, scene
 
 import mlx_fastvlm
 import mlx_mobileclip
+from mlx_fastvlm import Quantization
+from mlx_fastvlm.model import PARTS
 from mlx_fastvlm.tokenizer import TURN_END
 from mlx_mobileclip import recall, top_k_accuracy
 
@@ -31,6 +35,15 @@ SETTINGS = {
     "128 px, pad": {"resolution": 128},
     "512 px, pad": {"resolution": 512},
     "256 px, crop": {"image_mode": "crop"},
+}
+NATIVE = {"": {}}
+PACKED: dict[str, dict[str, Any]] = {"not quantised": {}} | {
+    f"{name}, {', '.join(parts)}": {"quantize": packing, "parts": parts}
+    for name, packing, parts in (
+        *((f"affine {b}", Quantization.of(bits=b), ("decoder",)) for b in (8, 6, 5, 4, 3, 2)),
+        *((mode, Quantization.of(mode), ("decoder",)) for mode in ("mxfp8", "mxfp4", "nvfp4")),
+        *((f"affine {b}", Quantization.of(bits=b), tuple(PARTS)) for b in (8, 4)),
+    )
 }
 ZERO_SHOT, RETRIEVAL = HELD_OUT + 1_000_000, HELD_OUT + 2_000_000  # first seeds of other scenes
 
@@ -88,14 +101,16 @@ def rounds(count: int) -> Iterator[tuple[Scene, list[Question]]]:
         seed += 1
 
 
-def answers(model: str | Path, count: int) -> dict[str, dict[str, float]]:
-    """Share of exactly right answers by setting and task, in percent."""
-    loaded = mlx_fastvlm.load(model)
-    found = {setting: dict.fromkeys(ASKED, 0) for setting in SETTINGS}
+def answers(
+    model: str | Path, count: int, settings: dict[str, dict[str, Any]], **options: Any
+) -> dict[str, dict[str, float]]:
+    """Share of exactly right answers by setting and task, in percent; `options` are load's."""
+    loaded = mlx_fastvlm.load(model, **options)
+    found = {setting: dict.fromkeys(ASKED, 0) for setting in settings}
     started = time.monotonic()
     for number, (shown, asked) in enumerate(rounds(count)):
         image = render(shown)
-        for name, setting in SETTINGS.items():
+        for name, setting in settings.items():
             for question, good in zip(asked, right(*loaded, image, asked, **setting), strict=True):
                 found[name][question.task] += good
         if number % 50 == 0:
@@ -133,17 +148,32 @@ def similarities(model: str | Path, count: int) -> dict[str, float]:
     }
 
 
+def print_header() -> None:
+    print(f"\n| | {' | '.join(ASKED)} |\n|---|{'---|' * len(ASKED)}")
+
+
+def print_row(name: str, shares: dict[str, float]) -> None:
+    print(f"| {name} | {' | '.join(f'{shares[task]:.1f}' for task in ASKED)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo models on held-out scenes.")
     parser.add_argument("--fastvlm", default="demo", help="checkpoint; - for none")
     parser.add_argument("--mobileclip", default="demo", help="checkpoint; - for none")
     parser.add_argument("--count", type=int, default=1000, help="questions of each task")
+    parser.add_argument("--packed", action="store_true", help="FastVLM, quantised in every mode")
     options = parser.parse_args()
+    if options.packed:
+        print_header()
+        for name, packing in PACKED.items():
+            (shares,) = answers(options.fastvlm, options.count, NATIVE, **packing).values()
+            print_row(name, shares)
+        return
     if options.fastvlm != "-":
-        table = answers(options.fastvlm, options.count)
-        print(f"\n| | {' | '.join(ASKED)} |\n|---|{'---|' * len(ASKED)}")
+        table = answers(options.fastvlm, options.count, SETTINGS)
+        print_header()
         for name, shares in table.items():
-            print(f"| {name} | {' | '.join(f'{shares[task]:.1f}' for task in ASKED)} |")
+            print_row(name, shares)
     if options.mobileclip != "-":
         for name, share in similarities(options.mobileclip, options.count).items():
             print(f"| {name} | {share:.1f} |")
