@@ -187,9 +187,9 @@ def closeness(
     )
     same = [mx.argmax(i @ t.T, axis=-1) for i, t in ((images, texts), (our_images, our_texts))]
     return Closeness(
-        float(np.mean(np.sum(images * our_images, axis=-1))),
-        float(np.mean(np.sum(texts * our_texts, axis=-1))),
-        float(np.mean(same[0] == same[1])),
+        float(np.array(mx.mean(mx.sum(images * our_images, axis=-1)))),
+        float(np.array(mx.mean(mx.sum(texts * our_texts, axis=-1)))),
+        float(np.array(mx.mean(same[0] == same[1]))),
     )
 
 

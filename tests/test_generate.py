@@ -37,7 +37,7 @@ class Scripted:
         self.ids, self.vocab_size, self.fill = ids, vocab_size, fill
         self.calls: list[tuple[int, bool]] = []
 
-    def make_cache(self, capacity: int) -> list[Any]:
+    def make_cache(self, capacity: int, bits: int | None = None) -> list[Any]:
         return []
 
     def embed(self, ids: mx.array, features: mx.array | None = None) -> mx.array:
@@ -272,3 +272,15 @@ def test_the_name_generate_is_always_callable(tiny: tuple[FastVLM, Processor]) -
     module = __import__("sys").modules["mlx_fastvlm.generate"]
     for function in (mlx_fastvlm.generate, module, generate):
         assert function(*tiny, "q", max_tokens=1).stats.generated_tokens == 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_cache(bits: int) -> None:
+    """With 8 bits the demo says what it says with floats; with 4 it still answers."""
+    model, processor = load("demo")
+    image = Path(__file__).parents[1] / "examples" / "scene.png"
+    question = "How many circles are there?"
+    plain = generate(model, processor, question, image)
+    packed = generate(model, processor, question, image, kv_bits=bits)
+    assert packed.text.startswith("There are ")
+    assert bits == 4 or packed.token_ids == plain.token_ids
