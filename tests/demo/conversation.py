@@ -5,7 +5,6 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from questions import TASKS, Question, ask, count, describe, thirds
@@ -66,10 +65,19 @@ def about(text: str, ordinal: str) -> str:
     return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
-# Ids, labels and turn numbers; what each answer was asked for; its words; how many things it is
-# about; what is named where; which images.
-Named = list[tuple[int, Scene, Shape]]
-Conversation = tuple[list[tuple[int, int, int]], list[str], Tensor, list[int], Named, list[int]]
+@dataclass
+class Conversation:
+    """What is said about some images.
+
+    Attributes:
+        tokens: Id, label and number of the turn of each.
+        asked: The questions, each with the scene it is about.
+        images: Which images.
+    """
+
+    tokens: list[tuple[int, int, int]]
+    asked: list[tuple[Scene, Question]]
+    images: list[int]
 
 
 @dataclass
@@ -154,64 +162,54 @@ class Conversations:
         start = 0
         for group in _groups(scenes, rng):
             asked = list(self._questions(group, rng)) or [(group[0], describe(group[0], rng))]
-            words = torch.zeros(len(asked), self.tokenizer.size)
-            for i, (shown, question) in enumerate(asked):
-                words[i, self.tokenizer.encode(question.answer)] = 1
-                for thing in question.things:
-                    words[i, self._words(shown, thing)] = 1
-            questions = [question for _, question in asked]
-            images = list(range(start, start + len(group)))
-            tasks = [question.task for question in questions]
-            encoded = self.encode(len(group), questions)
-            names = self._names(encoded, asked)
-            numbers = [len(question.things) for question in questions]
-            said.append((encoded, tasks, words, numbers, names, images))
+            tokens = self.encode(len(group), [question for _, question in asked])
+            said.append(Conversation(tokens, asked, list(range(start, start + len(group)))))
             start += len(group)
-        said.sort(key=lambda conversation: len(conversation[0]))
+        said.sort(key=lambda conversation: len(conversation.tokens))
         size = math.ceil(len(said) / LENGTHS)
         return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
 
     def _pad(self, said: list[Conversation]) -> Batch:
-        texts, tasks, words, numbers, names, images = zip(*said, strict=True)
-        length = max(len(text) for text in texts)
+        length = max(len(each.tokens) for each in said)
         padding = (self.tokenizer.added[runtime.TEXT_END], IGNORED, -1)
-        padded = torch.tensor([text + [padding] * (length - len(text)) for text in texts])
-        ids, labels, turns = padded.unbind(-1)
-        first = torch.tensor([0, *(len(task) for task in tasks[:-1])]).cumsum(0)
-        turns = torch.where(turns < 0, -1, turns + first[:, None])
-        named = [(row, *name) for row, all_names in enumerate(names) for name in all_names]
+        padded = [each.tokens + [padding] * (length - len(each.tokens)) for each in said]
+        ids, labels, turns = torch.tensor(padded).unbind(-1)
+        first = torch.tensor([0, *(len(each.asked) for each in said[:-1])]).cumsum(0)
+        asked = [pair for each in said for pair in each.asked]
+        words = torch.zeros(len(asked), self.tokenizer.size)
+        for row, (shown, question) in zip(words, asked, strict=True):
+            row[self.tokenizer.encode(question.answer)] = 1
+            for thing in question.things:
+                row[self._words(shown, thing)] = 1
+        named = [(b, *name) for b, each in enumerate(said) for name in self._names(each)]
         called = torch.zeros(len(named), self.tokenizer.size)
-        for m, (_, _, shown, thing) in enumerate(named):
-            called[m, self._words(shown, thing)] = 1
+        for row, (_, _, shown, thing) in zip(called, named, strict=True):
+            row[self._words(shown, thing)] = 1
         return Batch(
-            ids,
-            labels,
-            turns,
-            list(chain(*tasks)),
-            torch.cat(words),
-            torch.tensor([*chain(*numbers)], dtype=torch.float32),
-            (
-                torch.tensor([n[0] for n in named]).long(),
-                torch.tensor([n[1] for n in named]).long(),
+            ids=ids,
+            labels=labels,
+            turns=torch.where(turns < 0, -1, turns + first[:, None]),
+            tasks=[question.task for _, question in asked],
+            words=words,
+            numbers=torch.tensor([float(len(question.things)) for _, question in asked]),
+            names=(
+                torch.tensor([b for b, *_ in named]).long(),
+                torch.tensor([at for _, at, *_ in named]).long(),
             ),
-            called,
-            torch.tensor([_share(shown, thing) for _, _, shown, thing in named]).reshape(-1, 2),
-            list(chain(*images)),
+            called=called,
+            places=torch.tensor([_share(*thing) for _, _, *thing in named]).reshape(-1, 2),
+            images=[i for each in said for i in each.images],
         )
 
-    def _names(
-        self, encoded: list[tuple[int, int, int]], asked: list[tuple[Scene, Question]]
-    ) -> Named:
+    def _names(self, said: Conversation) -> Iterator[tuple[int, Scene, Shape]]:
         """Where a question names a thing it is about by colour and kind: the kind's token."""
-        found: Named = []
-        for at in range(1, len(encoded)):
-            (first, _, _), (second, label, turn) = encoded[at - 1 : at + 1]
+        for at in range(1, len(said.tokens)):
+            (first, _, _), (second, label, turn) = said.tokens[at - 1 : at + 1]
             if turn >= 0 and label < 0:
-                shown, question = asked[turn]
+                shown, question = said.asked[turn]
                 for thing in question.things:
                     if [first, second] == self.tokenizer.encode(f" {thing.name}"):
-                        found.append((at, shown, thing))
-        return found
+                        yield at, shown, thing
 
     def _questions(
         self, group: list[Scene], rng: random.Random

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import data
-from conversation import Conversations, train_tokenizer
+from conversation import Batch, Conversations, train_tokenizer
 from export import convert_fastvlm, write_apple_fastvlm
 from questions import TASKS
 from reference import F, FastVLM, Tower, torch
+from torch import Tensor, nn
 from training import train
 from world import Scene, scene
 
@@ -45,13 +46,13 @@ TEXT = {
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
 DECODER_STEPS, ANSWER_STEPS, COUNTING_STEPS, ANSWER_BATCH = 3000, 2200, 1200, 16
 TURNS = 7  # questions in a conversation
+# How often tasks are asked in phases four and five; others 0.7 and 0.6.
+HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}
 COUNTING = {"count": 4.0, "read": 1.0, "describe": 0.3}
-HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}  # asked more
 SHOWING = 50.0  # weight of the losses that tie image tokens to words
 FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
 
-
-Loss = tuple[torch.Tensor, dict[str, float]]
+Loss = tuple[Tensor, dict[str, float]]
 
 
 def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
@@ -74,15 +75,84 @@ def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
     train("places", tower, groups, source, step, PLACES_STEPS, out)
 
 
-def naming(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+def naming(logits: Tensor, words: Tensor) -> Tensor:
     """How far logits are from telling which few words apply."""
     return F.binary_cross_entropy_with_logits(logits, words, pos_weight=torch.tensor(10.0))
 
 
-def before_answers(labels: torch.Tensor) -> torch.Tensor:
+def before_answers(labels: Tensor) -> Tensor:
     """Which tokens are among the last five before an answer: those that end its question."""
     answered = F.pad((labels >= 0).float(), (0, 5))[:, None]
     return F.max_pool1d(answered, 6, stride=1)[:, 0] > 0
+
+
+class Teaching:
+    """The loss of phases three to five: the answers, and what helps to find them."""
+
+    def __init__(self, model: FastVLM, tokenizer: Tokenizer):
+        """Teach `model` with conversations in the tokens of `tokenizer`."""
+        self.model = model
+        self.conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
+
+    def loss(self, phase: str, features: Tensor, shown: list[Scene]) -> Loss:
+        """Loss of a batch of scenes, whose features are given, and what to log."""
+        rng = random.Random(f"{phase} {sum(scene.seed for scene in shown)}")
+        right: dict[str, list[float]] = defaultdict(list)
+        answers, count = torch.zeros(()), 0
+        losses: dict[str, Tensor] = self._images(features, shown)
+        batches = self.conversations.batches(shown, rng)
+        for said in batches:
+            summed, tokens, taught = self._conversations(features[said.images], said, right)
+            answers, count = answers + summed, count + tokens
+            for name, value in taught.items():
+                losses[name] = losses.get(name, torch.zeros(())) + value / len(batches)
+        answers = answers / count
+        figures = {"loss": answers.item()}
+        figures |= {task: sum(found) / len(found) for task, found in sorted(right.items())}
+        figures |= {name: value.item() for name, value in losses.items()}
+        return answers + sum(losses.values()), figures
+
+    def _images(self, features: Tensor, shown: list[Scene]) -> dict[str, Tensor]:
+        """Image tokens that resemble the words for what they show are soon found by them."""
+        model, conversations = self.model, self.conversations
+        images = model.project(features)
+        losses = {
+            "naming": SHOWING * naming(model.named(images), conversations.named(shown)),
+            "pairs": SHOWING * naming(model.pairs(images), conversations.pairs(shown)),
+        }
+        if model.places is not None:
+            known, where = conversations.places(shown)
+            losses["places"] = F.smooth_l1_loss(model.places(images[known]), where)
+        return losses
+
+    def _conversations(
+        self, features: Tensor, said: Batch, right: dict[str, list[float]]
+    ) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Summed loss of the answers and their tokens; losses of the questions' tokens."""
+        model = self.model
+        where = said.labels[:, 1:] >= 0
+        labels = said.labels[:, 1:][where]
+        asking = (said.turns >= 0) & (said.labels < 0)
+        if model.places is not None:
+            asking[said.names] = False  # these tokens tell of one thing
+        with torch.autocast("cpu", torch.bfloat16):
+            before, last = model.hidden(features, said.ids)
+            logits = model.decoder.lm_head(last[:, :-1][where]).float()
+            foretold = model.named(before[asking]).float()
+            named = before[said.names]
+            called = model.named(named).float()
+        losses = {"foretelling": FORETELLING * naming(foretold, said.words[said.turns[asking]])}
+        if model.places is not None and len(said.called):
+            places = F.smooth_l1_loss(model.places(named.float()), said.places)
+            losses["calling"] = FORETELLING * (naming(called, said.called) + places)
+        if model.numbers is not None:
+            read = asking & before_answers(said.labels)
+            number = model.numbers(before[read].float())[:, 0]
+            losses["counting"] = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
+        wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
+        for turn, task in enumerate(said.tasks):
+            right[task].append(turn not in wrong)
+        return F.cross_entropy(logits, labels, reduction="sum"), len(labels), losses
 
 
 def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
@@ -96,78 +166,28 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
     apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
     others = [p for p in model.parameters() if id(p) not in apart]
-    conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
-
-    def answer(features: torch.Tensor, shown: list[Scene]) -> Loss:
-        late = "counting" if model.numbers is not None else "answers"
-        name = "decoder" if model.places is None else late
-        rng = random.Random(f"{name} {sum(scene.seed for scene in shown)}")
-        loss, foretelling, calling, counting = (torch.zeros(()) for _ in range(4))
-        count = 0
-        right: dict[str, list[float]] = defaultdict(list)
-        batches = conversations.batches(shown, rng)
-        for said in batches:
-            where = said.labels[:, 1:] >= 0
-            labels = said.labels[:, 1:][where]
-            with torch.autocast("cpu", torch.bfloat16):
-                before, last = model.hidden(features[said.images], said.ids)
-                logits = model.decoder.lm_head(last[:, :-1][where]).float()
-                asking = (said.turns >= 0) & (said.labels < 0)
-                if model.places is not None:
-                    asking[said.names] = False  # these tokens tell of one thing
-                foretold = model.named(before[asking]).float()
-                named = before[said.names]
-                called = model.named(named).float()
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-            meant = naming(foretold, said.words[said.turns[asking]])
-            foretelling = foretelling + meant / len(batches)
-            if model.places is not None and len(said.called):
-                places = F.smooth_l1_loss(model.places(named.float()), said.places)
-                calling = calling + (naming(called, said.called) + places) / len(batches)
-            if model.numbers is not None:
-                read = asking & before_answers(said.labels)
-                number = model.numbers(before[read].float())[:, 0]
-                told = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
-                counting = counting + told / len(batches)
-            count += len(labels)
-            wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
-            for turn, task in enumerate(said.tasks):
-                right[task].append(turn not in wrong)
-        loss = loss / count
-        # Image tokens that resemble the words for what they show are soon found by them.
-        images = model.project(features)
-        shows = naming(model.named(images), conversations.named(shown))
-        pairs = naming(model.pairs(images), conversations.pairs(shown))
-        losses = {"naming": SHOWING * shows, "pairs": SHOWING * pairs}
-        losses |= {"foretelling": FORETELLING * foretelling}
-        if model.places is not None:
-            known, where = conversations.places(shown)
-            losses["places"] = F.smooth_l1_loss(model.places(images[known]), where)
-            losses["calling"] = FORETELLING * calling
-        if model.numbers is not None:
-            losses["counting"] = counting
-        figures = {"loss": loss.item()} | {t: sum(r) / len(r) for t, r in sorted(right.items())}
-        figures |= {name: value.item() for name, value in losses.items()}
-        return loss + sum(losses.values()), figures
-
-    def step(batch: Any) -> Loss:
-        chosen, shown = batch
-        return answer(torch.from_numpy(seen[chosen]).float(), shown)
-
+    teaching = Teaching(model, tokenizer)
     seen = data.looked_at(out / "features.npy", scenes, FEATURES, lambda x: model.tower(x)[1])
-    source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
-    groups = [{"params": others, "lr": 1e-3}]
-    train("decoder", model, groups, source, step, DECODER_STEPS, out, matrices)
-    conversations.shares = [HARDER.get(task, 0.7) for task in TASKS]
-    model.places = torch.nn.Linear(TEXT["hidden_size"], 2)
-    groups = [{"params": [*others, *model.places.parameters()], "lr": 1e-3}]
-    train("answers", model, groups, source, step, ANSWER_STEPS, out, matrices)
-    conversations.shares = [COUNTING.get(task, 0.6) for task in TASKS]
-    conversations.higher = True
-    model.numbers = torch.nn.Linear(TEXT["hidden_size"], 1)
-    late = [*model.places.parameters(), *model.numbers.parameters()]
-    groups = [{"params": [*others, *late], "lr": 1e-3}]
-    train("counting", model, groups, source, step, COUNTING_STEPS, out, matrices)
+
+    def phase(name: str, steps: int) -> None:
+        def step(batch: Any) -> Loss:
+            chosen, shown = batch
+            return teaching.loss(name, torch.from_numpy(seen[chosen]).float(), shown)
+
+        source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
+        groups = [{"params": others, "lr": 1e-3}]
+        train(name, model, groups, source, step, steps, out, matrices)
+
+    phase("decoder", DECODER_STEPS)
+    teaching.conversations.shares = [HARDER.get(task, 0.7) for task in TASKS]
+    model.places = nn.Linear(TEXT["hidden_size"], 2)
+    others += model.places.parameters()
+    phase("answers", ANSWER_STEPS)
+    teaching.conversations.shares = [COUNTING.get(task, 0.6) for task in TASKS]
+    teaching.conversations.higher = True
+    model.numbers = nn.Linear(TEXT["hidden_size"], 1)
+    others += model.numbers.parameters()
+    phase("counting", COUNTING_STEPS)
 
 
 def run(out: Path) -> FastVLM:
