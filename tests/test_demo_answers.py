@@ -33,7 +33,7 @@ FLOORS = {
     "size": 0.9,
     "read": 0.8,
 }
-SCENES = range(HELD_OUT, HELD_OUT + 80)
+SCENES = range(HELD_OUT, HELD_OUT + 40)
 # Scenes for which all that is asked below must be answered right.
 TALKED_ABOUT = (HELD_OUT + 100, HELD_OUT + 102)
 COUNTED = HELD_OUT + 222  # has two circles
