@@ -7,7 +7,7 @@ transformers 5.23 `models/fast_vlm/convert_fastvlm_weights_to_hf.py`, mlx-vlm 0.
 `models/fastvlm`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -110,7 +110,12 @@ def named_source(
     projector_type: str,
     where: str,
 ) -> Source:
-    """The tensors under common names: vision.*, projector.N.*, model.*, lm_head.*."""
+    """The tensors under common names."""
+    return Source(tensors, names(layout, vision, projector_type), where, layout.nhwc)
+
+
+def names(layout: Layout, vision: FastViTConfig, projector_type: str) -> Callable[[str], str]:
+    """What turns a common name (vision.*, projector.N.*, model.*, lm_head.*) into a layout's."""
     network = network_indices(vision)
 
     def tower_name(rest: str) -> str:
@@ -132,4 +137,4 @@ def named_source(
             return f"{layout.lm_head}.{rest}"
         return layout.decoder + rest
 
-    return Source(tensors, name, where, layout.nhwc)
+    return name
