@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mlx_mobileclip.checkpoint import check_fit, named_parameters, read_json, re
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
-from mlx_mobileclip.command import progress, run_command
+from mlx_mobileclip.command import Bar, progress, run_command
 from mlx_mobileclip.errors import ConfigError, name_some
 from mlx_mobileclip.hub import (
     DEMO,
@@ -36,9 +36,11 @@ from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
 from .calibration import samples
-from .card import Making, card, table
-from .quality import Agreement, Closeness, Read, agreement, closeness, is_tied, size
+from .card import Making, card, recipe, table
+from .quality import agreement, closeness, size
 from .quantize import Tensors, as_stored, compare, unpacked
+from .recipe import STEPS, mixed, parse_size, room, sensitivities, units_of
+from .walk import Read, Seen, Units, Walk, walk_fastvlm, walk_mobileclip
 from .write import check_target, copy_licence, write_checkpoint
 
 
@@ -102,10 +104,22 @@ def build_parser() -> argparse.ArgumentParser:
         f"{', '.join(FASTVLM_PARTS)}; of MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
     )
     parser.add_argument(
+        "--q-mixed",
+        action="store_true",
+        help="more than --q-bits for the layers that need them most, as measured on the "
+        "calibration pictures: half a bit per weight in all, or what --max-size leaves room for",
+    )
+    parser.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="of the weights, such as 400MB: the mixture that fits; from 2 bits up and of all "
+        "parts, unless --q-bits or --q-parts tell otherwise",
+    )
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="pictures to compare the quantised model on (default: some that are drawn for it)",
+        help="pictures to measure the quantised model on (default: some that are drawn for it)",
     )
     parser.add_argument(
         "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
@@ -126,9 +140,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    needing = (args.q_bits, args.q_group_size, args.q_mode, args.q_parts, args.calibration)
+    needing = (
+        *(args.q_bits, args.q_group_size, args.q_mode, args.q_parts, args.calibration),
+        *(args.q_mixed or None, args.max_size),
+    )
     if not args.quantize and any(value is not None for value in needing):
-        raise ConfigError("--calibration and every --q-... option need -q; add it")
+        raise ConfigError("--calibration, --max-size and every --q-... option need -q; add it")
+    args.q_mixed = args.q_mixed or args.max_size is not None
+    if args.q_mixed and args.q_mode not in (None, "affine"):
+        raise ConfigError(f"{args.q_mode} has one number of bits; leave out --q-mixed or --q-mode")
+    args.max_bytes = None if args.max_size is None else parse_size(args.max_size)
     if args.quantize and args.dequantize:
         raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
     args.samples = samples(args.calibration) if args.quantize else []
@@ -177,15 +198,13 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         if merges is not None:
             write_merges(directory, merges)
 
-    def measure(packed: Read) -> Closeness:
+    def walk(read: Read, units: Units) -> Iterator[Seen]:
         words = read_clip_tokenizer(checkpoint, config)
         processor = ClipProcessor(config.preprocess, words)
-        return closeness(read, packed, processor, args.samples)
+        return walk_mobileclip(read, units, processor, args.samples)
 
-    conversion = Conversion(
-        checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words, measure
-    )
-    _write(args, conversion)
+    parts = tuple(MOBILECLIP_PARTS)
+    _write(args, Conversion(checkpoint, model, MOBILECLIP_PARTS, parts, read, write_words, walk))
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
@@ -204,13 +223,11 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
     def write_words(directory: Path) -> None:
         words.save(directory / "tokenizer.json")
 
-    def measure(packed: Read) -> Agreement:
-        return agreement(read, packed, Processor(words, config), args.samples)
+    def walk(read: Read, units: Units) -> Iterator[Seen]:
+        return walk_fastvlm(read, units, Processor(words, config), args.samples)
 
-    _write(
-        args,
-        Conversion(checkpoint, model, FASTVLM_PARTS, ("decoder",), read, write_words, measure),
-    )
+    parts = tuple(FASTVLM_PARTS) if args.max_size else ("decoder",)
+    _write(args, Conversion(checkpoint, model, FASTVLM_PARTS, parts, read, write_words, walk))
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,7 @@ class Conversion:
         usual_parts: Which of them -q packs.
         read: Config and lazy tensors of the source, anew with each call.
         write_words: Writes the tokenizer's files.
-        measure: Compares the source with a packed checkpoint.
+        walk: Through such a model.
     """
 
     checkpoint: Checkpoint
@@ -233,17 +250,28 @@ class Conversion:
     usual_parts: tuple[str, ...]
     read: Read
     write_words: Callable[[Path], None]
-    measure: Callable[[Read], Agreement | Closeness]
+    walk: Walk
+
+
+def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, list[str]]:
+    """Which layers to pack and how; and those that cannot be."""
+    fewest = STEPS[0] if args.max_size else None
+    bits = fewest if args.q_bits is None else args.q_bits
+    packing = Quantization.of(args.q_mode or "affine", bits, args.q_group_size)
+    parts = args.q_parts or conversion.usual_parts
+    packed, skipped = choose(conversion.model, conversion.prefixes, parts, packing)
+    if args.q_mixed:
+        dtype, model = DTYPES[args.dtype], conversion.model
+        spare = room(model, packed, dtype, args.max_bytes)
+        with Bar(len(units_of(packed)), "units measured", quiet=args.quiet) as bar:
+            costs = sensitivities(conversion.walk, conversion.read, packed, bar)
+        packed = mixed(model, packed, dtype, costs, spare)
+    return packed, skipped
 
 
 def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     checkpoint, model, read = conversion.checkpoint, conversion.model, conversion.read
-    packed: Packed = {}
-    skipped: list[str] = []
-    if args.quantize:
-        packing = Quantization.of(args.q_mode or "affine", args.q_bits, args.q_group_size)
-        parts = tuple(args.q_parts or conversion.usual_parts)
-        packed, skipped = choose(model, conversion.prefixes, parts, packing)
+    packed, skipped = _recipe(args, conversion) if args.quantize else ({}, [])
 
     def stored() -> tuple[Any, Tensors]:
         config, tensors = read()
@@ -257,8 +285,8 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     change = f"Image tower taken from: {graft}\n" if graft else ""
     change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
     if packed:
-        change += f", {' and '.join(parts)} quantised to {packing.bits} bits ({packing.mode})"
-    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, is_tied(config))
+        change += ", quantised"
+    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, config)
     quality = ""
 
     def other_files(directory: Path) -> None:
@@ -269,7 +297,8 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
             compare(directory, stored()[1])
         if packed:
             tell(f"comparing {args.mlx_path} with {args.model}")
-            cost = conversion.measure(lambda: (config, read_tensors(directory)))
+            compared = agreement if isinstance(model, FastVLM) else closeness
+            cost = compared(conversion.walk, read, lambda: (config, read_tensors(directory)))
             quality = table(sizes, cost)
         making = Making(
             name=args.mlx_path.name,
@@ -286,11 +315,10 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
         write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
         tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
     if quality and not args.quiet:
-        print(quality, file=sys.stderr)
+        print(f"{recipe(packed, args.dtype)}\n\n{quality}", file=sys.stderr)
     if skipped and not args.quiet:
         print(
-            f"not quantised, as {packing.group_size} does not divide their width: "
-            f"{name_some(skipped)}",
+            f"not quantised, as their width is no multiple of the group size: {name_some(skipped)}",
             file=sys.stderr,
         )
 

@@ -37,14 +37,14 @@ def unpacked(tensors: Tensors, packed: Packed) -> Tensors:
             for key in ("weight", "scales", "biases")
             if f"{path}.{key}" in tensors
         }
-        floats[f"{path}.weight"] = unpack(layer, packing)
+        floats[f"{path}.weight"] = unpack(layer, packing, mx.float32)
     floats |= tensors
     tensors.clear()
     return floats
 
 
-def unpack(layer: Tensors, packing: Quantization) -> mx.array:
-    """The weight of a packed layer, float32 (rows, width)."""
+def unpack(layer: Tensors, packing: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The weight of a packed layer, floats (rows, width)."""
     return mx.dequantize(
         layer["weight"],
         layer["scales"],
@@ -52,7 +52,7 @@ def unpack(layer: Tensors, packing: Quantization) -> mx.array:
         group_size=packing.group_size,
         bits=packing.bits,
         mode=packing.mode,
-        dtype=mx.float32,
+        dtype=dtype,
     )
 
 

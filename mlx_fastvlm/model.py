@@ -74,8 +74,11 @@ class FastVLM(nn.Module):
             raise ImageError(
                 f"pixels have shape {pixels.shape}; expected (n, S, S, 3), S a multiple of {stride}"
             )
-        x = self.vision_tower(pixels)
-        x = x.reshape(x.shape[0], -1, x.shape[3])  # (n, N, features)
+        return self.project(self.vision_tower(pixels))
+
+    def project(self, x: mx.array) -> mx.array:
+        """Turn the tower's maps (n, s, s, C) into embeddings (n, s * s, D)."""
+        x = x.reshape(x.shape[0], -1, x.shape[3])
         for i, layer in enumerate(self.projector):
             x = layer(gelu(x) if i else x)
         return x
