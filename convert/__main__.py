@@ -35,11 +35,12 @@ from mlx_mobileclip.quantization import MODES, Packed, Quantization, choose
 from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
-from .calibration import samples
+from .calibration import Sample, samples
 from .card import Making, card, recipe, table
 from .quality import agreement, closeness, size
-from .quantize import Tensors, as_stored, compare, unpacked
+from .quantize import Tensors, as_stored, unpacked
 from .recipe import STEPS, mixed, parse_size, room, sensitivities, units_of
+from .verify import check_errors, compare, error_table, stage_errors
 from .walk import Read, Seen, Units, Walk, walk_fastvlm, walk_mobileclip
 from .write import check_target, copy_licence, write_checkpoint
 
@@ -125,7 +126,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read back what was written and compare every bit"
+        "--verify",
+        action="store_true",
+        help="read back what was written, compare every bit, and every stage of a pass with the "
+        "source's",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -152,7 +156,7 @@ def _run(args: argparse.Namespace) -> None:
     args.max_bytes = None if args.max_size is None else parse_size(args.max_size)
     if args.quantize and args.dequantize:
         raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
-    args.samples = samples(args.calibration) if args.quantize else []
+    args.samples = samples(args.calibration) if args.quantize or args.verify else []
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     check_target(args.mlx_path)
@@ -198,10 +202,10 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         if merges is not None:
             write_merges(directory, merges)
 
-    def walk(read: Read, units: Units) -> Iterator[Seen]:
+    def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
         words = read_clip_tokenizer(checkpoint, config)
         processor = ClipProcessor(config.preprocess, words)
-        return walk_mobileclip(read, units, processor, args.samples)
+        return walk_mobileclip(read, units, samples, processor)
 
     parts = tuple(MOBILECLIP_PARTS)
     _write(args, Conversion(checkpoint, model, MOBILECLIP_PARTS, parts, read, write_words, walk))
@@ -223,8 +227,8 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
     def write_words(directory: Path) -> None:
         words.save(directory / "tokenizer.json")
 
-    def walk(read: Read, units: Units) -> Iterator[Seen]:
-        return walk_fastvlm(read, units, Processor(words, config), args.samples)
+    def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
+        return walk_fastvlm(read, units, samples, Processor(words, config))
 
     parts = tuple(FASTVLM_PARTS) if args.max_size else ("decoder",)
     _write(args, Conversion(checkpoint, model, FASTVLM_PARTS, parts, read, write_words, walk))
@@ -264,7 +268,8 @@ def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, l
         dtype, model = DTYPES[args.dtype], conversion.model
         spare = room(model, packed, dtype, args.max_bytes)
         with Bar(len(units_of(packed)), "units measured", quiet=args.quiet) as bar:
-            costs = sensitivities(conversion.walk, conversion.read, packed, bar)
+            walk, read, shown = conversion.walk, conversion.read, args.samples
+            costs = sensitivities(walk, read, packed, shown, bar)
         packed = mixed(model, packed, dtype, costs, spare)
     return packed, skipped
 
@@ -287,19 +292,24 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     if packed:
         change += ", quantised"
     sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, config)
-    quality = ""
+    quality = verified = ""
 
     def other_files(directory: Path) -> None:
-        nonlocal quality
+        nonlocal quality, verified
+
+        def written() -> tuple[Any, Tensors]:
+            return config, read_tensors(directory)
+
         conversion.write_words(directory)
         copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
         if args.verify:
             compare(directory, stored()[1])
+            errors = stage_errors(conversion.walk, read, written, args.samples[0])
+            check_errors(errors, DTYPES[args.dtype], bool(config.quantization), args.mlx_path)
+            verified = error_table(errors)
         if packed:
-            tell(f"comparing {args.mlx_path} with {args.model}")
             compared = agreement if isinstance(model, FastVLM) else closeness
-            cost = compared(conversion.walk, read, lambda: (config, read_tensors(directory)))
-            quality = table(sizes, cost)
+            quality = table(sizes, compared(conversion.walk, read, written, args.samples))
         making = Making(
             name=args.mlx_path.name,
             source=_described(checkpoint),
@@ -314,6 +324,8 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
         write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
         tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
+    if verified and not args.quiet:
+        print(f"{verified}\n", file=sys.stderr)
     if quality and not args.quiet:
         print(f"{recipe(packed, args.dtype)}\n\n{quality}", file=sys.stderr)
     if skipped and not args.quiet:

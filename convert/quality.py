@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_fastvlm.config import FastVLMConfig
 
+from .calibration import Sample
 from .quantize import Tensors
 from .walk import IMAGES, LOGITS, TEXTS, Read, Walk
 
@@ -50,11 +51,11 @@ class Agreement:
     positions: int
 
 
-def agreement(walk: Walk, original: Read, packed: Read) -> Agreement:
+def agreement(walk: Walk, original: Read, packed: Read, samples: list[Sample]) -> Agreement:
     """Compare two checkpoints of one model on every token after the image, answers included."""
     divergences, same = [], []
-    theirs = [seen.value for seen in walk(original, {}) if seen.stage == LOGITS]
-    ours = (seen.value for seen in walk(packed, {}) if seen.stage == LOGITS)
+    theirs = [seen.value for seen in walk(original, {}, samples) if seen.stage == LOGITS]
+    ours = (seen.value for seen in walk(packed, {}, samples) if seen.stage == LOGITS)
     for reference, found in zip(theirs, ours, strict=True):
         divergences.append(divergence(reference, found))
         same.append(mx.argmax(reference, axis=-1) == mx.argmax(found, axis=-1))
@@ -82,10 +83,10 @@ class Closeness:
     top_1: float | None
 
 
-def closeness(walk: Walk, original: Read, packed: Read) -> Closeness:
+def closeness(walk: Walk, original: Read, packed: Read, samples: list[Sample]) -> Closeness:
     """Compare two checkpoints of one MobileCLIP."""
     (images, texts), (our_images, our_texts) = (
-        _embeddings(walk, read) for read in (original, packed)
+        _embeddings(walk, read, samples) for read in (original, packed)
     )
     image = _mean(mx.sum(images * our_images, axis=-1))
     if texts is None or our_texts is None:
@@ -98,8 +99,8 @@ def _mean(values: mx.array) -> float:
     return float(np.array(values).mean())
 
 
-def _embeddings(walk: Walk, read: Read) -> tuple[mx.array, mx.array | None]:
-    seen = list(walk(read, {}))
+def _embeddings(walk: Walk, read: Read, samples: list[Sample]) -> tuple[mx.array, mx.array | None]:
+    seen = list(walk(read, {}, samples))
     images = mx.concatenate([each.value for each in seen if each.stage == IMAGES])
     texts = [each.value for each in seen if each.stage == TEXTS]
     return images, texts[0] if texts else None

@@ -18,6 +18,7 @@ from mlx_mobileclip.command import Bar
 from mlx_mobileclip.errors import ConfigError
 from mlx_mobileclip.quantization import MODES, Packed, Quantization
 
+from .calibration import Sample
 from .quality import divergence
 from .walk import IMAGES, LOGITS, NONE, TEXTS, Read, Units, Walk
 
@@ -45,13 +46,16 @@ def units_of(packed: Packed) -> Units:
     return dict(units)
 
 
-def sensitivities(walk: Walk, original: Read, packed: Packed, bar: Bar) -> dict[str, float]:
+def sensitivities(
+    walk: Walk, original: Read, packed: Packed, samples: list[Sample], bar: Bar
+) -> dict[str, float]:
     """How far the model's outputs move when one unit alone is rounded to PROBE_BITS, by unit.
 
     Args:
         walk: Through the kind of model that it is.
         original: Reads it.
         packed: Layers that are to be packed.
+        samples: To measure it on.
         bar: Told of each unit that was rounded.
 
     Returns:
@@ -62,7 +66,7 @@ def sensitivities(walk: Walk, original: Read, packed: Packed, bar: Bar) -> dict[
     references: dict[str, list[mx.array]] = defaultdict(list)
     moved: dict[str, list[float]] = {}
     compared: Counter[tuple[str, str]] = Counter()
-    for stage, unit, value in walk(original, units):
+    for stage, unit, value in walk(original, units, samples):
         if unit != NONE and unit not in moved:
             moved[unit] = []
             bar.advance(1)

@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     value: mx.array
 
 
-Walk = Callable[[Read, Units], Iterator[Seen]]
+Walk = Callable[[Read, Units, list[Sample]], Iterator[Seen]]
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def prompt(processor: Processor, sample: Sample) -> Prompt:
 
 
 def walk_fastvlm(
-    read: Read, units: Units, processor: Processor, samples: list[Sample]
+    read: Read, units: Units, samples: list[Sample], processor: Processor
 ) -> Iterator[Seen]:
     """Every stage of FastVLM, and from the first that rounding a unit changes also with that."""
     config, tensors = read()
@@ -202,7 +202,7 @@ def _output(head: nn.Module, x: mx.array) -> mx.array:
 
 
 def walk_mobileclip(
-    read: Read, units: Units, processor: ClipProcessor, samples: list[Sample]
+    read: Read, units: Units, samples: list[Sample], processor: ClipProcessor
 ) -> Iterator[Seen]:
     """The stages of the image tower, and both embeddings, these with each unit rounded as well."""
     config, tensors = read()

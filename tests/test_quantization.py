@@ -185,11 +185,11 @@ def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> Non
         return read_canonical(checkpoint)
 
     samples = calibration.samples(None)
-    walk = partial(walk_fastvlm, processor=processor, samples=samples)
-    same = quality.agreement(walk, read, read)
+    walk = partial(walk_fastvlm, processor=processor)
+    same = quality.agreement(walk, read, read, samples)
     assert (same.kl, same.top_1) == (0.0, 1.0)
     first = prompt(processor, samples[0])
-    logs = next(seen.value for seen in walk(read, {}) if seen.stage == LOGITS)
+    logs = next(seen.value for seen in walk(read, {}, samples) if seen.stage == LOGITS)
     logits = model(first.ids, pixels=first.pixels)[0, first.start :, : processor.tokenizer.size]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     assert relative_error(logs, expected) < 1e-5  # part by part, as all at once
@@ -208,7 +208,7 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
     first = prompt(processor, samples[0])
     seen = {
         each.rounded: each.value
-        for each in walk_fastvlm(lambda: read_canonical(checkpoint), units, processor, samples)
+        for each in walk_fastvlm(lambda: read_canonical(checkpoint), units, samples, processor)
         if each.stage == LOGITS
     }
     assert seen.keys() == {NONE, *units}
