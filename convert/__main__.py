@@ -18,7 +18,7 @@ from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
 from mlx_mobileclip.command import Bar, progress, run_command
-from mlx_mobileclip.errors import ConfigError, name_some
+from mlx_mobileclip.errors import CheckpointError, ConfigError, name_some
 from mlx_mobileclip.hub import (
     DEMO,
     WEIGHT_SUFFIXES,
@@ -42,7 +42,7 @@ from .quantize import Tensors, as_stored, unpacked
 from .recipe import STEPS, mixed, parse_size, room, sensitivities, units_of
 from .verify import check_errors, compare, error_table, stage_errors
 from .walk import Read, Seen, Units, Walk, walk_fastvlm, walk_mobileclip
-from .write import check_target, copy_licence, write_checkpoint
+from .write import check_target, copy_licence, file_states, write_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -185,6 +185,7 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
     if args.vision_from:
         raise ConfigError("--vision-from is for FastVLM; leave it out for a MobileCLIP checkpoint")
     checkpoint = resolve_file(args.model, args.revision)
+    files = file_states(checkpoint.path)
 
     def read() -> tuple[MobileCLIPConfig, Tensors]:
         return read_mobileclip(checkpoint, args.variant)
@@ -208,11 +209,13 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         return walk_mobileclip(read, units, samples, processor)
 
     parts = tuple(MOBILECLIP_PARTS)
-    _write(args, Conversion(checkpoint, model, MOBILECLIP_PARTS, parts, read, write_words, walk))
+    prefixes = MOBILECLIP_PARTS
+    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.model, args.revision)
+    files = file_states(checkpoint.path)
 
     def read() -> tuple[FastVLMConfig, Tensors]:
         return read_canonical(checkpoint, args.vision_from)
@@ -231,7 +234,8 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
         return walk_fastvlm(read, units, samples, Processor(words, config))
 
     parts = tuple(FASTVLM_PARTS) if args.max_size else ("decoder",)
-    _write(args, Conversion(checkpoint, model, FASTVLM_PARTS, parts, read, write_words, walk))
+    prefixes = FASTVLM_PARTS
+    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,7 @@ class Conversion:
 
     Attributes:
         checkpoint: Where the source lies.
+        files: What state its files were in before any was read.
         model: Of the source's shapes; its weights are never looked at.
         prefixes: Where its parts lie.
         usual_parts: Which of them -q packs.
@@ -249,12 +254,21 @@ class Conversion:
     """
 
     checkpoint: Checkpoint
+    files: dict[str, tuple[int, int]]
     model: Any
     prefixes: dict[str, str]
     usual_parts: tuple[str, ...]
     read: Read
     write_words: Callable[[Path], None]
     walk: Walk
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of the source is not as it was when reading began."""
+        now = file_states(self.checkpoint.path)
+        if changed := [name for name, state in self.files.items() if now.get(name) != state]:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: {changed[0]} was changed while it was read; convert again"
+            )
 
 
 def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, list[str]]:
@@ -310,6 +324,7 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
         if packed:
             compared = agreement if isinstance(model, FastVLM) else closeness
             quality = table(sizes, compared(conversion.walk, read, written, args.samples))
+        conversion.check_unchanged()
         making = Making(
             name=args.mlx_path.name,
             source=_described(checkpoint),
@@ -322,7 +337,11 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
         (directory / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
-        write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
+        try:
+            write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
+        except CheckpointError:
+            conversion.check_unchanged()  # which would be why
+            raise
         tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
     if verified and not args.quiet:
         print(f"{verified}\n", file=sys.stderr)

@@ -1,6 +1,7 @@
 """`python -m convert`: what it writes, and that it writes all or nothing."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -183,6 +184,34 @@ def test_a_failure_half_way_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
         write.write_checkpoint(tmp_path / "out", {}, {}, lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("change", ["touched", "truncated", "removed"])
+def test_a_source_that_changes_meanwhile(
+    change: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As when a download is still going on; between the look at the shapes and the writing."""
+    write_checkpoint = command.write_checkpoint
+    weights = source / "model.safetensors"
+
+    def late(*arguments: Any) -> None:
+        if change == "touched":
+            os.utime(weights, ns=(1, 1))
+        elif change == "truncated":
+            os.truncate(weights, weights.stat().st_size // 2)
+        else:
+            weights.unlink()
+        write_checkpoint(*arguments)
+
+    monkeypatch.setattr(command, "write_checkpoint", late)
+    assert convert(source, tmp_path / "out", "--verify") == 1
+    message = "model.safetensors was changed while it was read; convert again"
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> None:
