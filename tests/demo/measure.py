@@ -122,8 +122,8 @@ def answers(
     }
 
 
-def similarities(model: str | Path, count: int) -> dict[str, float]:
-    """Zero-shot top-1 over 48 labels and recall at 1 among 200 scenes, in percent."""
+def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, float]:
+    """Zero-shot top-1 over 48 labels and recall at 1 among so many scenes, in percent."""
     clip, processor = mlx_mobileclip.load(model)
 
     def embed_images(scenes: list[Scene]) -> mx.array:
@@ -138,7 +138,7 @@ def similarities(model: str | Path, count: int) -> dict[str, float]:
     single = [scene(ZERO_SHOT + i, (1, 1), central=True) for i in range(count)]
     labels = clip.encode_text(processor.texts([article(name) for name in LABELS]), normalize=True)
     targets = [LABELS.index(shown.shapes[0].name) for shown in single]
-    many = [scene(RETRIEVAL + i, central=True) for i in range(200)]
+    many = [scene(RETRIEVAL + i, central=True) for i in range(among)]
     texts = clip.encode_text(processor.texts([description(s) for s in many]), normalize=True)
     found = recall(embed_images(many), texts, range(len(many)))
     return {
