@@ -37,8 +37,8 @@ def load(
     """Load any MobileCLIP checkpoint: converted, Apple's, open_clip's or timm's.
 
     Args:
-        model: Repository id (`org/name`), directory, or file (.pt, .bin, .safetensors). "demo" is
-            kept for a small model that is to come with this package.
+        model: Repository id (`org/name`), directory, file (.pt, .bin, .safetensors), or "demo",
+            the small model that comes with this package (a directory of that name is "./demo").
         variant: Which published model the checkpoint is built like, such as "MobileCLIP2-S0";
             needed when its name does not tell. What the variant decides (attention mask, stem,
             preprocessing) cannot be seen in the tensors.
