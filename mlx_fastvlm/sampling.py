@@ -54,7 +54,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, vocab_size: int, prompt_ids: Iterable[int]):
         """Note which tokens the prompt holds, if repetition is to be penalised."""
         self._sampling = sampling
-        self._key = mx.random.key(_seed(sampling.seed))
+        self._key = mx.random.key(_seed(sampling))
         self._seen: mx.array | None = None
         if sampling.repetition_penalty != 1:
             ids = sorted({i for i in prompt_ids if 0 <= i < vocab_size})
@@ -104,9 +104,9 @@ def _keep_top_p(logits: mx.array, top_p: float) -> mx.array:
     return mx.put_along_axis(logits, order, mx.where(kept, logits[order], -mx.inf), axis=-1)
 
 
-def _seed(seed: int | None) -> int:
-    if seed is not None:
-        return seed
+def _seed(sampling: Sampling) -> int:
+    if sampling.seed is not None or sampling.temperature == 0:
+        return sampling.seed or 0
     import secrets
 
     return secrets.randbits(63)
