@@ -19,15 +19,19 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_mobileclip.checkpoint import is_finite
 from mlx_mobileclip.errors import ModelError, PromptError
 
+from .cache import KVCache
 from .model import FastVLM
-from .processor import Images, Inputs, Processor
+from .processor import Images, Processor
 from .prompt import Message
-from .sampling import Sampler, Sampling
+from .sampling import UNDECIDED, Sampler, Sampling
 from .tokenizer import TextDecoder
 
 DEFAULT_MAX_TOKENS = 256
+RESERVED_TOKENS = 1024  # of an answer, in the KV cache; a longer one makes it grow step by step
+NOT_FINITE = -1  # instead of a token, when the logits have overflowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +180,23 @@ def stream_generate(
         raise PromptError(
             f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
         )
+    words = processor.tokenizer
+    sampler = Sampler(sampling, words.size, np.array(inputs.input_ids).tolist())
+    cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
     clock = _Clock(started, preprocess=time.perf_counter())
-    embeddings, image_tokens = _embed(model, inputs)
+    features, sound = _encode(model, inputs.pixels)
+    image_tokens = 0 if features is None else features.shape[0] * features.shape[1]
+    ids = inputs.input_ids[None]
+    decoder = _Decoder(model, cache, sampler, words.size)
+    first = decoder.queue(ids, model.embed(ids, features))
+    if not sound.item():  # waits for the images alone
+        raise ModelError(
+            "the image tower overflowed or its weights are damaged; try --dtype float32"
+        )
     clock.vision = time.perf_counter()
-    tokens = _tokens(
-        model,
-        processor,
-        inputs,
-        embeddings,
-        Sampler(sampling, processor.tokenizer.size, np.array(inputs.input_ids).tolist()),
-        max_tokens,
-        kv_bits,
-    )
-    answer = _Answer(TextDecoder(processor.tokenizer), stops)
-    stop_ids = processor.tokenizer.stop_ids
-    for count, token in enumerate(tokens, start=1):
+    answer = _Answer(TextDecoder(words), stops)
+    stop_ids = words.stop_ids
+    for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
         clock.token(count)
         finish_reason = "length" if count == max_tokens else None
         if token in stop_ids or answer.feed(token):
@@ -208,59 +214,75 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
     return stops
 
 
-def _embed(model: FastVLM, inputs: Inputs) -> tuple[mx.array, int]:
-    """Prompt embeddings (1, L, D), and how many of them stand for images.
+def _encode(model: FastVLM, pixels: mx.array | None) -> tuple[mx.array | None, mx.array]:
+    """Embeddings of the images, (n, N, D), and whether all are finite.
 
-    Images are encoded one by one, so that memory does not grow with their number.
+    Both are queued and not waited for, so that the prefill is built meanwhile. Images are encoded
+    one by one, so that memory does not grow with their number.
     """
-    if inputs.pixels is None:
-        return model.embed(inputs.input_ids[None]), 0
-    features = []
-    for i in range(inputs.pixels.shape[0]):
-        features.append(model.encode_image(inputs.pixels[i : i + 1]))
-        mx.eval(features[-1])
-    joined = mx.concatenate(features)  # (n, N, D)
-    if not mx.isfinite(mx.sum(joined.astype(mx.float32))).item():
-        raise ModelError(
-            "the image tower overflowed or its weights are damaged; try --dtype float32"
-        )
-    return model.embed(inputs.input_ids[None], joined), joined.shape[0] * joined.shape[1]
+    if pixels is None:
+        return None, mx.array(True)
+    features: list[mx.array] = []
+    for i in range(pixels.shape[0]):
+        mx.eval(features)
+        features.append(model.encode_image(pixels[i : i + 1]))
+    joined = mx.concatenate(features)
+    sound = is_finite(joined)
+    mx.async_eval(joined, sound)
+    return joined, sound
 
 
-def _tokens(
-    model: FastVLM,
-    processor: Processor,
-    inputs: Inputs,
-    embeddings: mx.array,
-    sampler: Sampler,
-    max_tokens: int,
-    kv_bits: int | None,
-) -> Iterator[int]:
-    """Token after token; each step is queued before the token of the last one is read."""
-    cache = model.make_cache(inputs.input_ids.size + max_tokens, kv_bits)
-    known = processor.tokenizer.size
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A token on its way, a scalar, and what it takes to draw it again."""
 
-    def step(ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        logits = model(ids, cache, embeddings, last_only=True)[0, -1, :known]
-        logits = logits.astype(mx.float32)
-        # One bad logit makes the sum bad; -1 then takes the token's place.
-        return mx.where(mx.isfinite(mx.sum(logits)), sampler(logits), -1)
+    token: mx.array
+    logits: mx.array
+    state: list[mx.array]  # of the sampler, before the draw
 
-    token = step(inputs.input_ids[None], embeddings)
-    mx.async_eval(token, sampler.state)
-    for count in range(1, max_tokens + 1):
-        following = None
-        if count < max_tokens:
-            following = step(mx.maximum(token, 0).reshape(1, 1))
-            mx.async_eval(following, sampler.state)
-        value = cast(int, token.item())
-        if value < 0:
-            raise ModelError(
-                "the decoder's logits are not finite; try --dtype float32, or convert again"
-            )
-        yield value
-        if following is not None:
-            token = following
+
+class _Decoder:
+    """The decoder as it writes one answer."""
+
+    def __init__(self, model: FastVLM, cache: list[KVCache], sampler: Sampler, known: int):
+        """Go on from what the cache holds; ids from `known` on stand for nothing."""
+        self._model, self._cache, self._sampler, self._known = model, cache, sampler, known
+
+    def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> _Drawn:
+        """Begin to compute the token after these ids, (1, L)."""
+        logits = self._model(ids, self._cache, embeddings, last_only=True)[0, -1, : self._known]
+        return self._draw(logits.astype(mx.float32))
+
+    def _draw(self, logits: mx.array) -> _Drawn:
+        state = self._sampler.state
+        # One bad logit makes the sum bad.
+        token = mx.where(mx.isfinite(mx.sum(logits)), self._sampler(logits), NOT_FINITE)
+        mx.async_eval(token, self._sampler.state)
+        return _Drawn(token, logits, state)
+
+    def tokens(self, drawn: _Drawn, max_tokens: int) -> Iterator[int]:
+        """Token after token; each step is queued before the token of the last one is read."""
+        count = 1
+        while True:
+            following = None
+            if count < max_tokens:
+                following = self.queue(mx.maximum(drawn.token, 0).reshape(1, 1))
+            value = cast(int, drawn.token.item())
+            if value == UNDECIDED:
+                if following is not None:
+                    for layer in self._cache:
+                        layer.trim(1)
+                self._sampler.thorough, self._sampler.state = True, drawn.state
+                drawn = self._draw(drawn.logits)
+                continue
+            if value == NOT_FINITE:
+                raise ModelError(
+                    "the decoder's logits are not finite; try --dtype float32, or convert again"
+                )
+            yield value
+            if following is None:
+                return
+            drawn, count = following, count + 1
 
 
 class _Answer:
