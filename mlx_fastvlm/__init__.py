@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlx_mobileclip.quantization import Quantization
 
     from .generate import Chunk, Result, Stats, generate, stream_generate
+    from .image_cache import ImageCache
     from .loader import load
     from .model import FastVLM
     from .processor import Inputs, Processor
@@ -29,6 +30,7 @@ __all__ = [
     "Chunk",
     "ConfigError",
     "FastVLM",
+    "ImageCache",
     "ImageError",
     "Inputs",
     "ModelError",
@@ -46,6 +48,7 @@ __all__ = [
 _MODULES = {
     "load": ".loader",
     "FastVLM": ".model",
+    "ImageCache": ".image_cache",
     "Quantization": "mlx_mobileclip.quantization",
     "Inputs": ".processor",
     "Processor": ".processor",

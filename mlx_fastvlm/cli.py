@@ -109,6 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="checkpoint to take the image tower from, for app exports, which have none",
     )
+    parser.add_argument(
+        "--image-cache",
+        metavar="DIR",
+        help="keep what the model saw in the images there, for further questions about them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -140,8 +145,10 @@ def _run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
         from .generate import join, stream_generate
+        from .image_cache import ImageCache
 
         model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
+        model.image_cache = ImageCache(directory=args.image_cache)
         if checkpoint.revision:
             tell(f"loaded {args.model} at {checkpoint.revision[:12]}")
         else:

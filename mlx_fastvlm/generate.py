@@ -18,13 +18,14 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_mobileclip.checkpoint import is_finite
 from mlx_mobileclip.errors import ModelError, PromptError
 
 from .cache import KVCache
-from .model import FastVLM
-from .processor import Images, Processor
+from .model import IMAGE_TOKEN, FastVLM
+from .processor import Images, Picture, Processor
 from .prompt import Message
 from .sampling import UNDECIDED, Sampler, Sampling
 from .tokenizer import TextDecoder
@@ -171,8 +172,10 @@ def stream_generate(
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     stops = _stop_texts(stop)
     started = time.perf_counter()
-    inputs = processor(prompt, images, system=system, resolution=resolution, image_mode=image_mode)
-    length = inputs.input_ids.size
+    ids, pictures = processor.prepare(
+        prompt, images, system=system, resolution=resolution, image_mode=image_mode
+    )
+    length = len(ids)
     room = processor.max_length - length
     if not room:
         raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
@@ -180,20 +183,25 @@ def stream_generate(
         raise PromptError(
             f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
         )
+    image_tokens = ids.count(IMAGE_TOKEN)
+    known, pixels = _look_up(model, pictures, image_tokens)
     words = processor.tokenizer
-    sampler = Sampler(sampling, words.size, np.array(inputs.input_ids).tolist())
+    sampler = Sampler(sampling, words.size, ids)
     cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
     clock = _Clock(started, preprocess=time.perf_counter())
-    features, sound = _encode(model, inputs.pixels)
-    image_tokens = 0 if features is None else features.shape[0] * features.shape[1]
-    ids = inputs.input_ids[None]
+    fresh, sound = _encode(model, pixels)
+    features = [(known | fresh)[picture.key] for picture in pictures]
+    prompt_ids = mx.array([ids], mx.int32)
+    embeddings = model.embed(prompt_ids, mx.concatenate(features) if features else None)
     decoder = _Decoder(model, cache, sampler, words.size)
-    first = decoder.queue(ids, model.embed(ids, features))
+    first = decoder.queue(prompt_ids, embeddings)
     if not sound.item():  # waits for the images alone
         raise ModelError(
             "the image tower overflowed or its weights are damaged; try --dtype float32"
         )
     clock.vision = time.perf_counter()
+    for key, value in fresh.items():
+        model.image_cache.put(model, key, value)
     answer = _Answer(TextDecoder(words), stops)
     stop_ids = words.stop_ids
     for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
@@ -214,22 +222,39 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
     return stops
 
 
-def _encode(model: FastVLM, pixels: mx.array | None) -> tuple[mx.array | None, mx.array]:
-    """Embeddings of the images, (n, N, D), and whether all are finite.
+def _look_up(
+    model: FastVLM, pictures: list[Picture], image_tokens: int
+) -> tuple[dict[str, mx.array], dict[str, NDArray[np.float32]]]:
+    """By their keys, the embeddings of the images seen before and the pixels of the others."""
+    known: dict[str, mx.array] = {}
+    pixels: dict[str, NDArray[np.float32]] = {}
+    for picture in pictures:
+        if picture.key in known or picture.key in pixels:
+            continue
+        features = model.image_cache.get(model, picture.key, image_tokens // len(pictures))
+        if features is None:
+            pixels[picture.key] = picture.pixels()
+        else:
+            known[picture.key] = features
+    return known, pixels
+
+
+def _encode(
+    model: FastVLM, pixels: dict[str, NDArray[np.float32]]
+) -> tuple[dict[str, mx.array], mx.array]:
+    """Embeddings of images, (1, N, D) each, and whether all are finite.
 
     Both are queued and not waited for, so that the prefill is built meanwhile. Images are encoded
     one by one, so that memory does not grow with their number.
     """
-    if pixels is None:
-        return None, mx.array(True)
-    features: list[mx.array] = []
-    for i in range(pixels.shape[0]):
-        mx.eval(features)
-        features.append(model.encode_image(pixels[i : i + 1]))
-    joined = mx.concatenate(features)
-    sound = is_finite(joined)
-    mx.async_eval(joined, sound)
-    return joined, sound
+    features: dict[str, mx.array] = {}
+    sound = mx.array(True)
+    for key, image in pixels.items():
+        mx.eval(sound)
+        features[key] = model.encode_image(mx.array(image)[None])
+        sound = sound & is_finite(features[key])
+        mx.async_eval(features[key], sound)
+    return features, sound
 
 
 @dataclass(frozen=True, slots=True)

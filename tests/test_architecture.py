@@ -95,17 +95,20 @@ print(*sys.modules)
 """
     loaded = set(fresh(code).splitlines()[-1].split())
     files = {
-        "mlx_fastvlm": "cache cli config generate loader model processor prompt qwen2 sampling "
-        "tokenizer",
-        "mlx_mobileclip": "checkpoint command depthwise device errors fastvit gelu hub image "
-        "quantization",
+        "mlx_fastvlm": "cache cli config generate image_cache loader model processor prompt "
+        "qwen2 sampling tokenizer",
+        "mlx_mobileclip": "checkpoint command depthwise device disk_cache errors fastvit "
+        "fingerprint gelu hub image quantization",
     }
     expected = {f"{package}.{name}" for package in files for name in files[package].split()}
     assert {name for name in loaded if name.startswith(PACKAGES)} == expected | set(files)
     others = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - set(files)
     others = {name for name in others if not name.startswith("_")} - {"sitecustomize"}
     assert others == {"PIL", "mlx", "numpy", "safetensors", "tokenizers"}
-    assert not {"asyncio", "email", "http", "importlib.resources", "secrets", "ssl"} & loaded
+    assert (
+        not {"asyncio", "email", "http", "importlib.resources", "secrets", "ssl", "tempfile"}
+        & loaded
+    )
 
 
 @pytest.mark.parametrize("package", ["mlx_fastvlm", "mlx_mobileclip"])
