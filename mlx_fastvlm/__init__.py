@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .loader import load
     from .model import FastVLM
     from .processor import Inputs, Processor
+    from .prompt_cache import PromptCache
 
 __all__ = [
     "CheckpointError",
@@ -35,6 +36,7 @@ __all__ = [
     "Inputs",
     "ModelError",
     "Processor",
+    "PromptCache",
     "PromptError",
     "Quantization",
     "Result",
@@ -52,6 +54,7 @@ _MODULES = {
     "Quantization": "mlx_mobileclip.quantization",
     "Inputs": ".processor",
     "Processor": ".processor",
+    "PromptCache": ".prompt_cache",
     **dict.fromkeys(("Chunk", "Result", "Stats", "generate", "stream_generate"), ".generate"),
     **dict.fromkeys(
         ("CheckpointError", "ConfigError", "ImageError", "ModelError", "PromptError"),

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from mlx_mobileclip.checkpoint import is_finite
 from mlx_mobileclip.errors import ModelError, PromptError
 
-from .cache import KVCache
+from .decoding import Decoder
 from .model import IMAGE_TOKEN, FastVLM
 from .processor import Images, Picture, Processor
 from .prompt import Message
-from .sampling import UNDECIDED, Sampler, Sampling
+from .prompt_cache import PromptCache, describe
+from .sampling import Sampler, Sampling
 from .tokenizer import TextDecoder
 
 DEFAULT_MAX_TOKENS = 256
 RESERVED_TOKENS = 1024  # of an answer, in the KV cache; a longer one makes it grow step by step
-NOT_FINITE = -1  # instead of a token, when the logits have overflowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Stats:
         decode_tokens_per_s: Tokens after the first, by the time they took; 0 if there were none.
         image_tokens: Image embeddings in the prompt.
         prompt_tokens: All tokens of the prompt, images included.
+        cached_tokens: Those of them whose keys and values came from `prompt_cache`.
         generated_tokens: Tokens of the answer, the one that ended it included.
         peak_memory_bytes: Most memory MLX has held since the process started.
     """
@@ -58,6 +59,7 @@ class Stats:
     decode_tokens_per_s: float
     image_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     peak_memory_bytes: int
 
@@ -139,6 +141,7 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[Chunk]:
     """Answer a prompt piece by piece, one chunk a token.
 
@@ -160,6 +163,8 @@ def stream_generate(
         stop: Text or texts that end the answer; they are not part of it.
         kv_bits: 8 or 4 to keep the KV cache in so many bits; by default it is not packed, for at
             the lengths of a FastVLM prompt that saves little.
+        prompt_cache: Where to look for what earlier prompts had in common with this one, and to
+            keep this one and its answer; by default every prompt is computed whole.
 
     Yields:
         Chunks; the last one has a finish_reason: "stop" at an end token or stop text, else
@@ -175,26 +180,24 @@ def stream_generate(
     ids, pictures = processor.prepare(
         prompt, images, system=system, resolution=resolution, image_mode=image_mode
     )
-    length = len(ids)
-    room = processor.max_length - length
-    if not room:
-        raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
-    if not isinstance(max_tokens, int) or not 1 <= max_tokens <= room:
-        raise PromptError(
-            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
-        )
-    image_tokens = ids.count(IMAGE_TOKEN)
-    known, pixels = _look_up(model, pictures, image_tokens)
+    length, image_tokens = len(ids), ids.count(IMAGE_TOKEN)
+    _check_room(length, max_tokens, processor.max_length)
     words = processor.tokenizer
     sampler = Sampler(sampling, words.size, ids)
     cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
+    prompt_cache = prompt_cache or PromptCache(max_bytes=0)
+    sequence = describe(ids, pictures)
+    cached = prompt_cache.fill(model, sequence, cache, kv_bits)
+    if pictures:
+        pictures = pictures[ids[:cached].count(IMAGE_TOKEN) // pictures[0].count :]
+    known, pixels = _look_up(model, pictures)
     clock = _Clock(started, preprocess=time.perf_counter())
     fresh, sound = _encode(model, pixels)
     features = [(known | fresh)[picture.key] for picture in pictures]
-    prompt_ids = mx.array([ids], mx.int32)
-    embeddings = model.embed(prompt_ids, mx.concatenate(features) if features else None)
-    decoder = _Decoder(model, cache, sampler, words.size)
-    first = decoder.queue(prompt_ids, embeddings)
+    inputs = mx.array([ids[cached:]], mx.int32)
+    embeddings = model.embed(inputs, mx.concatenate(features) if features else None)
+    decoder = Decoder(model, cache, sampler, words.size)
+    first = decoder.queue(inputs, embeddings)
     if not sound.item():  # waits for the images alone
         raise ModelError(
             "the image tower overflowed or its weights are damaged; try --dtype float32"
@@ -203,16 +206,31 @@ def stream_generate(
     for key, value in fresh.items():
         model.image_cache.put(model, key, value)
     answer = _Answer(TextDecoder(words), stops)
-    stop_ids = words.stop_ids
-    for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
-        clock.token(count)
-        finish_reason = "length" if count == max_tokens else None
-        if token in stop_ids or answer.feed(token):
-            finish_reason = "stop"
-        text = answer.take(final=finish_reason is not None)
-        yield Chunk(text, token, finish_reason, clock.stats(count, length, image_tokens))
-        if finish_reason:
-            return
+    try:
+        for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
+            clock.token(count)
+            finish_reason = "length" if count == max_tokens else None
+            if token in words.stop_ids or answer.feed(token):
+                finish_reason = "stop"
+            text = answer.take(final=finish_reason is not None)
+            stats = clock.stats(count, length, image_tokens, cached)
+            yield Chunk(text, token, finish_reason, stats)
+            if finish_reason:
+                return
+            sequence.append(token)
+    finally:  # also when nobody asks for more
+        if clock.first:
+            prompt_cache.keep(model, sequence, cache, kv_bits)
+
+
+def _check_room(length: int, max_tokens: int, max_length: int) -> None:
+    room = max_length - length
+    if not room:
+        raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
+    if not isinstance(max_tokens, int) or not 1 <= max_tokens <= room:
+        raise PromptError(
+            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
+        )
 
 
 def _stop_texts(stop: str | Sequence[str]) -> list[str]:
@@ -223,7 +241,7 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
 
 
 def _look_up(
-    model: FastVLM, pictures: list[Picture], image_tokens: int
+    model: FastVLM, pictures: list[Picture]
 ) -> tuple[dict[str, mx.array], dict[str, NDArray[np.float32]]]:
     """By their keys, the embeddings of the images seen before and the pixels of the others."""
     known: dict[str, mx.array] = {}
@@ -231,7 +249,7 @@ def _look_up(
     for picture in pictures:
         if picture.key in known or picture.key in pixels:
             continue
-        features = model.image_cache.get(model, picture.key, image_tokens // len(pictures))
+        features = model.image_cache.get(model, picture.key, picture.count)
         if features is None:
             pixels[picture.key] = picture.pixels()
         else:
@@ -255,59 +273,6 @@ def _encode(
         sound = sound & is_finite(features[key])
         mx.async_eval(features[key], sound)
     return features, sound
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A token on its way, a scalar, and what it takes to draw it again."""
-
-    token: mx.array
-    logits: mx.array
-    state: list[mx.array]  # of the sampler, before the draw
-
-
-class _Decoder:
-    """The decoder as it writes one answer."""
-
-    def __init__(self, model: FastVLM, cache: list[KVCache], sampler: Sampler, known: int):
-        """Go on from what the cache holds; ids from `known` on stand for nothing."""
-        self._model, self._cache, self._sampler, self._known = model, cache, sampler, known
-
-    def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> _Drawn:
-        """Begin to compute the token after these ids, (1, L)."""
-        logits = self._model(ids, self._cache, embeddings, last_only=True)[0, -1, : self._known]
-        return self._draw(logits.astype(mx.float32))
-
-    def _draw(self, logits: mx.array) -> _Drawn:
-        state = self._sampler.state
-        # One bad logit makes the sum bad.
-        token = mx.where(mx.isfinite(mx.sum(logits)), self._sampler(logits), NOT_FINITE)
-        mx.async_eval(token, self._sampler.state)
-        return _Drawn(token, logits, state)
-
-    def tokens(self, drawn: _Drawn, max_tokens: int) -> Iterator[int]:
-        """Token after token; each step is queued before the token of the last one is read."""
-        count = 1
-        while True:
-            following = None
-            if count < max_tokens:
-                following = self.queue(mx.maximum(drawn.token, 0).reshape(1, 1))
-            value = cast(int, drawn.token.item())
-            if value == UNDECIDED:
-                if following is not None:
-                    for layer in self._cache:
-                        layer.trim(1)
-                self._sampler.thorough, self._sampler.state = True, drawn.state
-                drawn = self._draw(drawn.logits)
-                continue
-            if value == NOT_FINITE:
-                raise ModelError(
-                    "the decoder's logits are not finite; try --dtype float32, or convert again"
-                )
-            yield value
-            if following is None:
-                return
-            drawn, count = following, count + 1
 
 
 class _Answer:
@@ -362,7 +327,7 @@ class _Clock:
         if count == 1:
             self.first = self.last
 
-    def stats(self, count: int, prompt_tokens: int, image_tokens: int) -> Stats:
+    def stats(self, count: int, prompt_tokens: int, image_tokens: int, cached_tokens: int) -> Stats:
         decode_s = self.last - self.first
         return Stats(
             preprocess_s=self.preprocess - self.started,
@@ -372,6 +337,7 @@ class _Clock:
             decode_tokens_per_s=(count - 1) / decode_s if count > 1 else 0.0,
             image_tokens=image_tokens,
             prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
             generated_tokens=count,
             peak_memory_bytes=mx.get_peak_memory(),
         )

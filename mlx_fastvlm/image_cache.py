@@ -71,16 +71,19 @@ class ImageCache:
     def put(self, model: "FastVLM", key: str, features: mx.array) -> None:
         """Keep the embeddings of an image, (1, N, D), evaluated and finite."""
         with self._lock:
-            self._forget_if_changed(model)
+            if self._forget_if_changed(model):  # these are of the old weights
+                return
         self._keep(key, features)
         if self._disk is not None:
             matrix = np.array(features[0].astype(mx.float32))
             self._disk.write(self._entry_name(model, key), matrix)
 
-    def _forget_if_changed(self, model: "FastVLM") -> None:
-        if self._watch.changed(model.vision_tower, model.projector):
+    def _forget_if_changed(self, model: "FastVLM") -> bool:
+        changed = self._watch.changed(model.vision_tower, model.projector)
+        if changed:
             self._entries.clear()
             self._model_name = ""
+        return changed
 
     def _keep(self, key: str, features: mx.array) -> None:
         with self._lock:

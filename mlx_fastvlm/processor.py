@@ -42,16 +42,22 @@ class Inputs:
 
 
 class Picture:
-    """One image of a prompt, read but not resized, nor decoded if it was a file or its bytes."""
+    """One image of a prompt, read but not resized, nor decoded if it was a file or its bytes.
 
-    def __init__(self, source: ImageSource, size: int, mode: str):
+    Attributes:
+        count: How many embeddings it becomes.
+    """
+
+    def __init__(self, source: ImageSource, size: int, mode: str, count: int):
         """Read the image; raises ImageError if it cannot be.
 
         Args:
             source: Path, encoded bytes, PIL image or uint8 array.
             size: Side to resize it to, px.
             mode: "pad" or "crop".
+            count: How many embeddings it becomes.
         """
+        self.count = count
         self._name, self._size, self._mode = "image", size, mode
         if isinstance(source, (str, os.PathLike)):
             self._name, source = os.fspath(source), read_image(source)
@@ -128,14 +134,15 @@ class Processor:
         given = _as_list(images)
         size, mode = self._image_options(resolution, image_mode)
         parts = chat.render(prompt, len(given), system)
-        ids = chat.encode(parts, self.tokenizer, (size // self._stride) ** 2, self.max_length)
+        count = (size // self._stride) ** 2
+        ids = chat.encode(parts, self.tokenizer, count, self.max_length)
         beside = iter(given)
         sources = [
             next(beside) if part.source is None else part.source
             for part in parts
             if isinstance(part, chat.Image)
         ]
-        return ids, [Picture(source, size, mode) for source in sources]
+        return ids, [Picture(source, size, mode, count) for source in sources]
 
     def _image_options(self, resolution: int | None, image_mode: str | None) -> tuple[int, str]:
         size = self.image_size if resolution is None else resolution

@@ -95,8 +95,8 @@ print(*sys.modules)
 """
     loaded = set(fresh(code).splitlines()[-1].split())
     files = {
-        "mlx_fastvlm": "cache cli config generate image_cache loader model processor prompt "
-        "qwen2 sampling tokenizer",
+        "mlx_fastvlm": "cache cli config decoding generate image_cache loader model processor "
+        "prompt prompt_cache qwen2 sampling tokenizer",
         "mlx_mobileclip": "checkpoint command depthwise device disk_cache errors fastvit "
         "fingerprint gelu hub image quantization",
     }
