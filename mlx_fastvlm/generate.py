@@ -202,7 +202,7 @@ def stream_generate(
         raise ModelError(
             "the image tower overflowed or its weights are damaged; try --dtype float32"
         )
-    clock.vision = time.perf_counter()
+    clock.vision = time.perf_counter() if fresh else clock.preprocess
     for key, value in fresh.items():
         model.image_cache.put(model, key, value)
     answer = _Answer(TextDecoder(words), stops)

@@ -63,6 +63,7 @@ def test_a_second_question_neither_resizes_nor_encodes(
     assert work == ["pixels", "encode"]
     again = generate(*tiny, "the", path.read_bytes(), max_tokens=4)
     assert again.token_ids == first.token_ids and again.stats.image_tokens == 16
+    assert first.stats.vision_s > 0 == again.stats.vision_s
     assert generate(*tiny, "another", str(path), max_tokens=4).stats.image_tokens == 16
     assert work == ["pixels", "encode"]
     ask(tiny, SCENE)  # not encoded as a file: content of its own
