@@ -144,9 +144,10 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tiny: tuple[FastVLM, Processor
 
 
 def test_counts_and_times(tiny: tuple[FastVLM, Processor]) -> None:
-    stats = generate(*tiny, "hi", [IMAGE, IMAGE], max_tokens=5).stats
+    images = [IMAGE + 1, IMAGE + 2]  # not seen before
+    stats = generate(*tiny, "hi", images, max_tokens=5).stats
     assert stats.image_tokens == 32
-    assert stats.prompt_tokens == tiny[1]("hi", [IMAGE, IMAGE]).input_ids.size
+    assert stats.prompt_tokens == tiny[1]("hi", images).input_ids.size
     parts = stats.preprocess_s + stats.vision_s + stats.prefill_s
     assert abs(stats.ttft_s - parts) < 1e-6 and min(stats.vision_s, stats.prefill_s) > 0
     assert stats.peak_memory_bytes > 0 and stats.decode_tokens_per_s > 0
