@@ -18,6 +18,7 @@ from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
 from mlx_mobileclip.command import Bar, progress, run_command
+from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, ConfigError, name_some
 from mlx_mobileclip.hub import (
     DEMO,
@@ -27,7 +28,6 @@ from mlx_mobileclip.hub import (
     look,
     resolve_file,
 )
-from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.loader import read_tokenizer as read_clip_tokenizer
 from mlx_mobileclip.processor import Processor as ClipProcessor

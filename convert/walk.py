@@ -17,8 +17,8 @@ from mlx_fastvlm.model import IMAGE_TOKEN, FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_mobileclip.checkpoint import as_dtype, assign
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
+from mlx_mobileclip.device import default_dtype
 from mlx_mobileclip.fastvit import FastViT
-from mlx_mobileclip.loader import default_dtype
 from mlx_mobileclip.processor import Processor as ClipProcessor
 from mlx_mobileclip.quantization import Packed
 
