@@ -14,9 +14,9 @@ from PIL import Image
 
 from mlx_fastvlm import FastVLM
 from mlx_fastvlm.config import FastVLMConfig, Qwen2Config
+from mlx_mobileclip.device import default_dtype
 from mlx_mobileclip.fastvit import PRESETS
 from mlx_mobileclip.image import open_image, resize_crop, resize_pad, to_array
-from mlx_mobileclip.loader import default_dtype
 
 TEXT = Qwen2Config(896, 24, 14, 2, 4864, 151936, 1e-6, 1e6, 32768, True)
 CONFIG = FastVLMConfig(TEXT, PRESETS["fastvithd"], "mlp2x_gelu", 1024, "pad", 8192)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from mlx_mobileclip.checkpoint import check_fit, named_parameters, read_json, re
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
-from mlx_mobileclip.command import progress, run_command
-from mlx_mobileclip.errors import ConfigError, name_some
+from mlx_mobileclip.command import Bar, progress, run_command
+from mlx_mobileclip.device import DTYPES
+from mlx_mobileclip.errors import CheckpointError, ConfigError, name_some
 from mlx_mobileclip.hub import (
     DEMO,
     WEIGHT_SUFFIXES,
@@ -27,7 +28,6 @@ from mlx_mobileclip.hub import (
     look,
     resolve_file,
 )
-from mlx_mobileclip.loader import DTYPES
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.loader import read_tokenizer as read_clip_tokenizer
 from mlx_mobileclip.processor import Processor as ClipProcessor
@@ -35,11 +35,14 @@ from mlx_mobileclip.quantization import MODES, Packed, Quantization, choose
 from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
-from .calibration import samples
-from .card import Making, card, table
-from .quality import Agreement, Closeness, Read, agreement, closeness, is_tied, size
-from .quantize import Tensors, as_stored, compare, unpacked
-from .write import check_target, copy_licence, write_checkpoint
+from .calibration import Sample, samples
+from .card import Making, card, recipe, table
+from .quality import agreement, closeness, size
+from .quantize import Tensors, as_stored, unpacked
+from .recipe import STEPS, mixed, parse_size, room, sensitivities, units_of
+from .verify import check_errors, compare, error_table, stage_errors
+from .walk import Read, Seen, Units, Walk, walk_fastvlm, walk_mobileclip
+from .write import check_target, copy_licence, file_states, write_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,16 +105,31 @@ def build_parser() -> argparse.ArgumentParser:
         f"{', '.join(FASTVLM_PARTS)}; of MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
     )
     parser.add_argument(
+        "--q-mixed",
+        action="store_true",
+        help="more than --q-bits for the layers that need them most, as measured on the "
+        "calibration pictures: half a bit per weight in all, or what --max-size leaves room for",
+    )
+    parser.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="of the weights, such as 400MB: the mixture that fits; from 2 bits up and of all "
+        "parts, unless --q-bits or --q-parts tell otherwise",
+    )
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="pictures to compare the quantised model on (default: some that are drawn for it)",
+        help="pictures to measure the quantised model on (default: some that are drawn for it)",
     )
     parser.add_argument(
         "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read back what was written and compare every bit"
+        "--verify",
+        action="store_true",
+        help="read back what was written, compare every bit, and every stage of a pass with the "
+        "source's",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -126,12 +144,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    needing = (args.q_bits, args.q_group_size, args.q_mode, args.q_parts, args.calibration)
+    needing = (
+        *(args.q_bits, args.q_group_size, args.q_mode, args.q_parts, args.calibration),
+        *(args.q_mixed or None, args.max_size),
+    )
     if not args.quantize and any(value is not None for value in needing):
-        raise ConfigError("--calibration and every --q-... option need -q; add it")
+        raise ConfigError("--calibration, --max-size and every --q-... option need -q; add it")
+    args.q_mixed = args.q_mixed or args.max_size is not None
+    if args.q_mixed and args.q_mode not in (None, "affine"):
+        raise ConfigError(f"{args.q_mode} has one number of bits; leave out --q-mixed or --q-mode")
+    args.max_bytes = None if args.max_size is None else parse_size(args.max_size)
     if args.quantize and args.dequantize:
         raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
-    args.samples = samples(args.calibration) if args.quantize else []
+    args.samples = samples(args.calibration) if args.quantize or args.verify else []
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     check_target(args.mlx_path)
@@ -160,6 +185,7 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
     if args.vision_from:
         raise ConfigError("--vision-from is for FastVLM; leave it out for a MobileCLIP checkpoint")
     checkpoint = resolve_file(args.model, args.revision)
+    files = file_states(checkpoint.path)
 
     def read() -> tuple[MobileCLIPConfig, Tensors]:
         return read_mobileclip(checkpoint, args.variant)
@@ -177,19 +203,19 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         if merges is not None:
             write_merges(directory, merges)
 
-    def measure(packed: Read) -> Closeness:
+    def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
         words = read_clip_tokenizer(checkpoint, config)
         processor = ClipProcessor(config.preprocess, words)
-        return closeness(read, packed, processor, args.samples)
+        return walk_mobileclip(read, units, samples, processor)
 
-    conversion = Conversion(
-        checkpoint, model, MOBILECLIP_PARTS, tuple(MOBILECLIP_PARTS), read, write_words, measure
-    )
-    _write(args, conversion)
+    parts = tuple(MOBILECLIP_PARTS)
+    prefixes = MOBILECLIP_PARTS
+    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.model, args.revision)
+    files = file_states(checkpoint.path)
 
     def read() -> tuple[FastVLMConfig, Tensors]:
         return read_canonical(checkpoint, args.vision_from)
@@ -204,13 +230,12 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
     def write_words(directory: Path) -> None:
         words.save(directory / "tokenizer.json")
 
-    def measure(packed: Read) -> Agreement:
-        return agreement(read, packed, Processor(words, config), args.samples)
+    def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
+        return walk_fastvlm(read, units, samples, Processor(words, config))
 
-    _write(
-        args,
-        Conversion(checkpoint, model, FASTVLM_PARTS, ("decoder",), read, write_words, measure),
-    )
+    parts = tuple(FASTVLM_PARTS) if args.max_size else ("decoder",)
+    prefixes = FASTVLM_PARTS
+    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
 
 
 @dataclass(frozen=True)
@@ -219,31 +244,53 @@ class Conversion:
 
     Attributes:
         checkpoint: Where the source lies.
+        files: What state its files were in before any was read.
         model: Of the source's shapes; its weights are never looked at.
         prefixes: Where its parts lie.
         usual_parts: Which of them -q packs.
         read: Config and lazy tensors of the source, anew with each call.
         write_words: Writes the tokenizer's files.
-        measure: Compares the source with a packed checkpoint.
+        walk: Through such a model.
     """
 
     checkpoint: Checkpoint
+    files: dict[str, tuple[int, int]]
     model: Any
     prefixes: dict[str, str]
     usual_parts: tuple[str, ...]
     read: Read
     write_words: Callable[[Path], None]
-    measure: Callable[[Read], Agreement | Closeness]
+    walk: Walk
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file of the source is not as it was when reading began."""
+        now = file_states(self.checkpoint.path)
+        if changed := [name for name, state in self.files.items() if now.get(name) != state]:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: {changed[0]} was changed while it was read; convert again"
+            )
+
+
+def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, list[str]]:
+    """Which layers to pack and how; and those that cannot be."""
+    fewest = STEPS[0] if args.max_size else None
+    bits = fewest if args.q_bits is None else args.q_bits
+    packing = Quantization.of(args.q_mode or "affine", bits, args.q_group_size)
+    parts = args.q_parts or conversion.usual_parts
+    packed, skipped = choose(conversion.model, conversion.prefixes, parts, packing)
+    if args.q_mixed:
+        dtype, model = DTYPES[args.dtype], conversion.model
+        spare = room(model, packed, dtype, args.max_bytes)
+        with Bar(len(units_of(packed)), "units measured", quiet=args.quiet) as bar:
+            walk, read, shown = conversion.walk, conversion.read, args.samples
+            costs = sensitivities(walk, read, packed, shown, bar)
+        packed = mixed(model, packed, dtype, costs, spare)
+    return packed, skipped
 
 
 def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     checkpoint, model, read = conversion.checkpoint, conversion.model, conversion.read
-    packed: Packed = {}
-    skipped: list[str] = []
-    if args.quantize:
-        packing = Quantization.of(args.q_mode or "affine", args.q_bits, args.q_group_size)
-        parts = tuple(args.q_parts or conversion.usual_parts)
-        packed, skipped = choose(model, conversion.prefixes, parts, packing)
+    packed, skipped = _recipe(args, conversion) if args.quantize else ({}, [])
 
     def stored() -> tuple[Any, Tensors]:
         config, tensors = read()
@@ -257,20 +304,27 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
     change = f"Image tower taken from: {graft}\n" if graft else ""
     change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
     if packed:
-        change += f", {' and '.join(parts)} quantised to {packing.bits} bits ({packing.mode})"
-    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, is_tied(config))
-    quality = ""
+        change += ", quantised"
+    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, config)
+    quality = verified = ""
 
     def other_files(directory: Path) -> None:
-        nonlocal quality
+        nonlocal quality, verified
+
+        def written() -> tuple[Any, Tensors]:
+            return config, read_tensors(directory)
+
         conversion.write_words(directory)
         copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
         if args.verify:
             compare(directory, stored()[1])
+            errors = stage_errors(conversion.walk, read, written, args.samples[0])
+            check_errors(errors, DTYPES[args.dtype], bool(config.quantization), args.mlx_path)
+            verified = error_table(errors)
         if packed:
-            tell(f"comparing {args.mlx_path} with {args.model}")
-            cost = conversion.measure(lambda: (config, read_tensors(directory)))
-            quality = table(sizes, cost)
+            compared = agreement if isinstance(model, FastVLM) else closeness
+            quality = table(sizes, compared(conversion.walk, read, written, args.samples))
+        conversion.check_unchanged()
         making = Making(
             name=args.mlx_path.name,
             source=_described(checkpoint),
@@ -283,14 +337,19 @@ def _write(args: argparse.Namespace, conversion: Conversion) -> None:
         (directory / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
     with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
-        write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
+        try:
+            write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
+        except CheckpointError:
+            conversion.check_unchanged()  # which would be why
+            raise
         tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
+    if verified and not args.quiet:
+        print(f"{verified}\n", file=sys.stderr)
     if quality and not args.quiet:
-        print(quality, file=sys.stderr)
+        print(f"{recipe(packed, args.dtype)}\n\n{quality}", file=sys.stderr)
     if skipped and not args.quiet:
         print(
-            f"not quantised, as {packing.group_size} does not divide their width: "
-            f"{name_some(skipped)}",
+            f"not quantised, as their width is no multiple of the group size: {name_some(skipped)}",
             file=sys.stderr,
         )
 

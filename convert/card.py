@@ -79,11 +79,10 @@ def table(size: Size, cost: Agreement | Closeness) -> str:
             ("same likeliest token", f"{100 * cost.top_1:.1f} %"),
         ]
     else:
-        rows += [
-            ("cosine of image embeddings, mean", f"{cost.image:.5f}"),
-            ("cosine of text embeddings, mean", f"{cost.text:.5f}"),
-            ("same likeliest of 48 labels", f"{100 * cost.top_1:.1f} %"),
-        ]
+        rows.append(("cosine of image embeddings, mean", f"{cost.image:.5f}"))
+        if cost.text is not None and cost.top_1 is not None:
+            rows.append(("cosine of text embeddings, mean", f"{cost.text:.5f}"))
+            rows.append(("same likeliest of 48 labels", f"{100 * cost.top_1:.1f} %"))
     body = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"| against the unquantised model | |\n|---|---|\n{body}"
 

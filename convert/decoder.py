@@ -123,7 +123,7 @@ class Decoder:
             floats = [
                 self.source.take(f"{name}.weight", (n, inputs))
                 if packing is None
-                else unpack(self._packed(name, n, inputs, packing), packing)
+                else unpack(self._packed(name, n, inputs, packing), packing, mx.float32)
                 for (name, n), packing in zip(parts, packings, strict=True)
             ]
             out = {f"{dst}.weight": mx.concatenate(floats)}

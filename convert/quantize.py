@@ -4,12 +4,9 @@ Nothing here is computed before the writer asks for a tensor, so that converting
 the largest and not for all.
 """
 
-from pathlib import Path
-
 import mlx.core as mx
 
-from mlx_mobileclip.checkpoint import as_dtype, read_tensors
-from mlx_mobileclip.errors import CheckpointError
+from mlx_mobileclip.checkpoint import as_dtype
 from mlx_mobileclip.quantization import Packed, Quantization
 
 Tensors = dict[str, mx.array]
@@ -37,14 +34,14 @@ def unpacked(tensors: Tensors, packed: Packed) -> Tensors:
             for key in ("weight", "scales", "biases")
             if f"{path}.{key}" in tensors
         }
-        floats[f"{path}.weight"] = unpack(layer, packing)
+        floats[f"{path}.weight"] = unpack(layer, packing, mx.float32)
     floats |= tensors
     tensors.clear()
     return floats
 
 
-def unpack(layer: Tensors, packing: Quantization) -> mx.array:
-    """The weight of a packed layer, float32 (rows, width)."""
+def unpack(layer: Tensors, packing: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The weight of a packed layer, floats (rows, width)."""
     return mx.dequantize(
         layer["weight"],
         layer["scales"],
@@ -52,18 +49,5 @@ def unpack(layer: Tensors, packing: Quantization) -> mx.array:
         group_size=packing.group_size,
         bits=packing.bits,
         mode=packing.mode,
-        dtype=mx.float32,
+        dtype=dtype,
     )
-
-
-def compare(directory: Path, tensors: Tensors) -> None:
-    """Read back what was written; empties `tensors`.
-
-    Raises:
-        CheckpointError: it is not, bit by bit, what these tensors say.
-    """
-    written = read_tensors(directory)
-    for name in list(tensors):
-        same = name in written and mx.array_equal(written.pop(name), tensors.pop(name)).item()
-        if not same:
-            raise CheckpointError(f"{directory}: {name} was not written as it is; try another disk")

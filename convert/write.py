@@ -73,6 +73,12 @@ def check_target(target: Path) -> None:
         raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
 
 
+def file_states(source: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file of a checkpoint, to see later whether one changed."""
+    paths = source.iterdir() if source.is_dir() else [source]
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
 def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
     """Copy the source's licence files and write a notice.
 

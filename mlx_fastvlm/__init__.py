@@ -20,19 +20,23 @@ if TYPE_CHECKING:
     from mlx_mobileclip.quantization import Quantization
 
     from .generate import Chunk, Result, Stats, generate, stream_generate
+    from .image_cache import ImageCache
     from .loader import load
     from .model import FastVLM
     from .processor import Inputs, Processor
+    from .prompt_cache import PromptCache
 
 __all__ = [
     "CheckpointError",
     "Chunk",
     "ConfigError",
     "FastVLM",
+    "ImageCache",
     "ImageError",
     "Inputs",
     "ModelError",
     "Processor",
+    "PromptCache",
     "PromptError",
     "Quantization",
     "Result",
@@ -46,9 +50,11 @@ __all__ = [
 _MODULES = {
     "load": ".loader",
     "FastVLM": ".model",
+    "ImageCache": ".image_cache",
     "Quantization": "mlx_mobileclip.quantization",
     "Inputs": ".processor",
     "Processor": ".processor",
+    "PromptCache": ".prompt_cache",
     **dict.fromkeys(("Chunk", "Result", "Stats", "generate", "stream_generate"), ".generate"),
     **dict.fromkeys(
         ("CheckpointError", "ConfigError", "ImageError", "ModelError", "PromptError"),

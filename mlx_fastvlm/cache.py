@@ -16,10 +16,9 @@ class KVCache:
 
     def __init__(self, capacity: int = STEP) -> None:
         """Reserve room for `capacity` tokens at the first update, so that none is copied later."""
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
         self.offset = 0
         self._capacity = capacity
+        self._buffers: list[mx.array] = []  # one for each part that tokens are stored in
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values of new tokens and return those of all.
@@ -31,12 +30,21 @@ class KVCache:
         Returns:
             Keys and values, (B, K, offset + L, D).
         """
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = self._reserve(self.keys, keys, start)
-        self.values = self._reserve(self.values, values, start)
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        self.append([keys, values])
+        keys, values = (buffer[..., : self.offset, :] for buffer in self._buffers)
+        return keys, values
+
+    def append(self, parts: list[mx.array]) -> None:
+        """Append tokens in the parts they are stored in, (B, K, L, ...) each."""
+        start, self.offset = self.offset, self.offset + parts[0].shape[2]
+        old: list[mx.array | None] = [*self._buffers] or [None] * len(parts)
+        self._buffers = [self._reserve(b, p, start) for b, p in zip(old, parts, strict=True)]
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            buffer[..., start : self.offset, :] = part
+
+    def first(self, length: int) -> list[mx.array]:
+        """The parts of the first tokens, for `append`; later changes do not reach them."""
+        return [mx.contiguous(buffer[..., :length, :]) for buffer in self._buffers]
 
     def _reserve(self, buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
         if buffer is not None and self.offset <= buffer.shape[2]:
@@ -60,11 +68,11 @@ class KVCache:
     @property
     def state(self) -> tuple[Any, ...]:
         """What must be evaluated, or saved, to keep the cache."""
-        return self.keys, self.values, self.offset
+        return (*self._buffers, self.offset)
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
-        self.keys, self.values, self.offset = value
+        *self._buffers, self.offset = value
 
     def is_trimmable(self) -> bool:
         """Whether tokens can be dropped from the end."""
@@ -82,12 +90,12 @@ class KVCache:
 
     def empty(self) -> bool:
         """Whether nothing has been stored yet."""
-        return self.keys is None
+        return not self._buffers
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, reserve included."""
-        return 0 if self.keys is None or self.values is None else 2 * self.keys.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers)
 
 
 class QuantizedKVCache(KVCache):
@@ -103,38 +111,13 @@ class QuantizedKVCache(KVCache):
         """
         super().__init__(capacity)
         self._bits, self._group_size = bits, group_size
-        self._buffers: list[mx.array] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values of new tokens and return those of all, as rounded."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        new = [
-            part for x in (keys, values) for part in mx.quantize(x, self._group_size, self._bits)
-        ]
-        old: list[mx.array | None] = [*self._buffers] or [None] * len(new)
-        self._buffers = [self._reserve(b, n, start) for b, n in zip(old, new, strict=True)]
-        for buffer, added in zip(self._buffers, new, strict=True):
-            buffer[..., start : self.offset, :] = added
+        both = (mx.quantize(x, self._group_size, self._bits) for x in (keys, values))
+        self.append([part for packed in both for part in packed])
         return self._unpacked(self._buffers[:3]), self._unpacked(self._buffers[3:])
 
     def _unpacked(self, buffers: list[mx.array]) -> mx.array:
         weight, scales, biases = (buffer[..., : self.offset, :] for buffer in buffers)
         return mx.dequantize(weight, scales, biases, self._group_size, self._bits)
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """What must be evaluated, or saved, to keep the cache."""
-        return (*self._buffers, self.offset)
-
-    @state.setter
-    def state(self, value: tuple[Any, ...]) -> None:
-        *self._buffers, self.offset = value
-
-    def empty(self) -> bool:
-        """Whether nothing has been stored yet."""
-        return not self._buffers
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, reserve included."""
-        return sum(buffer.nbytes for buffer in self._buffers)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .generate import Result, Stats
 
 DEFAULT_PROMPT = "Describe the image."
+# MLX keeps freed memory for reuse, by default all that it ever had: much for a Mac of 8 GB, after
+# an image of 1024 px. What is wired down is left at MLX's default.
+FREED_BYTES = 1 << 30
 PRESETS = {  # the questions of Apple's demo app
     "describe": ("Describe the image in English. Output should be brief, about 15 words or less."),
     "expression": ("What is this person's facial expression? Output only one or two words."),
@@ -106,6 +110,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="checkpoint to take the image tower from, for app exports, which have none",
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="go on with a question a line from stdin, each answered at once (end: Ctrl-D)",
+    )
+    parser.add_argument(
+        "--image-cache",
+        metavar="DIR",
+        help="keep what the model saw in the images there, for further questions about them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -131,45 +145,74 @@ def _run(args: argparse.Namespace) -> None:
         _check(args, prompt)  # before anything is downloaded
     checkpoint = find_checkpoint(args.model, args.revision)
     _check(args, prompt)
+    import mlx.core as mx
+
+    mx.set_cache_limit(FREED_BYTES)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as tell:
         from .generate import join, stream_generate
+        from .image_cache import ImageCache
+        from .prompt_cache import PromptCache
 
         model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
+        model.image_cache = ImageCache(directory=args.image_cache)
         if checkpoint.revision:
             tell(f"loaded {args.model} at {checkpoint.revision[:12]}")
         else:
             tell(f"loaded {args.model}")
     load_s = time.perf_counter() - started
-    chunks = []
-    for chunk in stream_generate(
-        model,
-        processor,
-        DEFAULT_PROMPT if prompt is None else prompt,
-        args.image,
-        system=args.system,
-        resolution=args.resolution,
-        image_mode=args.image_mode,
-        max_tokens=args.max_tokens,
-        temperature=args.temp,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=args.stop,
-        kv_bits=args.kv_bits,
-    ):
-        chunks.append(chunk)
-        if not args.json:
-            print(_printable(chunk.text), end="", flush=True)
-    result = join(chunks, processor)
-    if args.json:
-        print(json.dumps(_report(args.model, result, load_s)))
+    prompt_cache = PromptCache()
+    messages: list[dict[str, str]] = []
+    for question in _questions(prompt, chat=args.chat):
+        messages.append({"role": "user", "content": question})
+        chunks = []
+        for chunk in stream_generate(
+            model,
+            processor,
+            messages,
+            args.image,
+            system=args.system,
+            resolution=args.resolution,
+            image_mode=args.image_mode,
+            max_tokens=args.max_tokens,
+            temperature=args.temp,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.seed,
+            stop=args.stop,
+            kv_bits=args.kv_bits,
+            prompt_cache=prompt_cache,
+        ):
+            chunks.append(chunk)
+            if not args.json:
+                print(_printable(chunk.text), end="", flush=True)
+        result = join(chunks, processor)
+        messages.append({"role": "assistant", "content": result.text})
+        if args.json:
+            print(json.dumps(_report(args.model, result, load_s)), flush=True)
+            continue
+        print(flush=True)
+        if not args.quiet:
+            print(_summary(result.stats), file=sys.stderr)
+
+
+def _questions(prompt: str | None, *, chat: bool) -> Iterator[str]:
+    """The question given; in a chat then one a line from stdin, up to its end."""
+    if not chat:
+        yield DEFAULT_PROMPT if prompt is None else prompt
         return
-    print()
-    if not args.quiet:
-        print(_summary(result.stats), file=sys.stderr)
+    if prompt is not None:
+        yield prompt
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def _check(args: argparse.Namespace, prompt: str | None) -> None:
@@ -181,7 +224,7 @@ def _check(args: argparse.Namespace, prompt: str | None) -> None:
 
     if args.resolution is not None:
         check_resolution(args.resolution)
-    if not args.image and prompt is None:
+    if not args.image and prompt is None and not args.chat:
         raise PromptError("there is nothing to answer; give --image, --prompt or both")
     for path in args.image:
         find_image(path)

@@ -14,20 +14,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
+from mlx_mobileclip.checkpoint import is_finite
 from mlx_mobileclip.errors import ModelError, PromptError
 
-from .model import FastVLM
-from .processor import Images, Inputs, Processor
+from .decoding import Decoder
+from .model import IMAGE_TOKEN, FastVLM
+from .processor import Images, Picture, Processor
 from .prompt import Message
+from .prompt_cache import PromptCache, describe
 from .sampling import Sampler, Sampling
 from .tokenizer import TextDecoder
 
 DEFAULT_MAX_TOKENS = 256
+RESERVED_TOKENS = 1024  # of an answer, in the KV cache; a longer one makes it grow step by step
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class Stats:
         decode_tokens_per_s: Tokens after the first, by the time they took; 0 if there were none.
         image_tokens: Image embeddings in the prompt.
         prompt_tokens: All tokens of the prompt, images included.
+        cached_tokens: Those of them whose keys and values came from `prompt_cache`.
         generated_tokens: Tokens of the answer, the one that ended it included.
         peak_memory_bytes: Most memory MLX has held since the process started.
     """
@@ -53,6 +59,7 @@ class Stats:
     decode_tokens_per_s: float
     image_tokens: int
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     peak_memory_bytes: int
 
@@ -134,6 +141,7 @@ def stream_generate(
     seed: int | None = None,
     stop: str | Sequence[str] = (),
     kv_bits: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[Chunk]:
     """Answer a prompt piece by piece, one chunk a token.
 
@@ -155,6 +163,8 @@ def stream_generate(
         stop: Text or texts that end the answer; they are not part of it.
         kv_bits: 8 or 4 to keep the KV cache in so many bits; by default it is not packed, for at
             the lengths of a FastVLM prompt that saves little.
+        prompt_cache: Where to look for what earlier prompts had in common with this one, and to
+            keep this one and its answer; by default every prompt is computed whole.
 
     Yields:
         Chunks; the last one has a finish_reason: "stop" at an end token or stop text, else
@@ -167,38 +177,60 @@ def stream_generate(
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     stops = _stop_texts(stop)
     started = time.perf_counter()
-    inputs = processor(prompt, images, system=system, resolution=resolution, image_mode=image_mode)
-    length = inputs.input_ids.size
-    room = processor.max_length - length
+    ids, pictures = processor.prepare(
+        prompt, images, system=system, resolution=resolution, image_mode=image_mode
+    )
+    length, image_tokens = len(ids), ids.count(IMAGE_TOKEN)
+    _check_room(length, max_tokens, processor.max_length)
+    words = processor.tokenizer
+    sampler = Sampler(sampling, words.size, ids)
+    cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
+    prompt_cache = prompt_cache or PromptCache(max_bytes=0)
+    sequence = describe(ids, pictures)
+    cached = prompt_cache.fill(model, sequence, cache, kv_bits)
+    if pictures:
+        pictures = pictures[ids[:cached].count(IMAGE_TOKEN) // pictures[0].count :]
+    known, pixels = _look_up(model, pictures)
+    clock = _Clock(started, preprocess=time.perf_counter())
+    fresh, sound = _encode(model, pixels)
+    features = [(known | fresh)[picture.key] for picture in pictures]
+    inputs = mx.array([ids[cached:]], mx.int32)
+    embeddings = model.embed(inputs, mx.concatenate(features) if features else None)
+    decoder = Decoder(model, cache, sampler, words.size)
+    first = decoder.queue(inputs, embeddings)
+    if not sound.item():  # waits for the images alone
+        raise ModelError(
+            "the image tower overflowed or its weights are damaged; try --dtype float32"
+        )
+    clock.vision = time.perf_counter() if fresh else clock.preprocess
+    for key, value in fresh.items():
+        model.image_cache.put(model, key, value)
+    answer = _Answer(TextDecoder(words), stops)
+    try:
+        for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
+            clock.token(count)
+            finish_reason = "length" if count == max_tokens else None
+            if token in words.stop_ids or answer.feed(token):
+                finish_reason = "stop"
+            text = answer.take(final=finish_reason is not None)
+            stats = clock.stats(count, length, image_tokens, cached)
+            yield Chunk(text, token, finish_reason, stats)
+            if finish_reason:
+                return
+            sequence.append(token)
+    finally:  # also when nobody asks for more
+        if clock.first:
+            prompt_cache.keep(model, sequence, cache, kv_bits)
+
+
+def _check_room(length: int, max_tokens: int, max_length: int) -> None:
+    room = max_length - length
     if not room:
         raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
     if not isinstance(max_tokens, int) or not 1 <= max_tokens <= room:
         raise PromptError(
             f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
         )
-    clock = _Clock(started, preprocess=time.perf_counter())
-    embeddings, image_tokens = _embed(model, inputs)
-    clock.vision = time.perf_counter()
-    tokens = _tokens(
-        model,
-        processor,
-        inputs,
-        embeddings,
-        Sampler(sampling, processor.tokenizer.size, np.array(inputs.input_ids).tolist()),
-        max_tokens,
-        kv_bits,
-    )
-    answer = _Answer(TextDecoder(processor.tokenizer), stops)
-    stop_ids = processor.tokenizer.stop_ids
-    for count, token in enumerate(tokens, start=1):
-        clock.token(count)
-        finish_reason = "length" if count == max_tokens else None
-        if token in stop_ids or answer.feed(token):
-            finish_reason = "stop"
-        text = answer.take(final=finish_reason is not None)
-        yield Chunk(text, token, finish_reason, clock.stats(count, length, image_tokens))
-        if finish_reason:
-            return
 
 
 def _stop_texts(stop: str | Sequence[str]) -> list[str]:
@@ -208,59 +240,39 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
     return stops
 
 
-def _embed(model: FastVLM, inputs: Inputs) -> tuple[mx.array, int]:
-    """Prompt embeddings (1, L, D), and how many of them stand for images.
+def _look_up(
+    model: FastVLM, pictures: list[Picture]
+) -> tuple[dict[str, mx.array], dict[str, NDArray[np.float32]]]:
+    """By their keys, the embeddings of the images seen before and the pixels of the others."""
+    known: dict[str, mx.array] = {}
+    pixels: dict[str, NDArray[np.float32]] = {}
+    for picture in pictures:
+        if picture.key in known or picture.key in pixels:
+            continue
+        features = model.image_cache.get(model, picture.key, picture.count)
+        if features is None:
+            pixels[picture.key] = picture.pixels()
+        else:
+            known[picture.key] = features
+    return known, pixels
 
-    Images are encoded one by one, so that memory does not grow with their number.
+
+def _encode(
+    model: FastVLM, pixels: dict[str, NDArray[np.float32]]
+) -> tuple[dict[str, mx.array], mx.array]:
+    """Embeddings of images, (1, N, D) each, and whether all are finite.
+
+    Both are queued and not waited for, so that the prefill is built meanwhile. Images are encoded
+    one by one, so that memory does not grow with their number.
     """
-    if inputs.pixels is None:
-        return model.embed(inputs.input_ids[None]), 0
-    features = []
-    for i in range(inputs.pixels.shape[0]):
-        features.append(model.encode_image(inputs.pixels[i : i + 1]))
-        mx.eval(features[-1])
-    joined = mx.concatenate(features)  # (n, N, D)
-    if not mx.isfinite(mx.sum(joined.astype(mx.float32))).item():
-        raise ModelError(
-            "the image tower overflowed or its weights are damaged; try --dtype float32"
-        )
-    return model.embed(inputs.input_ids[None], joined), joined.shape[0] * joined.shape[1]
-
-
-def _tokens(
-    model: FastVLM,
-    processor: Processor,
-    inputs: Inputs,
-    embeddings: mx.array,
-    sampler: Sampler,
-    max_tokens: int,
-    kv_bits: int | None,
-) -> Iterator[int]:
-    """Token after token; each step is queued before the token of the last one is read."""
-    cache = model.make_cache(inputs.input_ids.size + max_tokens, kv_bits)
-    known = processor.tokenizer.size
-
-    def step(ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
-        logits = model(ids, cache, embeddings, last_only=True)[0, -1, :known]
-        logits = logits.astype(mx.float32)
-        # One bad logit makes the sum bad; -1 then takes the token's place.
-        return mx.where(mx.isfinite(mx.sum(logits)), sampler(logits), -1)
-
-    token = step(inputs.input_ids[None], embeddings)
-    mx.async_eval(token, sampler.state)
-    for count in range(1, max_tokens + 1):
-        following = None
-        if count < max_tokens:
-            following = step(mx.maximum(token, 0).reshape(1, 1))
-            mx.async_eval(following, sampler.state)
-        value = cast(int, token.item())
-        if value < 0:
-            raise ModelError(
-                "the decoder's logits are not finite; try --dtype float32, or convert again"
-            )
-        yield value
-        if following is not None:
-            token = following
+    features: dict[str, mx.array] = {}
+    sound = mx.array(True)
+    for key, image in pixels.items():
+        mx.eval(sound)
+        features[key] = model.encode_image(mx.array(image)[None])
+        sound = sound & is_finite(features[key])
+        mx.async_eval(features[key], sound)
+    return features, sound
 
 
 class _Answer:
@@ -315,7 +327,7 @@ class _Clock:
         if count == 1:
             self.first = self.last
 
-    def stats(self, count: int, prompt_tokens: int, image_tokens: int) -> Stats:
+    def stats(self, count: int, prompt_tokens: int, image_tokens: int, cached_tokens: int) -> Stats:
         decode_s = self.last - self.first
         return Stats(
             preprocess_s=self.preprocess - self.started,
@@ -325,6 +337,7 @@ class _Clock:
             decode_tokens_per_s=(count - 1) / decode_s if count > 1 else 0.0,
             image_tokens=image_tokens,
             prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
             generated_tokens=count,
             peak_memory_bytes=mx.get_peak_memory(),
         )

@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
+from mlx_mobileclip.device import parse_dtype
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import DEMO, Checkpoint, resolve
-from mlx_mobileclip.loader import import_converter, parse_dtype
 from mlx_mobileclip.quantization import Quantization, quantize_parts
 
 from . import tokenizer
@@ -70,11 +71,12 @@ def load_checkpoint(
 ) -> tuple[FastVLM, Processor]:
     """`load` for a checkpoint that is already on disk."""
     config, tensors = read_canonical(checkpoint, vision_from)
-    words = read_tokenizer(checkpoint, config)
     model = FastVLM(config)
     model.eval()
-    assign(model, tensors, parse_dtype(dtype), checkpoint.name)
-    return model, Processor(words, config)
+    with ThreadPoolExecutor(1) as beside:  # half a second for 152k tokens; MLX lets it run
+        words = beside.submit(read_tokenizer, checkpoint, config)
+        assign(model, tensors, parse_dtype(dtype), checkpoint.name)
+    return model, Processor(words.result(), config)
 
 
 def read_canonical(
@@ -84,6 +86,8 @@ def read_canonical(
     path = checkpoint.path / "config.json"
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
+        from mlx_mobileclip.loader import import_converter
+
         vision = None if vision_from is None else find_checkpoint(vision_from)
         convert = import_converter("fastvlm").convert_fastvlm
         return cast(Canonical, convert(checkpoint, values, vision))

@@ -13,6 +13,7 @@ from mlx_mobileclip.quantization import pack
 
 from .cache import STEP, KVCache
 from .config import FastVLMConfig
+from .image_cache import ImageCache
 from .qwen2 import Qwen2
 
 # Stands for one image embedding in a list of ids; no tokenizer has it. LLaVA's value.
@@ -22,11 +23,17 @@ PARTS = {"decoder": "language_model.", "projector": "projector.", "vision": "vis
 
 
 class FastVLM(nn.Module):
-    """The whole model. Image embeddings take the places of the IMAGE_TOKEN ids in a prompt."""
+    """The whole model. Image embeddings take the places of the IMAGE_TOKEN ids in a prompt.
+
+    Attributes:
+        image_cache: The embeddings of the images that `generate` has met; put another in its
+            place to hold more, or to keep them on disk.
+    """
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
         self.config = config
+        self.image_cache = ImageCache()
         self.vision_tower = FastViT(config.vision)
         width = config.text.hidden_size
         inputs = [config.vision.features] + [width] * config.projector_depth
@@ -74,8 +81,11 @@ class FastVLM(nn.Module):
             raise ImageError(
                 f"pixels have shape {pixels.shape}; expected (n, S, S, 3), S a multiple of {stride}"
             )
-        x = self.vision_tower(pixels)
-        x = x.reshape(x.shape[0], -1, x.shape[3])  # (n, N, features)
+        return self.project(self.vision_tower(pixels))
+
+    def project(self, x: mx.array) -> mx.array:
+        """Turn the tower's maps (n, s, s, C) into embeddings (n, s * s, D)."""
+        x = x.reshape(x.shape[0], -1, x.shape[3])
         for i, layer in enumerate(self.projector):
             x = layer(gelu(x) if i else x)
         return x

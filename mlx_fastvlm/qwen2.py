@@ -48,10 +48,9 @@ class Attention(nn.Module):
         B, L, D = x.shape
         heads = self.qkv_proj(x).reshape(B, L, self._heads + 2 * self._kv_heads, -1)
         heads = heads.transpose(0, 2, 1, 3)  # (B, heads, L, head_dim)
-        splits = [self._heads, self._heads + self._kv_heads]
-        queries, keys, values = mx.split(heads, splits, axis=1)
-        offset = 0 if cache is None else cache.offset
-        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        turned, values = mx.split(heads, [self._heads + self._kv_heads], axis=1)
+        turned = self.rope(turned, offset=0 if cache is None else cache.offset)
+        queries, keys = mx.split(turned, [self._heads], axis=1)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = _attend(queries, keys, values, cache, mask)

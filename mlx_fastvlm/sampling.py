@@ -1,11 +1,15 @@
 """From the logits of one position to the next token."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mobileclip.errors import PromptError
+
+UNDECIDED = -2  # instead of a token: set `thorough`, put the state back and draw again
+BLOCKS, BLOCK = 64, 64  # how many blocks of logits are sorted for top-p, and their width
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,18 @@ class Sampling:
 
 
 class Sampler:
-    """Draws token after token, on the device: nothing here waits for a value."""
+    """Draws token after token, on the device: nothing here waits for a value.
+
+    Attributes:
+        thorough: Sort all logits for top-p. At first only the likeliest are, among which the p is
+            nearly always reached; where it is not, the token is UNDECIDED.
+    """
 
     def __init__(self, sampling: Sampling, vocab_size: int, prompt_ids: Iterable[int]):
         """Note which tokens the prompt holds, if repetition is to be penalised."""
+        self.thorough = False
         self._sampling = sampling
-        self._key = mx.random.key(_seed(sampling.seed))
+        self._key = mx.random.key(_seed(sampling))
         self._seen: mx.array | None = None
         if sampling.repetition_penalty != 1:
             ids = sorted({i for i in prompt_ids if 0 <= i < vocab_size})
@@ -68,13 +78,17 @@ class Sampler:
         """What later draws depend on; evaluate it with each token, so that any thread can go on."""
         return [self._key] if self._seen is None else [self._key, self._seen]
 
+    @state.setter
+    def state(self, value: list[mx.array]) -> None:
+        self._key, self._seen = value[0], value[1] if len(value) > 1 else None
+
     def __call__(self, logits: mx.array) -> mx.array:
-        """Draw one token from float32 logits (V,); returns a scalar id, int32."""
+        """Draw one token from float32 logits (V,); returns a scalar id, int32, or UNDECIDED."""
         if self._seen is not None:
             penalty = self._sampling.repetition_penalty
             penalised = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(self._seen, penalised, logits)
-        token = self._draw(logits).astype(mx.int32)
+        token = self._draw(logits)
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
         return token
@@ -82,31 +96,57 @@ class Sampler:
     def _draw(self, logits: mx.array) -> mx.array:
         sampling = self._sampling
         if sampling.temperature == 0:
-            return mx.argmax(logits)
+            return mx.argmax(logits).astype(mx.int32)
         logits = logits / sampling.temperature
+        decided: mx.array | None = None
         if 0 < sampling.top_k < logits.size:
-            kth = mx.min(mx.topk(logits, sampling.top_k))
-            logits = mx.where(logits < kth, -mx.inf, logits)
+            near, _ = _likeliest(logits, sampling.top_k)
+            logits = _drop_below(mx.min(mx.topk(near, sampling.top_k)), logits)
         if sampling.top_p < 1:
-            logits = _keep_top_p(logits, sampling.top_p)
+            least, decided = _least_of_top_p(logits, sampling.top_p, thorough=self.thorough)
+            logits = _drop_below(least, logits)
         if sampling.min_p > 0:
-            floor = mx.max(logits) + mx.log(mx.array(sampling.min_p))
-            logits = mx.where(logits < floor, -mx.inf, logits)
+            logits = _drop_below(mx.max(logits) + math.log(sampling.min_p), logits)
         self._key, key = mx.random.split(self._key)
-        return mx.random.categorical(logits, key=key)
+        token = mx.random.categorical(logits, key=key).astype(mx.int32)
+        return token if decided is None else mx.where(decided, token, UNDECIDED)
 
 
-def _keep_top_p(logits: mx.array, top_p: float) -> mx.array:
-    order = mx.argsort(-logits)
-    ranked = mx.softmax(logits[order])
-    before = mx.cumsum(ranked) - ranked  # probability of all more likely tokens
-    kept = (before < top_p) | (mx.arange(logits.size) == 0)
-    return mx.put_along_axis(logits, order, mx.where(kept, logits[order], -mx.inf), axis=-1)
+def _drop_below(least: mx.array, logits: mx.array) -> mx.array:
+    return mx.where(logits < least, -mx.inf, logits)
 
 
-def _seed(seed: int | None) -> int:
-    if seed is not None:
-        return seed
+def _likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """The `count` largest logits, with others, found without sorting all.
+
+    They lie in the `count` blocks whose maxima are the largest: each block ahead of one of them
+    holds a larger one.
+
+    Returns:
+        The logits of these blocks, (at most count * BLOCK,), and the largest outside of them.
+    """
+    if logits.size <= count * BLOCK:
+        return logits, mx.array(-mx.inf)
+    blocks = mx.pad(logits, (0, -logits.size % BLOCK), constant_values=-mx.inf).reshape(-1, BLOCK)
+    maxima = mx.max(blocks, axis=1)
+    order = mx.argpartition(-maxima, count)
+    return blocks[order[:count]].reshape(-1), maxima[order[count]]
+
+
+def _least_of_top_p(logits: mx.array, top_p: float, *, thorough: bool) -> tuple[mx.array, mx.array]:
+    """The least logit that top-p keeps, and whether it is certain to be the one."""
+    near, outside = (logits, mx.array(-mx.inf)) if thorough else _likeliest(logits, BLOCKS)
+    ranked = mx.sort(near)[::-1]
+    probabilities = mx.exp(ranked - mx.logsumexp(logits))
+    before = mx.cumsum(probabilities) - probabilities  # probability of all more likely tokens
+    least = mx.min(mx.where(before < top_p, ranked, ranked[0]))
+    complete = mx.sum(mx.where(ranked > outside, probabilities, 0))  # of what none is missing
+    return least, (complete >= top_p) | (outside == -mx.inf)
+
+
+def _seed(sampling: Sampling) -> int:
+    if sampling.seed is not None or sampling.temperature == 0:
+        return sampling.seed or 0
     import secrets
 
     return secrets.randbits(63)

@@ -48,7 +48,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="repository on Hugging Face, checkpoint directory or file (default: %(default)s)",
+        help="repository on Hugging Face, checkpoint directory or file, or demo, the small model "
+        "that comes with this package (default: %(default)s)",
     )
     parser.add_argument("--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not tell")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")

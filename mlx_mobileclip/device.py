@@ -2,7 +2,27 @@
 
 import mlx.core as mx
 
+from .errors import ConfigError
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
 
 def on_cpu() -> bool:
     """Whether the default device is the CPU."""
     return mx.default_device() == mx.Device(mx.cpu)
+
+
+def default_dtype() -> mx.Dtype:
+    """float16 on a GPU; float32 on a CPU, where half precision is slow."""
+    return mx.float32 if on_cpu() else mx.float16
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    """The dtype of that name; the default for this device if None."""
+    if dtype is None:
+        return default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    return dtype

@@ -1,6 +1,9 @@
 """One name for what a model computes, taken from its weights rather than from where they lay."""
 
 import hashlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,3 +29,35 @@ def fingerprint(module: nn.Module, *settings: object) -> str:
         bits = value.view(mx.uint16) if value.dtype == mx.bfloat16 else value
         digest.update(np.ascontiguousarray(np.asarray(bits)).data)
     return digest.hexdigest()
+
+
+class WeightWatch:
+    """Notices that weights have been replaced, in a fraction of a millisecond, by their identity.
+
+    It does not keep them alive, and it does not see `weight[...] = x`, which writes into one.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[weakref.ref[mx.array]] = []
+
+    def changed(self, *modules: Any) -> bool:
+        """Whether the modules, or lists of them, hold other weights than at the last call."""
+        now = list(_weights(modules))
+        if len(now) == len(self._seen) and all(
+            seen() is weight for seen, weight in zip(self._seen, now, strict=True)
+        ):
+            return False
+        self._seen = [weakref.ref(weight) for weight in now]
+        return True
+
+
+def _weights(tree: Any) -> Iterator[mx.array]:
+    if isinstance(tree, mx.array):
+        yield tree
+    elif isinstance(tree, dict):  # as modules are
+        for name, value in tree.items():
+            if not name.startswith("_"):
+                yield from _weights(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _weights(value)

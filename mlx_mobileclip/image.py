@@ -34,11 +34,12 @@ RESCALE = (np.arange(256) * (1 / 255)).astype(np.float32)
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def open_image(source: ImageSource) -> Image.Image:
+def open_image(source: ImageSource, name: str = "image") -> Image.Image:
     """Open an image upright and in RGB.
 
     Args:
         source: Path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        name: What errors call it, unless it is a path.
 
     Returns:
         RGB image: first frame, EXIF orientation applied, 16-bit grey reduced to 8 bits, alpha
@@ -51,9 +52,9 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, "image")
+        return _decode(source, name)
     if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), "image")
+        return _decode(io.BytesIO(source), name)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             f"an image cannot be a {type(source).__name__}; "
@@ -63,6 +64,19 @@ def open_image(source: ImageSource) -> Image.Image:
     try:
         with path.open("rb") as file:
             return _decode(file, os.fspath(source))
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def read_image(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file, not decoded.
+
+    Raises:
+        ImageError: it cannot be read, or as `find_image`.
+    """
+    try:
+        with find_image(source).open("rb") as file:
+            return file.read(MAX_IMAGE_BYTES)
     except OSError as error:
         raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .checkpoint import assign, read_json, read_tensors
 from .clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig
-from .device import on_cpu
+from .device import parse_dtype
 from .errors import ConfigError
 from .hub import Checkpoint, resolve_file
 from .processor import Processor
@@ -17,12 +17,6 @@ from .quantization import Quantization, quantize_parts
 from .tokenizer import CONTEXT_LENGTH, Tokenizer, clip_tokenizer, read_merges
 
 DEFAULT_MODEL = "apple/MobileCLIP2-S0"
-DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-
-
-def default_dtype() -> mx.Dtype:
-    """float16 on a GPU; float32 on a CPU, where half precision is slow."""
-    return mx.float32 if on_cpu() else mx.float16
 
 
 def load(
@@ -37,8 +31,8 @@ def load(
     """Load any MobileCLIP checkpoint: converted, Apple's, open_clip's or timm's.
 
     Args:
-        model: Repository id (`org/name`), directory, or file (.pt, .bin, .safetensors). "demo" is
-            kept for a small model that is to come with this package.
+        model: Repository id (`org/name`), directory, file (.pt, .bin, .safetensors), or "demo",
+            the small model that comes with this package (a directory of that name is "./demo").
         variant: Which published model the checkpoint is built like, such as "MobileCLIP2-S0";
             needed when its name does not tell. What the variant decides (attention mask, stem,
             preprocessing) cannot be seen in the tensors.
@@ -106,14 +100,3 @@ def import_converter(name: str) -> Any:
         return import_module(f"mlx_fastvlm.convert.{name}")
     except ModuleNotFoundError:  # a checkout that is not installed
         return import_module(f"convert.{name}")
-
-
-def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
-    """The dtype of that name; the default for this machine if None."""
-    if dtype is None:
-        return default_dtype()
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        return DTYPES[dtype]
-    return dtype

@@ -62,10 +62,9 @@ class Quantization:
             raise fields.error("group_size", f"{packing.group_size} is not one of {allowed}")
         return packing
 
-    @property
-    def stored_bits(self) -> float:
-        """Bits per weight, scales (and offsets, if affine) of 16 and 8 bits included."""
-        extra = 32 if self.mode == "affine" else 8
+    def stored_bits(self, dtype: mx.Dtype) -> float:
+        """Bits per weight with its share of a scale and, if affine, an offset, of this dtype."""
+        extra = 2 * 8 * dtype.size if self.mode == "affine" else 8
         return self.bits + extra / self.group_size
 
     def pack(self, weight: mx.array) -> dict[str, mx.array]:

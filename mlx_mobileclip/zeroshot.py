@@ -7,17 +7,19 @@ zero_shot_classifier.py).
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import text_cache
 from .clip import MobileCLIP
+from .disk_cache import DiskCache
 from .errors import DataError, ModelError
 from .fingerprint import fingerprint
 from .image import ImageSource
@@ -113,7 +115,7 @@ def text_matrix(
             raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
     text_tower(model)
     key = _cache_key(model, processor, labels, templates) if cache else ""
-    if cache and (stored := text_cache.read(key, len(labels))) is not None:
+    if cache and (stored := DiskCache(cache_directory()).read(key, len(labels))) is not None:
         return mx.array(stored)
     step = max(1, PROMPTS_PER_BATCH // len(templates))
     rows = []
@@ -127,7 +129,7 @@ def text_matrix(
     if not mx.isfinite(matrix.sum()).item():
         raise ModelError("the labels' embeddings are not finite; try --dtype float32")
     if cache:
-        text_cache.write(key, np.asarray(matrix))
+        DiskCache(cache_directory()).write(key, np.asarray(matrix))
     return matrix
 
 
@@ -145,6 +147,14 @@ def _embed_labels(
     embeddings = mx.concatenate(parts).reshape(len(labels), len(templates), -1)
     mean = embeddings.mean(axis=1)
     return mean / mx.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def cache_directory() -> Path:
+    """Where text matrices lie: $MLX_MOBILECLIP_CACHE, or mlx-mobileclip in the user's cache."""
+    if chosen := os.environ.get("MLX_MOBILECLIP_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "mlx-mobileclip"
 
 
 def _cache_key(

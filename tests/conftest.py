@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 import PIL  # noqa: E402
 import pytest  # noqa: E402
 
-from mlx_mobileclip import loader  # noqa: E402
+from mlx_mobileclip import device  # noqa: E402
 
 
 def pytest_report_header() -> str:
@@ -40,7 +40,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def float32_unless_told() -> Iterator[None]:
     """Compare in float32 on a GPU as well, where `load` would default to float16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "default_dtype", lambda: mx.float32)
+        patch.setattr(device, "default_dtype", lambda: mx.float32)
         yield
 
 

@@ -85,6 +85,32 @@ print(sorted(heavy), same)
     assert fresh(code) == "[] True"
 
 
+def test_an_answer_imports_no_more_than_it_uses() -> None:
+    """What a user waits for before the first token: these files, these packages, nothing else."""
+    code = """
+import sys
+from mlx_fastvlm.cli import main
+main(["--model", "demo", "--image", "examples/scene.png", "--max-tokens", "1", "--quiet"])
+print(*sys.modules)
+"""
+    loaded = set(fresh(code).splitlines()[-1].split())
+    files = {
+        "mlx_fastvlm": "cache cli config decoding generate image_cache loader model processor "
+        "prompt prompt_cache qwen2 sampling tokenizer",
+        "mlx_mobileclip": "checkpoint command depthwise device disk_cache errors fastvit "
+        "fingerprint gelu hub image quantization",
+    }
+    expected = {f"{package}.{name}" for package in files for name in files[package].split()}
+    assert {name for name in loaded if name.startswith(PACKAGES)} == expected | set(files)
+    others = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names - set(files)
+    others = {name for name in others if not name.startswith("_")} - {"sitecustomize"}
+    assert others == {"PIL", "mlx", "numpy", "safetensors", "tokenizers"}
+    assert (
+        not {"asyncio", "email", "http", "importlib.resources", "secrets", "ssl", "tempfile"}
+        & loaded
+    )
+
+
 @pytest.mark.parametrize("package", ["mlx_fastvlm", "mlx_mobileclip"])
 def test_import_is_quick(package: str) -> None:
     code = f"import time; t = time.perf_counter(); import {package}; print(time.perf_counter() - t)"

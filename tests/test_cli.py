@@ -1,5 +1,6 @@
 """The command line as a person or a script meets it, each run a process of its own."""
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import pytest
 import synthetic
 from PIL import Image
 
-from mlx_fastvlm.cli import PRESETS, build_parser
+from mlx_fastvlm import FastVLM, generate, load
+from mlx_fastvlm.cli import PRESETS, build_parser, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +72,36 @@ def test_json_has_the_contract_s_fields(model: Path, image: Path) -> None:
     assert list(report["timings"]) == times
     assert report["image_tokens"] == 50 and report["generated_tokens"] == 5
     assert report["finish_reason"] in ("stop", "length") and report["model"] == str(model)
+
+
+def test_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line of stdin is a further question of one conversation about the images."""
+    image = ROOT / "examples" / "scene.png"
+    questions = ["How many circles are there?", "What colour is the square?"]
+    demo, messages, expected = load("demo"), [], []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        expected.append(generate(*demo, messages, image).text)
+        messages.append({"role": "assistant", "content": expected[-1]})
+    options = ["--model", "demo", "--image", str(image), "--chat", "--quiet"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"\n{questions[1]}\n"))
+    assert main([*options, "--prompt", questions[0]]) == 0
+    assert capsys.readouterr() == ("".join(f"{text}\n" for text in expected), "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
+    assert main([*options, "--json"]) == 0
+    answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert answers == expected
+
+
+def test_image_cache_option(
+    model: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", str(model), "--image", str(image), "--max-tokens", "2", "--quiet"]
+    options += ["--image-cache", str(tmp_path / "kept")]
+    assert main(options) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    monkeypatch.setattr(FastVLM, "encode_image", None)
+    assert main(options) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """`python -m convert`: what it writes, and that it writes all or nothing."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +18,11 @@ import synthetic
 from tolerances import relative_error
 
 from convert import __main__ as command
-from convert import quantize as convert_quantize
-from convert import write
+from convert import verify, write
+from convert.calibration import samples
+from convert.walk import walk_fastvlm
 from mlx_fastvlm import CheckpointError, load
+from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_mobileclip import checkpoint
 from mlx_mobileclip.checkpoint import named_parameters
 
@@ -100,16 +106,52 @@ def test_verify_reads_back_what_was_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert convert(source, tmp_path / "good", "--verify") == 0
-    read = convert_quantize.read_tensors
+    read = verify.read_tensors
 
     def damaged(path: Path) -> dict[str, mx.array]:
         tensors = read(path)
         name = next(iter(tensors))
         return tensors | {name: tensors[name] + 1}
 
-    monkeypatch.setattr(convert_quantize, "read_tensors", damaged)
+    monkeypatch.setattr(verify, "read_tensors", damaged)
     assert convert(source, tmp_path / "bad", "--verify") == 1
     assert not (tmp_path / "bad").exists()
+
+
+def test_verify_tells_how_far_each_stage_is_off(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost in float32; in float16 and bfloat16 each stage as much as rounding takes."""
+    errors: dict[str, list[float]] = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert convert(source, tmp_path / dtype, "--verify", "--dtype", dtype) == 0
+        rows = re.findall(r"^\| (.+?) \| ([\d.e+-]+) \|$", capsys.readouterr().err, re.MULTILINE)
+        for stage, error in rows:
+            errors.setdefault(stage, []).append(float(error))
+    assert {"stem", "stage 0", "final convolution", "projector", "logits"} < errors.keys()
+    for whole, half, short in errors.values():
+        assert whole == 0 < half < short
+
+
+def test_verify_finds_a_layer_in_the_wrong_place() -> None:
+    checkpoint = find_checkpoint("demo")
+    _, processor = load("demo")
+    walk = partial(walk_fastvlm, processor=processor)
+    first, second = (f"language_model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
+
+    def read() -> Any:
+        return read_canonical(checkpoint)
+
+    def swapped() -> Any:
+        config, tensors = read()
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+        return config, tensors
+
+    sample = samples(None)[0]
+    errors = verify.stage_errors(walk, read, swapped, sample)
+    assert errors["projector"] == 0
+    with pytest.raises(CheckpointError, match="decoder layer 0 is off by"):
+        verify.check_errors(errors, mx.float16, packed=False, where=Path("out"))
 
 
 def test_shards_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -142,6 +184,34 @@ def test_a_failure_half_way_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
         write.write_checkpoint(tmp_path / "out", {}, {}, lambda _: None)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("change", ["touched", "truncated", "removed"])
+def test_a_source_that_changes_meanwhile(
+    change: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As when a download is still going on; between the look at the shapes and the writing."""
+    write_checkpoint = command.write_checkpoint
+    weights = source / "model.safetensors"
+
+    def late(*arguments: Any) -> None:
+        if change == "touched":
+            os.utime(weights, ns=(1, 1))
+        elif change == "truncated":
+            os.truncate(weights, weights.stat().st_size // 2)
+        else:
+            weights.unlink()
+        write_checkpoint(*arguments)
+
+    monkeypatch.setattr(command, "write_checkpoint", late)
+    assert convert(source, tmp_path / "out", "--verify") == 1
+    message = "model.safetensors was changed while it was read; convert again"
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> None:

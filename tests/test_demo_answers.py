@@ -18,7 +18,6 @@ from world import HELD_OUT, Scene, render, scene
 
 from mlx_fastvlm import FastVLM, Processor, generate, load, stream_generate
 
-MODEL: str | Path = "demo"
 ROOT = Path(__file__).parents[1]
 Demo = tuple[FastVLM, Processor]
 
@@ -42,7 +41,7 @@ SINGLE = range(HELD_OUT + 300, HELD_OUT + 400)  # drawn with one shape
 
 @pytest.fixture(scope="module")
 def demo() -> Demo:
-    return load(MODEL)
+    return load("demo")
 
 
 def answer(demo: Demo, prompt: Any, images: Any = None) -> str:
@@ -170,7 +169,7 @@ def test_a_batch_of_images(demo: Demo) -> None:
 
 
 def test_half_precision(demo: Demo) -> None:
-    half = load(MODEL, dtype="float16")
+    half = load("demo", dtype="float16")
     shown = scene(SCENES[0])
     image = render(shown)
     for question in questions(shown, tuple(FLOORS))[::2]:
@@ -180,7 +179,7 @@ def test_half_precision(demo: Demo) -> None:
 def test_command_line(tmp_path: Path) -> None:
     path = tmp_path / "scene.png"
     render(scene(COUNTED)).save(path)
-    options = ["--model", str(MODEL), "--image", str(path)]
+    options = ["--model", "demo", "--image", str(path)]
     options += ["--prompt", "How many circles are there?"]
     done = subprocess.run(
         [sys.executable, "-m", "mlx_fastvlm.generate", *options],

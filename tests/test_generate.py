@@ -20,7 +20,7 @@ from mlx_fastvlm import (
     load,
     stream_generate,
 )
-from mlx_fastvlm.sampling import Sampler, Sampling
+from mlx_fastvlm.sampling import BLOCK, BLOCKS, Sampler, Sampling, _least_of_top_p
 
 IMAGE = np.full((30, 40, 3), 77, np.uint8)
 
@@ -144,9 +144,10 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tiny: tuple[FastVLM, Processor
 
 
 def test_counts_and_times(tiny: tuple[FastVLM, Processor]) -> None:
-    stats = generate(*tiny, "hi", [IMAGE, IMAGE], max_tokens=5).stats
+    images = [IMAGE + 1, IMAGE + 2]  # not seen before
+    stats = generate(*tiny, "hi", images, max_tokens=5).stats
     assert stats.image_tokens == 32
-    assert stats.prompt_tokens == tiny[1]("hi", [IMAGE, IMAGE]).input_ids.size
+    assert stats.prompt_tokens == tiny[1]("hi", images).input_ids.size
     parts = stats.preprocess_s + stats.vision_s + stats.prefill_s
     assert abs(stats.ttft_s - parts) < 1e-6 and min(stats.vision_s, stats.prefill_s) > 0
     assert stats.peak_memory_bytes > 0 and stats.decode_tokens_per_s > 0
@@ -256,6 +257,53 @@ def test_sampler_draws_from_the_right_distribution(options: dict[str, Any]) -> N
     observed = drawn(sampling, logits, [])
     assert np.all((observed > 0) <= (expected > 0))
     assert np.abs(observed - expected).max() < 0.06
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.5, 4.0, 12.0])
+def test_top_p_of_many_tokens_without_sorting_them(
+    top_p: float, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The likeliest blocks give what all logits give, or say that they cannot tell."""
+    logits = np.random.default_rng(0).normal(0, spread, 151_646).astype(np.float32)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    ranked = np.sort(p / p.sum())[::-1]
+    kept = max(1, int(np.sum(np.cumsum(ranked) - ranked < top_p)))
+    sorted_sizes: list[int] = []
+    sort, partition = mx.sort, mx.argpartition
+    monkeypatch.setattr(mx, "sort", lambda x: sorted_sizes.append(x.size) or sort(x))
+    monkeypatch.setattr(
+        mx, "argpartition", lambda x, k: sorted_sizes.append(x.size) or partition(x, k)
+    )
+    least, decided = _least_of_top_p(mx.array(logits), top_p, thorough=False)
+    assert max(sorted_sizes) <= BLOCKS * BLOCK
+    assert decided.item() if kept <= BLOCKS else kept <= BLOCKS * BLOCK or not decided.item()
+    if decided.item():
+        # Sums in float32 may take a token more or less where the p is reached in the far tail.
+        assert abs(np.sum(logits >= least.item()) - kept) <= 1e-3 * kept
+    assert _least_of_top_p(mx.array(logits), top_p, thorough=True)[1].item()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_an_undecided_token_is_drawn_again(
+    penalty: float, tiny: tuple[FastVLM, Processor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "top_p": 0.95, "seed": 1, "max_tokens": 12}
+    options["repetition_penalty"] = penalty
+    sampler = "mlx_fastvlm.sampling"
+    expected = generate(*tiny, "the", IMAGE, **options).token_ids
+    flags: list[bool] = []
+    original = _least_of_top_p
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        flags.append(bool(original(*args, **kwargs)[1].item()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(f"{sampler}.BLOCKS", 2)
+    monkeypatch.setattr(f"{sampler}.BLOCK", 4)
+    monkeypatch.setattr(f"{sampler}._least_of_top_p", spy)
+    assert generate(*tiny, "the", IMAGE, **options).token_ids == expected
+    assert not flags[0] and all(flags[2:])  # the first, what was queued after it, and no more
 
 
 def test_repetition_penalty_follows_its_formula() -> None:

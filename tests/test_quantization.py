@@ -1,6 +1,8 @@
 """Packed layers: every mode, in memory and on disk, and back to floats."""
 
+import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ import mlx_fastvlm
 import mlx_mobileclip
 from convert import __main__ as command
 from convert import calibration, quality
+from convert.recipe import STEPS, allot, units_of
+from convert.walk import LOGITS, NONE, prompt, walk_fastvlm
 from mlx_fastvlm import ConfigError, Quantization
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
 from mlx_mobileclip.checkpoint import named_parameters
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.loader import import_converter
-from mlx_mobileclip.quantization import MODES
+from mlx_mobileclip.quantization import MODES, choose, pack
 from mlx_mobileclip.variants import VARIANTS
 
 PACKINGS = [
@@ -79,7 +83,9 @@ def test_parts_of_fastvlm(
     packed = {name.rpartition(".")[0] for name in named_parameters(model) if "scales" in name}
     assert packed == model.config.quantization.keys()
     assert all(path.startswith(FASTVLM_PARTS[part]) for path in packed)
-    listed = "not quantised, as 32 does not divide their width" in capsys.readouterr().err
+    listed = (
+        "not quantised, as their width is no multiple of the group size" in capsys.readouterr().err
+    )
     assert listed == (part == "vision")
 
 
@@ -178,11 +184,115 @@ def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> Non
     def read() -> Any:
         return read_canonical(checkpoint)
 
-    same = quality.agreement(read, read, processor, calibration.samples(None))
+    samples = calibration.samples(None)
+    walk = partial(walk_fastvlm, processor=processor)
+    same = quality.agreement(walk, read, read, samples)
     assert (same.kl, same.top_1) == (0.0, 1.0)
-    sample = calibration.samples(None)[0]
-    (logs,) = quality._distributions(*read(), processor, [sample])
-    ids, pixels, start = quality._inputs(processor, sample)
-    logits = model(ids, pixels=pixels)[0, start:, : processor.tokenizer.size]
+    first = prompt(processor, samples[0])
+    logs = next(seen.value for seen in walk(read, {}, samples) if seen.stage == LOGITS)
+    logits = model(first.ids, pixels=first.pixels)[0, first.start :, : processor.tokenizer.size]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     assert relative_error(logs, expected) < 1e-5  # part by part, as all at once
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
+    """What the walk finds with a unit rounded is what a model finds that has it packed."""
+    tensors = synthetic.apple_tensors("tiny", lm_head="tied" if tied else "differs")
+    config = synthetic.apple_config("tiny", tie_word_embeddings=tied)
+    source = synthetic.write(tmp_path / "source", tensors, config)
+    checkpoint, (model, processor) = find_checkpoint(source), mlx_fastvlm.load(source)
+    packed, _ = choose(model, FASTVLM_PARTS, tuple(FASTVLM_PARTS), Quantization(2, 32))
+    units = units_of(packed)
+    samples = calibration.samples(None)[:1]
+    first = prompt(processor, samples[0])
+    seen = {
+        each.rounded: each.value
+        for each in walk_fastvlm(lambda: read_canonical(checkpoint), units, samples, processor)
+        if each.stage == LOGITS
+    }
+    assert seen.keys() == {NONE, *units}
+    for unit, layers in units.items():
+        other, _ = mlx_fastvlm.load(source)
+        pack(other, layers)
+        logits = other(first.ids, pixels=first.pixels)[0, first.start :, : processor.tokenizer.size]
+        expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        assert relative_error(seen[unit], expected) < relative_error(seen[unit], seen[NONE]) / 5
+
+
+def test_bits_go_where_they_save_most() -> None:
+    """Greedy steps are the best choice there is: no other recipe of that size costs less."""
+    costs, sizes = {"a": 1.0, "b": 0.1, "c": 0.5}, {"a": 640, "b": 640, "c": 1280}
+    packing = Quantization(2, 64)
+
+    def stored(bits: int) -> float:
+        return 16 if bits == 16 else bits + 0.5
+
+    def price(bits: dict[str, int]) -> float:
+        return sum(sizes[unit] * (stored(n) - stored(2)) for unit, n in bits.items())
+
+    def cost(bits: dict[str, int]) -> float:
+        return sum(costs[u] * (15 / (2**n - 1)) ** 2 for u, n in bits.items() if n != 16)
+
+    for room in (0, 640, 2560, 5000, 9000, 100_000):
+        found = allot(costs, sizes, packing, room, mx.float16)
+        spent = price(found)
+        assert spent <= room
+        others = (dict(zip("abc", n, strict=True)) for n in itertools.product(STEPS, repeat=3))
+        assert cost(found) <= min(cost(bits) for bits in others if price(bits) <= spent) + 1e-12
+    assert set(found.values()) == {16}  # all fits
+
+
+def test_mixed(fastvlm: Path, tmp_path: Path) -> None:
+    """A mixture is nearer to the original than uniform packing with as many bits more."""
+    sizes, kls = {}, {}
+    for name, options in {
+        "uniform": ["--q-bits", "3"],
+        "mixed": ["--q-bits", "3", "--q-mixed"],
+        "more": ["--q-bits", "4"],
+    }.items():
+        convert(fastvlm, tmp_path / name, "-q", "--q-group-size", "32", *options)
+        card = (tmp_path / name / "README.md").read_text()
+        kls[name] = float(re.findall(r"\| ([\d.e-]+) nats", card)[0])
+        sizes[name] = int(re.findall(r"on disk \| ([\d,]+)", card)[0].replace(",", ""))
+    assert sizes["uniform"] < sizes["mixed"] < sizes["more"]
+    assert kls["mixed"] < kls["uniform"]
+    model, _ = mlx_fastvlm.load(tmp_path / "mixed")
+    assert len({packing.bits for packing in model.config.quantization.values()}) > 1
+
+
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.6, 2])
+def test_what_fits(
+    share: float, fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--max-size is kept, and nearly used up; too small a one is refused before any work."""
+    plain = tmp_path / "plain"
+    convert(fastvlm, plain)
+    whole = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
+    limit = int(share * whole)
+    target = tmp_path / "packed"
+    arguments = ["--model", str(fastvlm), "--mlx-path", str(target), "--dtype", "float32"]
+    options = ["-q", "--q-group-size", "32", "--max-size", f"{limit / 1000}K"]
+    status = command.main([*arguments, *options])
+    if share < 0.2:
+        assert status == 1
+        assert re.search(r"the weights take \d+\.\d MB even at 2 bits", capsys.readouterr().err)
+        assert not target.exists()
+        return
+    assert status == 0
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    assert min(0.8 * limit, 0.9 * whole) < size <= limit
+
+
+def test_options_that_exclude_each_other(
+    fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "packed")]
+    for options, message in {
+        ("--max-size", "4MB"): "need -q",
+        ("--q-mixed",): "need -q",
+        ("-q", "--max-size", "4 shoes"): "is no size; write it like 400MB",
+        ("-q", "--max-size", "4MB", "--q-mode", "mxfp4"): "mxfp4 has one number of bits",
+    }.items():
+        assert command.main([*base, *options]) == 1
+        assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Zero-shot classification: the ensemble against numpy, the cache against damage."""
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from standin import StandIn, StandInProcessor, paint
 
-from mlx_mobileclip import text_cache, zeroshot
+from mlx_mobileclip import disk_cache, zeroshot
+from mlx_mobileclip.disk_cache import DiskCache
 from mlx_mobileclip.errors import DataError, ImageError, ModelError
 
 TEMPLATES = ("a photo of a {}.", "a {} thing", "{} {}")
@@ -170,27 +172,41 @@ def test_damaged_entry_counts_as_absent(model: StandIn, cache: Path, damage: str
 def test_renamed_entry_is_refused(model: StandIn, cache: Path) -> None:
     matrix(model)
     (entry,) = cache.iterdir()
-    entry.rename(cache / ("0" * 64))
-    assert text_cache.read("0" * 64, len(LABELS)) is None
+    entry.rename(cache / ("0" * 64 + entry.suffix))
+    assert DiskCache(cache).read(entry.stem, len(LABELS)) is None
+    assert DiskCache(cache).read("0" * 64, len(LABELS)) is None
 
 
 def test_cache_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_cache, "MAX_TOTAL_BYTES", 1000)
-    (cache / "x").parent.mkdir()
-    stale = cache / "killed.tmp"
-    stale.write_bytes(b"x")
-    import os
-
-    os.utime(stale, (1, 1))
+    store = DiskCache(cache, max_bytes=1000)
+    cache.mkdir()
+    stale, foreign = cache / "killed.matrix-partial", cache / "photo.jpg"
+    for path in (stale, foreign):  # a user may name a directory that holds other files
+        path.write_bytes(bytes(2000))
+        os.utime(path, (1, 1))
     for i in range(6):
-        text_cache.write(f"{i:064}", np.full((10, 8), i, np.float32))
-        os.utime(cache / f"{i:064}", (100 + i, 100 + i))
-    kept = sorted(path.name for path in cache.iterdir())
-    assert f"{5:064}" in kept
-    assert len(kept) == 2
-    monkeypatch.setattr(text_cache, "MAX_ENTRY_BYTES", 100)
-    text_cache.write("f" * 64, np.zeros((10, 8), np.float32))
-    assert not (cache / ("f" * 64)).exists()
+        store.write(f"{i:064}", np.full((10, 8), i, np.float32))
+        os.utime(cache / f"{i:064}.matrix", (100 + i, 100 + i))
+    kept = {path.name for path in cache.iterdir()}
+    assert kept == {"photo.jpg", f"{4:064}.matrix", f"{5:064}.matrix"}
+    monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 100)
+    store.write("f" * 64, np.zeros((10, 8), np.float32))
+    assert not (cache / ("f" * 64 + ".matrix")).exists()
+
+
+def test_hostile_entries_end_within_bounds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would be waited for, a device read without end."""
+    monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 1 << 20)
+    cache.mkdir()
+    os.mkfifo(cache / "pipe.matrix")
+    (cache / "endless.matrix").symlink_to("/dev/zero")
+    with (cache / "huge.matrix").open("wb") as file:
+        file.truncate(disk_cache.MAX_ENTRY_BYTES + 1)
+    for key in ("pipe", "endless", "huge"):
+        assert DiskCache(cache).read(key, 4) is None
+    DiskCache(cache).write("pipe", np.ones((4, 2), np.float32))
+    stored = DiskCache(cache).read("pipe", 4)
+    assert stored is not None and np.array_equal(stored, np.ones((4, 2)))
 
 
 def test_unwritable_cache_is_no_error(
@@ -204,9 +220,9 @@ def test_unwritable_cache_is_no_error(
 def test_cache_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLX_MOBILECLIP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert text_cache.directory() == tmp_path / "mlx-mobileclip"
+    assert zeroshot.cache_directory() == tmp_path / "mlx-mobileclip"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert text_cache.directory() == Path.home() / ".cache" / "mlx-mobileclip"
+    assert zeroshot.cache_directory() == Path.home() / ".cache" / "mlx-mobileclip"
 
 
 def test_data_files_name_their_source() -> None:

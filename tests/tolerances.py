@@ -11,8 +11,10 @@ STAGE_FLOAT32 = 1e-4  # the contract: float32 against PyTorch, per stage, at ful
 FOLD_FLOAT32 = 2e-5  # folding in float64 against running the unfolded branches in float32
 SAME_WEIGHTS = 1e-6  # the same canonical weights by another route; sums may be ordered otherwise
 BATCHED = 1e-5  # one row of a batch against the same alone; products may be tiled otherwise
+REUSED = 1e-5  # a prompt in two passes against one; products may be tiled otherwise
 FLOAT16 = 2e-2  # tiny models: 11-bit products through 30 layers
 BFLOAT16 = 1e-1  # as above with 8 bits
+HALF_PRECISION_COSINE = 0.999  # the contract: embeddings in float16 against float32
 KV_8BIT = 2e-2  # keys and values rounded to 8 bits in groups of 32
 
 

@@ -96,7 +96,7 @@ def convert_mobileclip(
     config = MobileCLIPConfig(
         "demo",
         trained.projection.out_features,
-        tower_config("mci0", tower),
+        tower_config("mci3", tower),
         words,
         pixels,
         source={"model": name, "revision": None, "layout": OPEN_CLIP.name},

@@ -8,11 +8,17 @@ Runs on MLX, through the packages' public functions.
 """
 
 import argparse
+import multiprocessing
+import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +30,7 @@ from world import HELD_OUT, Scene, render, scene
 
 import mlx_fastvlm
 import mlx_mobileclip
-from mlx_fastvlm import Quantization
+from convert import __main__ as convert
 from mlx_fastvlm.model import PARTS
 from mlx_fastvlm.tokenizer import TURN_END
 from mlx_mobileclip import recall, top_k_accuracy
@@ -37,14 +43,17 @@ SETTINGS = {
     "256 px, crop": {"image_mode": "crop"},
 }
 NATIVE = {"": {}}
-PACKED: dict[str, dict[str, Any]] = {"not quantised": {}} | {
-    f"{name}, {', '.join(parts)}": {"quantize": packing, "parts": parts}
-    for name, packing, parts in (
-        *((f"affine {b}", Quantization.of(bits=b), ("decoder",)) for b in (8, 6, 5, 4, 3, 2)),
-        *((mode, Quantization.of(mode), ("decoder",)) for mode in ("mxfp8", "mxfp4", "nvfp4")),
-        *((f"affine {b}", Quantization.of(bits=b), tuple(PARTS)) for b in (8, 4)),
-    )
+ALL_PARTS = ("--q-parts", *PARTS)
+PACKED: dict[str, tuple[str, ...]] = {  # options of convert
+    "not quantised": (),
+    **{f"{bits} bits": ("-q", "--q-bits", str(bits)) for bits in (8, 6, 5, 4, 3, 2)},
+    **{f"{bits} bits, mixed": ("-q", "--q-mixed", "--q-bits", str(bits)) for bits in (4, 3, 2)},
+    **{mode: ("-q", "--q-mode", mode) for mode in ("mxfp8", "mxfp4", "nvfp4")},
+    **{f"{bits} bits, all parts": ("-q", "--q-bits", str(bits), *ALL_PARTS) for bits in (8, 4)},
+    "4 bits, mixed, all parts": ("-q", "--q-mixed", *ALL_PARTS),
+    **{f"at most {size}": ("-q", "--max-size", size) for size in ("3MB", "2MB", "1.5MB")},
 }
+KV_BITS = {"8-bit KV cache": 8, "4-bit KV cache": 4}
 ZERO_SHOT, RETRIEVAL = HELD_OUT + 1_000_000, HELD_OUT + 2_000_000  # first seeds of other scenes
 
 
@@ -53,6 +62,7 @@ def right(
     processor: mlx_fastvlm.Processor,
     image: Image,
     asked: list[Question],
+    kv_bits: int | None = None,
     **settings: object,
 ) -> list[bool]:
     """Whether greedy decoding would give each answer, each question asked on its own.
@@ -67,7 +77,7 @@ def right(
     for prompt in prompts:
         shared = zip(prompt[:-1], prompts[0], strict=False)
         begin = min(begin, next((i for i, (a, b) in enumerate(shared) if a != b), len(prompt) - 1))
-    cache = model.make_cache()
+    cache = model.make_cache(bits=kv_bits)
     model(mx.array([prompts[0][:begin]]), cache, pixels=inputs[0].pixels)
     results = []
     for question, prompt in zip(asked, prompts, strict=True):
@@ -102,10 +112,10 @@ def rounds(count: int) -> Iterator[tuple[Scene, list[Question]]]:
 
 
 def answers(
-    model: str | Path, count: int, settings: dict[str, dict[str, Any]], **options: Any
+    model: str | Path, count: int, settings: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Share of exactly right answers by setting and task, in percent; `options` are load's."""
-    loaded = mlx_fastvlm.load(model, **options)
+    """Share of exactly right answers by setting and task, in percent."""
+    loaded = mlx_fastvlm.load(model)
     found = {setting: dict.fromkeys(ASKED, 0) for setting in settings}
     started = time.monotonic()
     for number, (shown, asked) in enumerate(rounds(count)):
@@ -122,8 +132,8 @@ def answers(
     }
 
 
-def similarities(model: str | Path, count: int) -> dict[str, float]:
-    """Zero-shot top-1 over 48 labels and recall at 1 among 200 scenes, in percent."""
+def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, float]:
+    """Zero-shot top-1 over 48 labels and recall at 1 among so many scenes, in percent."""
     clip, processor = mlx_mobileclip.load(model)
 
     def embed_images(scenes: list[Scene]) -> mx.array:
@@ -138,7 +148,7 @@ def similarities(model: str | Path, count: int) -> dict[str, float]:
     single = [scene(ZERO_SHOT + i, (1, 1), central=True) for i in range(count)]
     labels = clip.encode_text(processor.texts([article(name) for name in LABELS]), normalize=True)
     targets = [LABELS.index(shown.shapes[0].name) for shown in single]
-    many = [scene(RETRIEVAL + i, central=True) for i in range(200)]
+    many = [scene(RETRIEVAL + i, central=True) for i in range(among)]
     texts = clip.encode_text(processor.texts([description(s) for s in many]), normalize=True)
     found = recall(embed_images(many), texts, range(len(many)))
     return {
@@ -148,12 +158,38 @@ def similarities(model: str | Path, count: int) -> dict[str, float]:
     }
 
 
-def print_header() -> None:
-    print(f"\n| | {' | '.join(ASKED)} |\n|---|{'---|' * len(ASKED)}")
+def packed_row(name: str, model: str, count: int) -> tuple[int, str, dict[str, float]]:
+    """Bytes of weights, divergence in nats and shares of right answers of a quantised model."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "packed"
+        options = ["--model", model, "--mlx-path", str(path), "--quiet"]
+        if convert.main([*options, *PACKED.get(name, ())]):
+            raise SystemExit(f"{name}: cannot be converted")
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        kl = re.findall(r"\| (\S+) nats", (path / "README.md").read_text())
+        settings = {name: {"kv_bits": KV_BITS[name]}} if name in KV_BITS else NATIVE
+        (shares,) = answers(path, count, settings).values()
+    return size, kl[0] if kl else "", shares
 
 
-def print_row(name: str, shares: dict[str, float]) -> None:
-    print(f"| {name} | {' | '.join(f'{shares[task]:.1f}' for task in ASKED)} |", flush=True)
+def print_packed(model: str, count: int) -> None:
+    """Every recipe, two or more at a time."""
+    print_header("MB", "KL")
+    names = [*PACKED, *KV_BITS]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(packed_row, names, repeat(model), repeat(count))
+        for name, (size, kl, shares) in zip(names, found, strict=True):
+            print_row(name, shares, f"{size / 1e6:.2f}", kl)
+
+
+def print_header(*first: str) -> None:
+    columns = (*first, *ASKED)
+    print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+
+
+def print_row(name: str, shares: dict[str, float], *first: str) -> None:
+    values = (*first, *(f"{shares[task]:.1f}" for task in ASKED))
+    print(f"| {name} | {' | '.join(values)} |", flush=True)
 
 
 def main() -> None:
@@ -164,11 +200,7 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="FastVLM, quantised in every mode")
     options = parser.parse_args()
     if options.packed:
-        print_header()
-        for name, packing in PACKED.items():
-            (shares,) = answers(options.fastvlm, options.count, NATIVE, **packing).values()
-            print_row(name, shares)
-        return
+        return print_packed(options.fastvlm, options.count)
     if options.fastvlm != "-":
         table = answers(options.fastvlm, options.count, SETTINGS)
         print_header()

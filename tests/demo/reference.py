@@ -22,6 +22,11 @@ from mlx_fastvlm.model import IMAGE_TOKEN
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LONGEST_TEXT = 5
+TOWER = {  # of both models, in timm's terms
+    "layers": (1, 1, 3, 2, 1),
+    "embed_dims": (16, 32, 64, 128, 256),
+    "mlp_ratios": (3, 3, 3, 3, 2),
+}
 SUBCELLS = 2  # of an output position along each axis, each with room for one thing
 
 
@@ -32,17 +37,14 @@ class Tower(nn.Module):
     stage's map and of the output, which a text loss alone would take far longer to bring about.
     """
 
-    def __init__(self, architecture: str, *, crop: bool = False, **shape: Any):
+    def __init__(self, *, crop: bool):
         """`crop` tells whether images are cropped to a square rather than padded."""
         super().__init__()
         self.crop = crop
-        # Almost twice as fast, but MCi0's backward pass in it breaks the heap of torch 2.13.
-        channels_last = architecture == "fastvit_mci3"
-        self.memory = torch.channels_last if channels_last else torch.contiguous_format
         self.trunk = timm.create_model(
-            architecture, num_classes=0, global_pool="", layer_scale_init_value=0.1, **shape
-        ).to(memory_format=self.memory)
-        middle = shape["embed_dims"][2]
+            "fastvit_mci3", num_classes=0, global_pool="", layer_scale_init_value=0.1, **TOWER
+        ).to(memory_format=torch.channels_last)
+        middle = TOWER["embed_dims"][2]
         self.kinds, self.letters = len(KINDS) + 2, len(LETTERS) + 1  # nothing, text; nothing
         per_cell = self.kinds + len(COLOURS) + len(SIZES) + 2
         self.middle_head = nn.Conv2d(middle, self.kinds + len(COLOURS) + self.letters, 1)
@@ -52,7 +54,7 @@ class Tower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) to the third stage's map (B, C, S/16, S/16) and the output (B, D, s, s)."""
-        x = self.trunk.stem(pixels.contiguous(memory_format=self.memory))
+        x = self.trunk.stem(pixels.contiguous(memory_format=torch.channels_last))
         for i, stage in enumerate(self.trunk.stages):
             x = stage(x)
             if i == 2:

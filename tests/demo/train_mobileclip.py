@@ -22,7 +22,7 @@ import numpy as np
 from captions import LABELS, Caption, caption
 from export import convert_mobileclip
 from PIL.Image import Resampling
-from reference import F, MobileCLIP, Tower, torch
+from reference import TOWER, F, MobileCLIP, Tower, torch
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
@@ -33,12 +33,11 @@ from mlx_mobileclip.processor import _resize_crop
 from mlx_mobileclip.tokenizer import WORD_END, WORD_PATTERN, Tokenizer, clean, write_merges
 
 SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
-TOWER = {"layers": (1, 2, 4, 2), "embed_dims": (16, 32, 64, 128), "mlp_ratios": (3, 3, 3, 3)}
-TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 4}
+TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 3}
 SCENES = 24_000
-TOWER_STEPS, TOWER_BATCH = 600, 32
-TEXT_STEPS, TEXT_BATCH = 300, 192
-TOGETHER_STEPS, TOGETHER_BATCH = 160, 96
+TOWER_STEPS, TOWER_BATCH = 1500, 32
+TEXT_STEPS, TEXT_BATCH = 600, 192
+TOGETHER_STEPS, TOGETHER_BATCH = 120, 96
 SEEING = 0.1  # weight of the tower's own losses while it learns with the texts
 MOST_SIMILAR = 100.0
 
@@ -101,7 +100,7 @@ class Training:
     def __init__(self, scenes: data.Scenes, words: Tokenizer, out: Path):
         self.scenes, self.words, self.out = scenes, words, out
         self.text = {**TEXT, "vocab_size": words.end_id + 1}
-        self.tower = Tower("fastvit_mci0", crop=True, **TOWER)
+        self.tower = Tower(crop=True)
 
     def see(self) -> None:
         """Phase one: the tower learns to name what is where, and its mean what there is."""
