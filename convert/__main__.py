@@ -3,8 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,34 @@ from mlx_fastvlm.loader import find_checkpoint, read_canonical, read_tokenizer
 from mlx_fastvlm.model import PARTS as FASTVLM_PARTS
 from mlx_fastvlm.model import FastVLM
 from mlx_fastvlm.processor import Processor
-from mlx_mobileclip.checkpoint import check_fit, named_parameters, read_json, read_tensors
+from mlx_mobileclip.checkpoint import check_fit, read_json
 from mlx_mobileclip.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
-from mlx_mobileclip.command import Bar, progress, run_command
+from mlx_mobileclip.command import progress, run_command
 from mlx_mobileclip.device import DTYPES
-from mlx_mobileclip.errors import CheckpointError, ConfigError, name_some
+from mlx_mobileclip.errors import ConfigError
 from mlx_mobileclip.hub import (
     DEMO,
     WEIGHT_SUFFIXES,
     Checkpoint,
-    is_repository,
     look,
     resolve_file,
 )
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.loader import read_tokenizer as read_clip_tokenizer
 from mlx_mobileclip.processor import Processor as ClipProcessor
-from mlx_mobileclip.quantization import MODES, Packed, Quantization, choose
+from mlx_mobileclip.quantization import MODES
 from mlx_mobileclip.tokenizer import read_merges, write_merges
 from mlx_mobileclip.variants import published_variant
 
+from . import interchange
 from .calibration import Sample, samples
-from .card import Making, card, recipe, table
-from .quality import agreement, closeness, size
-from .quantize import Tensors, as_stored, unpacked
-from .recipe import STEPS, mixed, parse_size, room, sensitivities, units_of
-from .verify import check_errors, compare, error_table, stage_errors
-from .walk import Read, Seen, Units, Walk, walk_fastvlm, walk_mobileclip
-from .write import check_target, copy_licence, file_states, write_checkpoint
+from .conversion import Conversion, convert
+from .quantize import Tensors
+from .recipe import parse_size
+from .walk import Read, Seen, Units, walk_fastvlm, walk_mobileclip
+from .write import check_target, file_states
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--vision-from",
         metavar="P",
         help="checkpoint to take the image tower from, for app exports, which have none",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=sorted(interchange.TARGETS),
+        help="FastVLM: write what this runtime loads, instead of the form that is fastest here",
     )
     parser.add_argument(
         "-q",
@@ -182,8 +184,9 @@ def _is_mobileclip(model: str, variant: str | None) -> bool:
 
 
 def _run_mobileclip(args: argparse.Namespace) -> None:
-    if args.vision_from:
-        raise ConfigError("--vision-from is for FastVLM; leave it out for a MobileCLIP checkpoint")
+    for option, given in (("--vision-from", args.vision_from), ("--layout", args.layout)):
+        if given:
+            raise ConfigError(f"{option} is for FastVLM; leave it out for a MobileCLIP checkpoint")
     checkpoint = resolve_file(args.model, args.revision)
     files = file_states(checkpoint.path)
 
@@ -208,9 +211,21 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
         processor = ClipProcessor(config.preprocess, words)
         return walk_mobileclip(read, units, samples, processor)
 
-    parts = tuple(MOBILECLIP_PARTS)
-    prefixes = MOBILECLIP_PARTS
-    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
+    convert(
+        args,
+        Conversion(
+            checkpoint=checkpoint,
+            files=files,
+            model=model,
+            prefixes=MOBILECLIP_PARTS,
+            usual_parts=tuple(MOBILECLIP_PARTS),
+            read=read,
+            arrange=lambda config, tensors: (config.to_json(), tensors),
+            write_words=write_words,
+            reread=lambda path: read_mobileclip(Checkpoint(path, str(path))),
+            walk=walk,
+        ),
+    )
 
 
 def _run_fastvlm(args: argparse.Namespace) -> None:
@@ -227,136 +242,35 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
         check_fit(model, tensors, checkpoint.name)
         tell(f"read {args.model}, layout {config.source.get('layout', 'canonical')}")
 
+    def arrange(config: FastVLMConfig, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+        if args.layout:
+            return interchange.rewrite(config, tensors, args.layout, words)
+        return config.to_json(), tensors
+
     def write_words(directory: Path) -> None:
-        words.save(directory / "tokenizer.json")
+        if args.layout:
+            interchange.write_words(directory, config, args.layout, words)
+        else:
+            words.save(directory / "tokenizer.json")
 
     def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
         return walk_fastvlm(read, units, samples, Processor(words, config))
 
-    parts = tuple(FASTVLM_PARTS) if args.max_size else ("decoder",)
-    prefixes = FASTVLM_PARTS
-    _write(args, Conversion(checkpoint, files, model, prefixes, parts, read, write_words, walk))
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What is done differently for FastVLM and MobileCLIP.
-
-    Attributes:
-        checkpoint: Where the source lies.
-        files: What state its files were in before any was read.
-        model: Of the source's shapes; its weights are never looked at.
-        prefixes: Where its parts lie.
-        usual_parts: Which of them -q packs.
-        read: Config and lazy tensors of the source, anew with each call.
-        write_words: Writes the tokenizer's files.
-        walk: Through such a model.
-    """
-
-    checkpoint: Checkpoint
-    files: dict[str, tuple[int, int]]
-    model: Any
-    prefixes: dict[str, str]
-    usual_parts: tuple[str, ...]
-    read: Read
-    write_words: Callable[[Path], None]
-    walk: Walk
-
-    def check_unchanged(self) -> None:
-        """Raises CheckpointError if a file of the source is not as it was when reading began."""
-        now = file_states(self.checkpoint.path)
-        if changed := [name for name, state in self.files.items() if now.get(name) != state]:
-            raise CheckpointError(
-                f"{self.checkpoint.name}: {changed[0]} was changed while it was read; convert again"
-            )
-
-
-def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, list[str]]:
-    """Which layers to pack and how; and those that cannot be."""
-    fewest = STEPS[0] if args.max_size else None
-    bits = fewest if args.q_bits is None else args.q_bits
-    packing = Quantization.of(args.q_mode or "affine", bits, args.q_group_size)
-    parts = args.q_parts or conversion.usual_parts
-    packed, skipped = choose(conversion.model, conversion.prefixes, parts, packing)
-    if args.q_mixed:
-        dtype, model = DTYPES[args.dtype], conversion.model
-        spare = room(model, packed, dtype, args.max_bytes)
-        with Bar(len(units_of(packed)), "units measured", quiet=args.quiet) as bar:
-            walk, read, shown = conversion.walk, conversion.read, args.samples
-            costs = sensitivities(walk, read, packed, shown, bar)
-        packed = mixed(model, packed, dtype, costs, spare)
-    return packed, skipped
-
-
-def _write(args: argparse.Namespace, conversion: Conversion) -> None:
-    checkpoint, model, read = conversion.checkpoint, conversion.model, conversion.read
-    packed, skipped = _recipe(args, conversion) if args.quantize else ({}, [])
-
-    def stored() -> tuple[Any, Tensors]:
-        config, tensors = read()
-        held = {} if args.dequantize else config.quantization
-        floats = unpacked(tensors, config.quantization) if args.dequantize else tensors
-        result = as_stored(floats, DTYPES[args.dtype], packed)
-        return replace(config, quantization=packed or held), result
-
-    config, tensors = stored()
-    graft = config.source.get("vision_from")
-    change = f"Image tower taken from: {graft}\n" if graft else ""
-    change += f"Changes: folded and re-arranged for MLX, stored as {args.dtype}"
-    if packed:
-        change += ", quantised"
-    sizes = size(sum(t.size for t in named_parameters(model).values()), tensors, config)
-    quality = verified = ""
-
-    def other_files(directory: Path) -> None:
-        nonlocal quality, verified
-
-        def written() -> tuple[Any, Tensors]:
-            return config, read_tensors(directory)
-
-        conversion.write_words(directory)
-        copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
-        if args.verify:
-            compare(directory, stored()[1])
-            errors = stage_errors(conversion.walk, read, written, args.samples[0])
-            check_errors(errors, DTYPES[args.dtype], bool(config.quantization), args.mlx_path)
-            verified = error_table(errors)
-        if packed:
-            compared = agreement if isinstance(model, FastVLM) else closeness
-            quality = table(sizes, compared(conversion.walk, read, written, args.samples))
-        conversion.check_unchanged()
-        making = Making(
-            name=args.mlx_path.name,
-            source=_described(checkpoint),
-            base_model=checkpoint.name if is_repository(args.model) else None,
-            is_fastvlm=isinstance(model, FastVLM),
-            dtype=args.dtype,
-            arguments=args.arguments,
-        )
-        text = card(making, config.quantization, quality)
-        (directory / "README.md").write_text(text, encoding="utf-8", errors="replace")
-
-    with progress(f"writing {args.mlx_path}", quiet=args.quiet) as tell:
-        try:
-            write_checkpoint(args.mlx_path, config.to_json(), tensors, other_files)
-        except CheckpointError:
-            conversion.check_unchanged()  # which would be why
-            raise
-        tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
-    if verified and not args.quiet:
-        print(f"{verified}\n", file=sys.stderr)
-    if quality and not args.quiet:
-        print(f"{recipe(packed, args.dtype)}\n\n{quality}", file=sys.stderr)
-    if skipped and not args.quiet:
-        print(
-            f"not quantised, as their width is no multiple of the group size: {name_some(skipped)}",
-            file=sys.stderr,
-        )
-
-
-def _described(checkpoint: Checkpoint) -> str:
-    revision = checkpoint.revision
-    return f"{checkpoint.name}, commit {revision}" if revision else checkpoint.name
+    convert(
+        args,
+        Conversion(
+            checkpoint=checkpoint,
+            files=files,
+            model=model,
+            prefixes=FASTVLM_PARTS,
+            usual_parts=tuple(FASTVLM_PARTS) if args.max_size else ("decoder",),
+            read=read,
+            arrange=arrange,
+            write_words=write_words,
+            reread=lambda path: read_canonical(Checkpoint(path, str(path))),
+            walk=walk,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def convert_fastvlm(
         vision, tower = _vision_config(fields), None
     else:
         vision, tower = _read_tower(vision_from)
+    path = checkpoint.path / "preprocessor_config.json"
+    if layout.name.startswith("fast_vlm") and path.is_file():  # config.json does not say
+        said = _image_fields(Fields(read_json(path), str(path)))
+        fields = Fields(said | values, fields.where)
     config = _config(fields, vision)
     source = named_source(tensors, layout, vision, config.projector_type, checkpoint.name)
     if tower is None:
@@ -190,6 +194,14 @@ def _vision_config(fields: Fields) -> FastViTConfig:
         if stages != len(values["se_downsamples"]):
             values["se_downsamples"] = [False] * stages
     return FastViTConfig.from_json(Fields(values, given.where or fields.where))
+
+
+def _image_fields(pixels: Fields) -> dict[str, str]:
+    """What transformers' preprocessor_config.json says of images, in Apple's terms."""
+    size = pixels.object("crop_size") if pixels.has("crop_size") else Fields({}, pixels.where)
+    side = size.integer("height", 1, 1 << 14, IMAGE_SIZE)
+    mode = "pad" if pixels.get("do_pad", True) is not False else "square"
+    return {"mm_vision_tower": f"mobileclip_l_{side}", "image_aspect_ratio": mode}
 
 
 def _image_size(fields: Fields) -> int:

@@ -1,59 +1,221 @@
-"""Write a FastVLM as other runtimes load it: mlx-vlm's layout, and transformers'.
+"""Write a FastVLM as other runtimes load it: in mlx-vlm's layout, or in transformers'.
 
-Source of the configs: mlx-vlm 0.7.10 `models/fastvlm/config.py`, transformers 5.23
-`models/fast_vlm/configuration_fast_vlm.py`.
+Source of the configs: mlx-vlm 0.7.10 `models/fastvlm`, transformers 5.23 `models/fast_vlm` and
+`models/llava/processing_llava.py`.
 """
 
-from dataclasses import asdict, replace
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_fastvlm.config import FastVLMConfig
-from mlx_fastvlm.tokenizer import Tokenizer
+from mlx_fastvlm.prompt import SYSTEM_PROMPT
+from mlx_fastvlm.tokenizer import TURN_END, Tokenizer
 from mlx_mobileclip.errors import ConfigError
-from mlx_mobileclip.quantization import Packed, Quantization
+from mlx_mobileclip.quantization import Packed
 
 from .layouts import LAYOUTS, Layout, names
-from .unfold import Tensors, unfold
+from .quantize import Tensors
+from .unfold import source_paths, unfold
 
-TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # option: name of the layout
-IMAGE_TOKEN_ID = 151646  # what both put where an image goes; no text has it
-FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
+TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # option: the layout's name
+IMAGE_WORD = "<image>"  # in the text of a prompt; both replace it by the image
+IMAGE_ID = 151646  # its id in transformers; Qwen2's vocabulary leaves the row unused
+HEAD_WIDTH = 768  # of a classification head that mlx-vlm insists on
+EMPTY_ROWS = 64  # added to a vocabulary that has no row to spare for it
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    + SYSTEM_PROMPT
+    + "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-def interchange(
-    config: FastVLMConfig, tensors: Tensors, target: str
+def check_target(target: str, packed: Packed) -> None:
+    """Raises ConfigError if a layout cannot hold these packed layers."""
+    if packed and target == "transformers":
+        raise ConfigError(
+            "transformers loads no weights that MLX has packed; leave out -q, or --dequantize"
+        )
+    if any(path.startswith("vision_tower.") for path in packed):
+        raise ConfigError("mlx-vlm loads no packed image tower; leave it out of --q-parts")
+
+
+def rewrite(
+    config: FastVLMConfig, tensors: Tensors, target: str, words: Tokenizer
 ) -> tuple[dict[str, Any], Tensors]:
-    """config.json and lazy tensors of a canonical checkpoint in another layout.
+    """A canonical checkpoint in another layout.
 
     Args:
         config: Of the canonical checkpoint.
-        tensors: Its tensors.
+        tensors: Its lazy tensors.
         target: One of TARGETS.
+        words: Its tokenizer.
+
+    Returns:
+        Contents of config.json, and lazy tensors.
 
     Raises:
         ConfigError: the layout cannot hold this model.
     """
+    check_target(target, config.quantization)
     layout = next(layout for layout in LAYOUTS if layout.name == TARGETS[target])
-    if config.quantization and target == "transformers":
-        raise ConfigError("transformers loads no weights that MLX has packed; add --dequantize")
-    if any(path.startswith("vision_tower.") for path in config.quantization):
-        raise ConfigError("mlx-vlm loads no packed image tower; quantise without the part vision")
     name = names(layout, config.vision, config.projector_type)
-    renamed = {name(common): _as_in(layout, common, t) for common, t in unfold(config, tensors).items()}
+    common = unfold(config, tensors)
+    rows = config.text.vocab_size
+    if target == "transformers" and image_id(config, words) >= rows:
+        rows += EMPTY_ROWS
+        for key in {"model.embed_tokens.weight", "lm_head.weight"} & common.keys():
+            table = common[key]
+            empty = mx.zeros((EMPTY_ROWS, table.shape[1]), table.dtype)
+            common[key] = mx.concatenate([table, empty])
+    renamed = {name(key): _arranged(layout, key, value) for key, value in common.items()}
+    renamed |= _never_read(config, target, renamed)
+    text = asdict(config.text) | {"vocab_size": rows, "hidden_act": "silu"}
     if target == "transformers":
-        return _transformers_config(config), renamed
-    return _mlx_vlm_config(config, name), renamed
+        return _transformers_config(config, text, image_id(config, words)), renamed
+    return _mlx_vlm_config(config, text) | _packing(config, name), renamed
 
 
-def _as_in(layout: Layout, common: str, tensor: mx.array) -> mx.array:
+def _never_read(config: FastVLMConfig, target: str, tensors: Tensors) -> Tensors:
+    """What must be there, or is missed aloud, though nothing is computed from it."""
+    if target == "transformers":
+        counter = ".num_batches_tracked"
+        norms = [name for name in tensors if name.endswith(".running_var")]
+        return {name.replace(".running_var", counter): mx.array(0, mx.int64) for name in norms}
+    head = mx.zeros((config.vision.features, HEAD_WIDTH), mx.float16)
+    return {"vision_tower.vision_model.head.proj": head}
+
+
+def image_id(config: FastVLMConfig, words: Tokenizer) -> int:
+    """The id that stands for an image in transformers: one that no text has."""
+    if IMAGE_WORD in words.added:
+        return words.added[IMAGE_WORD]
+    return IMAGE_ID if words.size <= IMAGE_ID < config.text.vocab_size else words.size
+
+
+def _arranged(layout: Layout, common: str, tensor: mx.array) -> mx.array:
     """Convolutions and layer scales in the layout's order of axes."""
     if not layout.nhwc or not common.startswith("vision."):
         return tensor
     if tensor.ndim == 4:
         return tensor.transpose(0, 2, 3, 1)
     return tensor.reshape(1, 1, -1) if "layer_scale" in common else tensor
+
+
+def _tower_shape(config: FastVLMConfig) -> dict[str, Any]:
+    values = config.vision.to_json()
+    return {key: values[key] for key in ("layers", "embed_dims", "mlp_ratios")}
+
+
+def _mlx_vlm_config(config: FastVLMConfig, text: dict[str, Any]) -> dict[str, Any]:
+    return text | {
+        "model_type": "llava_qwen2",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "image_aspect_ratio": "pad" if config.image_mode == "pad" else "square",
+        "image_token_index": -200,
+        "mm_hidden_size": config.vision.features,
+        "mm_projector_type": config.projector_type,
+        "mm_vision_tower": f"mobileclip_l_{config.image_size}",
+        "tokenizer_model_max_length": config.max_length,
+        "vision_config": {"image_size": config.image_size} | _tower_shape(config),
+    }
+
+
+def _packing(config: FastVLMConfig, name: Any) -> dict[str, Any]:
+    """mlx-lm's `quantization` entry: what most layers have, and each layer by its path."""
+    if not config.quantization:
+        return {}
+    usual, _ = Counter(config.quantization.values()).most_common(1)[0]
+    paths = {
+        name(f"{part}.weight").removesuffix(".weight"): asdict(packing)
+        for path, packing in config.quantization.items()
+        for part in source_paths(path)
+    }
+    return {"quantization": asdict(usual) | paths}
+
+
+def _transformers_config(
+    config: FastVLMConfig, text: dict[str, Any], image_token: int
+) -> dict[str, Any]:
+    theta = text.pop("rope_theta")
+    tied = text["tie_word_embeddings"]
+    return {
+        "model_type": "fast_vlm",
+        "architectures": ["FastVlmForConditionalGeneration"],
+        "image_token_index": image_token,
+        "image_seq_length": (config.image_size // config.vision.stride) ** 2,
+        "tie_word_embeddings": tied,
+        "text_config": text
+        | {
+            "model_type": "qwen2",
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        },
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": config.vision.features,
+            "model_args": {"inference_mode": True} | _tower_shape(config),
+        },
+    }
+
+
+def write_words(directory: Path, config: FastVLMConfig, target: str, words: Tokenizer) -> None:
+    """Tokenizer and preprocessing, as both runtimes read them."""
+    path = directory / "tokenizer.json"
+    words.save(path)
+    tokenizer: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": TURN_END,
+        "pad_token": "<|endoftext|>",
+        "model_max_length": config.max_length,
+    }
+    if target == "transformers":
+        if IMAGE_WORD not in words.added:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            image = {"id": image_id(config, words), "content": IMAGE_WORD}
+            data["added_tokens"].append(data["added_tokens"][0] | image)
+            path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        tokenizer["extra_special_tokens"] = {"image_token": IMAGE_WORD}
+        processor = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": config.vision.stride,
+            "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": "full",
+            "image_token": IMAGE_WORD,
+        }
+        _write_json(directory / "processor_config.json", processor)
+    _write_json(directory / "tokenizer_config.json", tokenizer)
+    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    side = config.image_size
+    image_processor = {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": config.image_mode == "pad",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+    }
+    _write_json(directory / "preprocessor_config.json", image_processor)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

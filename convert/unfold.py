@@ -1,7 +1,8 @@
 """Canonical tensors of a FastVLM as its sources hold them: folding and fusing, backwards.
 
 Names are the converter's common ones: timm's for the tower, Hugging Face's for the decoder. Packed
-layers are split as they are, for their rows are packed one by one.
+layers are split as they are, for their rows are packed one by one. Nothing is computed before a
+tensor is asked for.
 """
 
 import mlx.core as mx
@@ -9,9 +10,13 @@ import mlx.core as mx
 from mlx_fastvlm.config import FastVLMConfig, Qwen2Config
 from mlx_mobileclip.fastvit import FastViTConfig
 
-BATCH_NORM_EPS = 1e-5
+from .quantize import Tensors
 
-Tensors = dict[str, mx.array]
+BATCH_NORM_EPS = 1e-5
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 def unfold(config: FastVLMConfig, tensors: Tensors) -> Tensors:
@@ -25,25 +30,24 @@ def unfold(config: FastVLMConfig, tensors: Tensors) -> Tensors:
     )
 
 
+def source_paths(path: str) -> list[str]:
+    """The layers of a source, by their common names, that a canonical one was made from."""
+    path = path.replace("language_model.", "model.", 1).replace("model.lm_head", "lm_head")
+    parent, _, layer = path.rpartition(".")
+    return [f"{parent}.{part}" for part in FUSED[layer]] if layer in FUSED else [path]
+
+
 def split_decoder(config: Qwen2Config, tensors: Tensors) -> Tensors:
     """Queries, keys and values apart, gate and up apart."""
     D, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-    parts = {
-        "qkv_proj": (("q_proj", "k_proj", "v_proj"), [D, D + kv_width]),
-        "gate_up_proj": (("gate_proj", "up_proj"), [config.intermediate_size]),
-    }
+    ends = {3: [D, D + kv_width], 2: [config.intermediate_size], 1: []}
     out: Tensors = {}
-    for key, tensor in tensors.items():
-        if not key.startswith("language_model."):
-            continue
-        name = key.replace("language_model.", "model.", 1).replace("model.lm_head", "lm_head")
-        layer = name.split(".")[-2]
-        if layer not in parts:
-            out[name] = tensor
-            continue
-        names, ends = parts[layer]
-        for part, rows in zip(names, mx.split(tensor, ends), strict=True):
-            out[name.replace(layer, part)] = rows
+    for name, tensor in tensors.items():
+        if name.startswith("language_model."):
+            path, _, kind = name.rpartition(".")
+            paths = source_paths(path)
+            rows = mx.split(tensor, ends[len(paths)]) if len(paths) > 1 else [tensor]
+            out |= {f"{p}.{kind}": part for p, part in zip(paths, rows, strict=True)}
     return out
 
 
@@ -78,6 +82,7 @@ class _Unfold:
 
     def __init__(self, folded: Tensors):
         self.folded = folded
+        self.dtype = folded["stem.conv.weight"].dtype
         self.tensors: Tensors = {}
 
     def conv(self, dst: str, src: str, bias: str) -> None:
@@ -95,7 +100,7 @@ class _Unfold:
         self.tensors[f"{dst}.bias"] = self.folded[f"{src}.bias"]
 
     def block(self, name: str, mixer: str, channels: int) -> None:
-        mix, mlp, one = f"{name}.token_mixer", f"{name}.mlp", mx.ones((channels, 1, 1))
+        mix, mlp, one = f"{name}.token_mixer", f"{name}.mlp", mx.ones((channels, 1, 1), self.dtype)
         if mixer == "attention":
             for kind in ("weight", "bias"):
                 self.tensors[f"{name}.norm.{kind}"] = self.folded[f"{mix}.norm.{kind}"]
@@ -112,11 +117,11 @@ class _Unfold:
             self.pointwise(f"{mlp}.{layer}", f"{mlp}.{layer}")
 
     def identity_norm(self, dst: str, channels: int) -> None:
-        """A BatchNorm of gain 1: to 7e-9, less than float32 resolves, if not stored in half."""
-        self.tensors[f"{dst}.weight"] = mx.ones((channels,))
-        self.tensors[f"{dst}.bias"] = mx.zeros((channels,))
-        self.tensors[f"{dst}.running_mean"] = mx.zeros((channels,))
-        self.tensors[f"{dst}.running_var"] = mx.full((channels,), 1 - BATCH_NORM_EPS)
+        """A BatchNorm of gain 1: to 7e-9 in float32, to 5e-6 where half precision stores 1."""
+        ones, zeros = mx.ones((channels,), self.dtype), mx.zeros((channels,), self.dtype)
+        self.tensors |= {f"{dst}.weight": ones, f"{dst}.bias": zeros}
+        self.tensors[f"{dst}.running_mean"] = zeros
+        self.tensors[f"{dst}.running_var"] = mx.full((channels,), 1 - BATCH_NORM_EPS, self.dtype)
 
 
 def _oihw(weight: mx.array) -> mx.array:

@@ -33,6 +33,7 @@ STORED_DTYPES = {
     mx.float16: "F16",
     mx.bfloat16: "BF16",
     mx.uint32: "U32",
+    mx.int64: "I64",
     mx.uint8: "U8",
 }
 PIECE = 1 << 24  # values that are checked at a time while writing

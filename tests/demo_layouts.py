@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import synthetic
 
-from mlx_fastvlm.config import FastVLMConfig, Qwen2Config
+from convert.unfold import unfold
+from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
-from mlx_mobileclip.fastvit import FastViTConfig
 
 # Layouts. Apple's names are those of the listing in tests/keys, so that they are real ones.
 
@@ -41,10 +41,9 @@ def write(
     source = find_checkpoint(model)
     config, canonical = read_canonical(source)
     names = apple_names()
-    tensors = {
-        names[common]: np.array(tensor.astype(mx.float32))
-        for common, tensor in unfold(config, canonical).items()
-    }
+    whole = {name: tensor.astype(mx.float32) for name, tensor in canonical.items()}
+    tensors = {names[common]: np.array(tensor) for common, tensor in unfold(config, whole).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # stored though it is tied
     values = _apple_config(config)
     if layout == "fast_vlm":
         tensors = synthetic.renamed(tensors, synthetic.transformers_name)

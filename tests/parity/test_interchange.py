@@ -1,0 +1,117 @@
+"""What `convert --layout` writes, loaded by the runtimes it is written for."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from reference import torch
+from tolerances import STAGE_FLOAT32, relative_error
+from world import HELD_OUT, render, scene
+
+from convert import __main__ as command
+from mlx_fastvlm import generate, load
+
+pytestmark = pytest.mark.parity
+ONE_LEVEL = 1.01 / 255  # torchvision rounds a resized image otherwise than Pillow
+QUESTION = "How many shapes are there?"
+# In a process of its own: transformers must not find PyTorch there, nor this one mlx-vlm's patches.
+MLX_VLM = """
+import json, sys
+sys.modules |= dict.fromkeys(("torch", "torchvision"))
+import mlx.core as mx, numpy as np
+from pathlib import Path
+from mlx_vlm.models.fastvlm import VisionConfig
+source, inputs, output = sys.argv[1:]
+# mlx-vlm's tower has the published size whatever config.json says.
+shape = json.loads((Path(source) / "config.json").read_text())["vision_config"]
+for name in ("layers", "embed_dims", "mlp_ratios"):
+    setattr(VisionConfig, name, shape[name])
+from mlx_vlm.utils import load_model
+model = load_model(Path(source))
+given = np.load(inputs)
+ids, pixels = mx.array(given["ids"]), mx.array(given["pixels"])
+np.savez(output, np.array(model(ids, pixels, mx.ones(ids.shape, mx.int32)).logits))
+"""
+
+
+def convert(target: Path, *options: str) -> None:
+    base = ["--model", "demo", "--mlx-path", str(target), "--dtype", "float32", "--verify"]
+    assert command.main([*base, *options]) == 0
+
+
+def test_transformers(tmp_path: Path) -> None:
+    """The same pixels, prompt, logits and answer."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    convert(tmp_path / "there", "--layout", "transformers")
+    model, processor = load("demo", dtype="float32")
+    image = render(scene(HELD_OUT))
+    inputs = processor(QUESTION, image)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "there").eval()
+    prepare = AutoProcessor.from_pretrained(tmp_path / "there")
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = prepare.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    given = prepare(images=image, text=text, return_tensors="pt")
+    ids = np.array(inputs.input_ids)
+    assert (
+        given["input_ids"][0].tolist() == np.where(ids < 0, processor.tokenizer.size, ids).tolist()
+    )
+    assert inputs.pixels is not None
+    pixels = given["pixel_values"].permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels - np.array(inputs.pixels)).max() < ONE_LEVEL
+    with torch.no_grad():
+        expected = theirs(**given).logits[0, :, : processor.tokenizer.size].numpy()
+        said = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, len(ids) :]
+    ours = model(inputs.input_ids[None], pixels=mx.array(pixels))[0, :, : processor.tokenizer.size]
+    assert relative_error(ours, expected) < STAGE_FLOAT32
+    answer = generate(model, processor, QUESTION, image, max_tokens=24).token_ids
+    assert said.tolist()[: len(answer)] == answer
+
+
+@pytest.mark.parametrize("options", [(), ("-q", "--q-mixed")], ids=["float", "mixed"])
+def test_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
+    """The same logits of the same pixels and prompt."""
+    if importlib.util.find_spec("mlx_vlm") is None:
+        pytest.skip("mlx-vlm is not installed: pip install --no-deps mlx-vlm")
+    convert(tmp_path / "there", "--layout", "mlx-vlm", *options)
+    model, processor = load(tmp_path / "there", dtype="float32")
+    inputs = processor(QUESTION, render(scene(HELD_OUT)))
+    ids, side = np.array(inputs.input_ids), processor.image_size
+    first, last = np.flatnonzero(ids < 0)[[0, -1]]
+    short = np.concatenate([ids[:first], [-200], ids[last + 1 :]])  # mlx-vlm's one id an image
+    assert inputs.pixels is not None and side == 256
+    pixels = np.array(inputs.pixels).transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "inputs.npz", ids=short[None], pixels=pixels)
+    paths = (tmp_path / name for name in ("there", "inputs.npz", "output.npz"))
+    command_line = [sys.executable, "-c", MLX_VLM, *map(str, paths)]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = np.load(tmp_path / "output.npz")["arr_0"][0]
+    ours = np.array(model(inputs.input_ids[None], pixels=inputs.pixels))[0]
+    assert relative_error(ours, theirs) < STAGE_FLOAT32
+
+
+def test_a_text_alone_is_rendered_alike(tmp_path: Path) -> None:
+    """The chat template lays a conversation out as we do."""
+    from transformers import AutoTokenizer
+
+    _, processor = load("demo")
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "How many?"},
+    ]
+    for target in ("transformers", "mlx-vlm"):
+        convert(tmp_path / target, "--layout", target)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / target)
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
+        assert ids == np.array(processor(messages).input_ids).tolist()
+        assert json.loads((tmp_path / target / "config.json").read_text())["model_type"]
