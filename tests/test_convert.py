@@ -18,7 +18,7 @@ import synthetic
 from tolerances import relative_error
 
 from convert import __main__ as command
-from convert import verify, write
+from convert import conversion, verify, write
 from convert.calibration import samples
 from convert.walk import walk_fastvlm
 from mlx_fastvlm import CheckpointError, load
@@ -195,7 +195,7 @@ def test_a_source_that_changes_meanwhile(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As when a download is still going on; between the look at the shapes and the writing."""
-    write_checkpoint = command.write_checkpoint
+    write_checkpoint = conversion.write_checkpoint
     weights = source / "model.safetensors"
 
     def late(*arguments: Any) -> None:
@@ -207,7 +207,7 @@ def test_a_source_that_changes_meanwhile(
             weights.unlink()
         write_checkpoint(*arguments)
 
-    monkeypatch.setattr(command, "write_checkpoint", late)
+    monkeypatch.setattr(conversion, "write_checkpoint", late)
     assert convert(source, tmp_path / "out", "--verify") == 1
     message = "model.safetensors was changed while it was read; convert again"
     assert message in capsys.readouterr().err
