@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_fastvlm.config import MODEL_TYPE
 from mlx_fastvlm.model import FastVLM
-from mlx_mobileclip.checkpoint import named_parameters
+from mlx_mobileclip.checkpoint import named_parameters, read_json
 from mlx_mobileclip.command import Bar, progress
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, name_some
@@ -20,7 +21,7 @@ from .card import Making, card, recipe, table
 from .quality import agreement, closeness, size
 from .quantize import Tensors, as_stored, unpacked
 from .recipe import STEPS, mixed, room, sensitivities, units_of
-from .verify import check_errors, compare, error_table, stage_errors
+from .verify import check_errors, compare, compare_with_source, error_table, stage_errors
 from .walk import Read, Walk
 from .write import copy_licence, file_states, write_checkpoint
 
@@ -124,7 +125,10 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
             compare(directory, conversion.arrange(*stored())[1])
             errors = stage_errors(conversion.walk, read, written, args.samples[0])
             check_errors(errors, DTYPES[args.dtype], bool(config.quantization), args.mlx_path)
-            verified = error_table(errors)
+            found = 0
+            if isinstance(model, FastVLM) and _model_type(checkpoint) != MODEL_TYPE:
+                found = compare_with_source(checkpoint, *written())
+            verified = error_table(errors, found)
         if packed:
             compared = agreement if isinstance(model, FastVLM) else closeness
             quality = table(sizes, compared(conversion.walk, read, written, args.samples))
@@ -161,3 +165,7 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
 def _described(checkpoint: Checkpoint) -> str:
     revision = checkpoint.revision
     return f"{checkpoint.name}, commit {revision}" if revision else checkpoint.name
+
+
+def _model_type(checkpoint: Checkpoint) -> object:
+    return read_json(checkpoint.path / "config.json").get("model_type")

@@ -154,6 +154,25 @@ def test_verify_finds_a_layer_in_the_wrong_place() -> None:
         verify.check_errors(errors, mx.float16, packed=False, where=Path("out"))
 
 
+@pytest.mark.parametrize("options", [(), ("-q", "--q-group-size", "32")], ids=len)
+def test_verify_maps_back_to_the_source(
+    options: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake in the way from the source's names to ours is not repeated on the way back."""
+    assert convert(source, tmp_path / "good", "--verify", *options) == 0
+    assert "tensors of the source found again, bit by bit" in capsys.readouterr().err
+    checkpoint = find_checkpoint(source)
+    config, tensors = read_canonical(find_checkpoint(tmp_path / "good"))
+    name = "language_model.layers.1.self_attn.qkv_proj.bias"
+    D = config.text.hidden_size
+    queries, rest = tensors[name][:D], tensors[name][D:]
+    half = len(rest) // 2
+    wrong = tensors | {name: mx.concatenate([queries, rest[half:], rest[:half]])}
+    assert verify.compare_with_source(checkpoint, config, tensors) > 10
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.bias is not what"):
+        verify.compare_with_source(checkpoint, config, wrong)
+
+
 def test_shards_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tensors = {f"t{i}": mx.full((10,), i, mx.float32) for i in range(7)}
     checkpoint.write_tensors(tmp_path, dict(tensors), shard_bytes=100)
