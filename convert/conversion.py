@@ -150,7 +150,7 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
         except CheckpointError:
             conversion.check_unchanged()  # which would be why
             raise
-        tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e9:.2f} GB of weights")
+        tell(f"wrote {args.mlx_path}: {sizes.disk_bytes / 1e6:,.1f} MB of weights")
     if verified and not args.quiet:
         print(f"{verified}\n", file=sys.stderr)
     if quality and not args.quiet:
