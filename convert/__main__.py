@@ -38,6 +38,7 @@ from .calibration import Sample, samples
 from .conversion import Conversion, convert
 from .quantize import Tensors
 from .recipe import parse_size
+from .upload import check_repository, upload
 from .walk import Read, Seen, Units, walk_fastvlm, walk_mobileclip
 from .write import check_target, file_states
 
@@ -133,6 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="read back what was written, compare every bit, and every stage of a pass with the "
         "source's",
     )
+    parser.add_argument(
+        "--upload-repo",
+        metavar="NAME",
+        help="then push the directory to this repository on Hugging Face, such as you/model",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -161,11 +167,16 @@ def _run(args: argparse.Namespace) -> None:
     args.samples = samples(args.calibration) if args.quantize or args.verify else []
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if args.upload_repo:
+        check_repository(args.upload_repo)
     check_target(args.mlx_path)
     if _is_mobileclip(args.model, args.variant):
         _run_mobileclip(args)
     else:
         _run_fastvlm(args)
+    if args.upload_repo:
+        with progress(f"uploading to {args.upload_repo}", quiet=args.quiet) as tell:
+            tell(f"uploaded: {upload(args.mlx_path, args.upload_repo)}")
 
 
 def _is_mobileclip(model: str, variant: str | None) -> bool:

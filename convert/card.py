@@ -3,6 +3,7 @@
 import shlex
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_mobileclip import __version__
 from mlx_mobileclip.quantization import Packed
@@ -104,5 +105,11 @@ def card(making: Making, packed: Packed, quality: str) -> str:
         recipe=recipe(packed, making.dtype),
         quality=quality or "Nothing was quantised.",
         use=use,
-        command=f"python -m convert {shlex.join(making.arguments)}",
+        command=f"python -m convert {shlex.join(map(_without_folders, making.arguments))}",
     )
+
+
+def _without_folders(argument: str) -> str:
+    """A path without the folders that lead to it, which are nobody's business."""
+    path = Path(argument).expanduser()
+    return path.name if path.parent != Path() and path.parent.is_dir() else argument
