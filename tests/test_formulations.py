@@ -1,4 +1,4 @@
-"""What is computed otherwise on the CPU equals the plain formulation."""
+"""What is computed otherwise on some device equals the plain formulation."""
 
 import math
 
@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tolerances import relative_error
 
+from mlx_mobileclip import fastvit
 from mlx_mobileclip.depthwise import Depthwise
 from mlx_mobileclip.gelu import bias_gelu, gelu
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="the formulations are the CPU's"
+    mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
 )
 
 
@@ -91,3 +92,22 @@ def test_depthwise_keeps_its_banded_matrix_out_of_the_parameters() -> None:
     layer.eval()
     mx.eval(layer(mx.zeros((1, 5, 5, 6))))
     assert list(layer.parameters()) == ["weight"]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_attention_with_heads_padded_as_for_metal(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = fastvit.Attention(96, norm)
+    x = mx.random.normal((2, 3, 5, 96))
+    plain = np.array(layer(x))
+    monkeypatch.setattr(fastvit, "PAD_HEADS_FROM", 15)
+    assert np.array_equal(np.array(layer(x)), plain)  # not on this device
+    monkeypatch.setattr(fastvit, "on_metal", lambda: True)
+    padded = []
+    pad = mx.pad
+    monkeypatch.setattr(mx, "pad", lambda *given: padded.append(given) or pad(*given))
+    assert relative_error(np.array(layer(x)), plain) < 1e-6
+    assert padded
+    monkeypatch.setattr(fastvit, "PAD_HEADS_FROM", 16)
+    assert np.array_equal(np.array(layer(x)), plain)
