@@ -1,0 +1,29 @@
+"""The command line: `python -m bench counts|roofline`."""
+
+import argparse
+import sys
+
+from . import counts
+from .record import add_json, keep
+
+COMMANDS = {"counts": counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="See bench/README.md.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        assert module.__doc__
+        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
+        module.add_arguments(command)
+        add_json(command)
+    args = parser.parse_args()
+    try:
+        tables, record = COMMANDS[args.command].run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    keep(tables, record, args.json)
+
+
+if __name__ == "__main__":
+    main()
