@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import counts
+from . import counts, roofline
 from .record import add_json, keep
 
-COMMANDS = {"counts": counts}
+COMMANDS = {"counts": counts, "roofline": roofline}
 
 
 def main() -> None:

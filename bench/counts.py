@@ -13,11 +13,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_fastvlm import FastVLM
+
 from . import models
 from .graph import Graphs, Kernel, gpu_graphs, leaf, make_weightless
 from .record import table
 
-PRODUCTS = ("AddMM", "Convolution", "Matmul", "QuantizedMatmul", "ScaledDotProductAttention")
 VISION = "FastViTHD, 1024 px"
 BLOCK = "one RepMixer block"
 STAGE, BLOCK_INPUT = 2, (1, 64, 64, 384)  # of the block: the stage with most, at 1024 px
@@ -60,7 +61,7 @@ def traffic(kernels: list[Kernel]) -> float:
 
 def elements(kernels: list[Kernel]) -> float:
     """The same without products."""
-    return traffic([kernel for kernel in kernels if kernel.name not in PRODUCTS])
+    return traffic([kernel for kernel in kernels if not kernel.flops])
 
 
 def _described(steps: Counts) -> dict[str, Any]:
@@ -84,21 +85,16 @@ def count_ours(graphs: Graphs, size: str) -> Counts:
         VISION: graphs.kernels(lambda: tower(pixels)),
         BLOCK: graphs.kernels(lambda: block(leaf(mx.zeros(BLOCK_INPUT, mx.float16)))),
     }
-
-    def logits(ids: mx.array, cache: Any, embeddings: mx.array | None) -> mx.array:
-        return model(ids, cache, embeddings, last_only=True)
-
     for weights in WEIGHTS:
         if weights == "4-bit":
-            nn.quantize(model.language_model, 64, 4)
-            make_weightless(model)
-        cache = model.make_cache(2 * PROMPT)
-        width = model.config.text.hidden_size
-        counts |= _count_decoder(graphs, weights, logits, cache, width, passes=(PROMPT,))
+            quantize(model, 4)
+        counts |= named(weights, *count_our_decoder(graphs, model, PROMPT))
     return counts
 
 
 def count_mlx_vlm(graphs: Graphs, size: str) -> Counts:
+    from mlx_vlm.models.cache import make_prompt_cache
+
     model = models.mlx_vlm(size)
     make_weightless(model)
     pixels = leaf(mx.zeros((1, models.RESOLUTION, models.RESOLUTION, 3), mx.float16))
@@ -113,28 +109,45 @@ def count_mlx_vlm(graphs: Graphs, size: str) -> Counts:
     def logits(ids: mx.array, cache: Any, embeddings: mx.array | None) -> mx.array:
         return decoder(ids, cache=cache, inputs_embeds=embeddings).logits
 
-    from mlx_vlm.models.cache import make_prompt_cache
-
     for weights in WEIGHTS:
         if weights == "4-bit":
-            nn.quantize(decoder, 64, 4)
-            make_weightless(model)
+            quantize(model, 4)
         cache, width = make_prompt_cache(decoder), decoder.config.hidden_size
         # Its generate keeps the last token of a prompt for a step of its own.
-        counts |= _count_decoder(graphs, weights, logits, cache, width, passes=(PROMPT - 1, 1))
+        passes = (PROMPT - 1, 1)
+        counts |= named(weights, *_count_decoder(graphs, logits, cache, width, passes))
     return counts
+
+
+def quantize(model: Any, bits: int) -> None:
+    """The decoder and its embedding, in groups of 64."""
+    nn.quantize(model.language_model, 64, bits)
+    make_weightless(model)
+
+
+def named(weights: str, prefill: list[Kernel], decode: list[Kernel]) -> Counts:
+    return {f"prefill of {PROMPT} tokens, {weights}": prefill, f"decode step, {weights}": decode}
+
+
+def count_our_decoder(
+    graphs: Graphs, model: FastVLM, prompt: int
+) -> tuple[list[Kernel], list[Kernel]]:
+    """A prompt of so many embeddings to its first token; then one more token."""
+
+    def logits(ids: mx.array, cache: Any, embeddings: mx.array | None) -> mx.array:
+        return model(ids, cache, embeddings, last_only=True)
+
+    cache, width = model.make_cache(prompt + 1), model.config.text.hidden_size
+    return _count_decoder(graphs, logits, cache, width, (prompt,))
 
 
 def _count_decoder(
     graphs: Graphs,
-    weights: str,
     logits: Callable[[mx.array, Any, mx.array | None], mx.array],
     cache: list[Any],
     width: int,
     passes: tuple[int, ...],
-) -> Counts:
-    """A prompt from its embeddings to its first token, in passes; then one more token."""
-
+) -> tuple[list[Kernel], list[Kernel]]:
     def token(length: int, embeddings: mx.array | None) -> mx.array:
         ids = leaf(mx.zeros((1, length), mx.int32))
         return mx.argmax(logits(ids, cache, embeddings)[:, -1])
@@ -153,5 +166,4 @@ def _count_decoder(
         prefill += passed(length, last=length == passes[-1])
         for layer in cache:
             layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
-    decode = graphs.kernels(lambda: token(1, None))
-    return {f"prefill of {PROMPT} tokens, {weights}": prefill, f"decode step, {weights}": decode}
+    return prefill, graphs.kernels(lambda: token(1, None))

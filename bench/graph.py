@@ -50,10 +50,17 @@ Array = tuple[str, tuple[int, ...], mx.Dtype]  # as exported: name, shape, type
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One evaluated primitive: MLX's name, and the bytes that it reads and writes."""
+    """One evaluated primitive.
+
+    Attributes:
+        name: MLX's; convolutions of one input per output are called "DepthwiseConvolution".
+        bytes: Read and written.
+        flops: Of a product (of matrices, of convolution, of attention); 0 for all else.
+    """
 
     name: str
     bytes: int
+    flops: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +106,14 @@ class Graphs:
         sizes = _Sizes(primitives)
         inputs = iter(outputs[len(results) :])
         kernels = [
-            Kernel(entry["name"], sizes.traffic(entry))
+            Kernel(_name(entry), sizes.traffic(entry), _flops(entry))
             for entry in primitives
             if entry["name"] not in VIEWS
         ]
         for call in calls:
             read = sum(sizes.of(next(inputs)) for _ in call.inputs)
-            kernels.append(Kernel(call.name, read + sum(array.nbytes for array in call.outputs)))
+            written = sum(array.nbytes for array in call.outputs)
+            kernels.append(Kernel(call.name, read + written, _attention_flops(call)))
         return kernels
 
     def noting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,6 +155,28 @@ class _Sizes:
         if entry["name"] == "Gather":  # the rows asked for, not the table
             return 2 * written + sum(read[1:])
         return written + sum(read)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    depthwise = entry["name"] == "Convolution" and entry["inputs"][1][1][-1] == 1
+    return "DepthwiseConvolution" if depthwise else entry["name"]
+
+
+def _flops(entry: dict[str, Any]) -> int:
+    if entry["name"] in ("AddMM", "Matmul", "QuantizedMatmul"):
+        summed = entry["inputs"][0][1][-1]
+    elif entry["name"] == "Convolution":
+        summed = prod(entry["inputs"][1][1][1:])
+    else:
+        return 0
+    return 2 * prod(entry["outputs"][0][1]) * summed
+
+
+def _attention_flops(call: _Call) -> int:
+    if call.name != "ScaledDotProductAttention":
+        return 0
+    queries, keys = call.inputs[:2]
+    return 4 * queries.size * keys.shape[2]  # what a causal mask hides is counted too
 
 
 def _bytes(array: Array) -> int:

@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from bench import counts
+from bench import counts, roofline
+from bench.chips import CHIPS
 from bench.graph import VIEWS, Graphs, gpu_graphs, leaf
 from mlx_fastvlm import qwen2
 from mlx_mobileclip import fastvit, gelu
@@ -41,6 +42,21 @@ def test_counts_of_the_05b(graphs: Graphs) -> None:
     }
     for step, (_, megabytes) in PINNED.items():
         assert counts.elements(counted[step]) == pytest.approx(megabytes, rel=0.01), step
+
+
+def test_roofline(graphs: Graphs) -> None:
+    """FLOPs as worked out by hand; no expectation beats the chip, and larger chips are faster."""
+    stages = roofline.read_stages(graphs, "0.5b", 512)
+    flops = {stage: sum(kernel.flops for kernel in kernels) for stage, kernels in stages.items()}
+    tower = sum(flops[stage] for stage in list(stages)[:7])
+    assert tower == pytest.approx(2 * 59.56e9, rel=1e-3)
+    assert flops["projector"] == 2 * 64 * (3072 * 896 + 896 * 896)
+    assert flops["prefill of 108 tokens"] == pytest.approx(2 * (108 * 357.8e6 + 136.1e6), rel=0.02)
+    for kernels in stages.values():
+        seconds = {name: roofline.figures_of(kernels, chip) for name, chip in CHIPS.items()}
+        assert all(row["floor_ms"] < row["expected_ms"] for row in seconds.values())
+        assert seconds["m1"]["floor_ms"] > seconds["m1-max"]["floor_ms"]
+        assert seconds["m1"]["expected_ms"] > seconds["m5-max"]["expected_ms"]
 
 
 def test_views_cost_nothing_and_show_what_they_show(graphs: Graphs) -> None:
