@@ -60,7 +60,13 @@ def import_mlx_vlm() -> Any:
 def mlx_vlm(size: str) -> Any:
     """mlx-vlm's model, as its constructor leaves it."""
     fastvlm = import_mlx_vlm()
-    text = fastvlm.TextConfig.from_dict(synthetic.apple_config(size, RESOLUTION))
-    model = fastvlm.Model(fastvlm.ModelConfig(text, fastvlm.VisionConfig()))
+    published = synthetic.apple_config(size, RESOLUTION)
+    text, vision = fastvlm.TextConfig.from_dict(published), fastvlm.VisionConfig()
+    if size == "tiny":
+        vision.projection_dim //= 12  # as synthetic.tiny makes it
+        for name, value in published["vision_config"].items():
+            setattr(vision, name, value)
+    config = fastvlm.ModelConfig(text, vision, mm_hidden_size=published["mm_hidden_size"])
+    model = fastvlm.Model(config)
     model.eval()
     return model

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,13 +30,23 @@ PACKAGES = (
 def surroundings() -> dict[str, Any]:
     """Machine, versions and date."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": _today(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
         "system": platform.platform(),
-        "blas": Path(os.environ.get("LD_PRELOAD", "")).name,
+        "blas": Path(preload()).resolve().name,
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def preload() -> str:
+    """The BLAS to preload: Debian's OpenBLAS where it is, for that of MLX's wheel is slow."""
+    found = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
+    return os.environ.get("LD_PRELOAD", str(found[0]) if found else "")
 
 
 def _processor() -> str:
@@ -74,15 +85,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also keep the record there")
+def add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE.json",
+        help="keep the record there, and the tables beside it in FILE.md",
+    )
+
+
+def record_file(command: str) -> Path:
+    """Where a record of this machine and day belongs."""
+    machine = "-".join(re.findall(r"\w+", _processor().lower()))
+    return ROOT / "bench" / "results" / f"{command}-{machine}-{_today()}.json"
 
 
 def keep(tables: str, record: dict[str, Any], file: Path | None) -> None:
-    """Print the tables with where they are from, and write the record if it is wanted."""
+    """Print the tables with where they are from, and write both and the record if it is wanted."""
     where = surroundings()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     blas = f", {where['blas']}" if where["blas"] else ""
-    print(f"{tables}\n\n{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}.")
+    text = f"{tables}\n\n{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}."
+    print(text)
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(where | record, indent=1) + "\n")
+        file.with_suffix(".md").write_text(text + "\n")
+        print(f"kept in {file} and {file.with_suffix('.md').name}", file=sys.stderr)
