@@ -1,12 +1,12 @@
-"""The command line: `python -m bench counts|roofline|compare`."""
+"""The command line: `python -m bench counts|roofline|compare|mac`."""
 
 import argparse
 import sys
 
-from . import compare, counts, roofline
+from . import compare, counts, mac, roofline
 from .record import add_record, keep
 
-COMMANDS = {"counts": counts, "roofline": roofline, "compare": compare}
+COMMANDS = {"counts": counts, "roofline": roofline, "compare": compare, "mac": mac}
 
 
 def main(argv: list[str] | None = None) -> None:
