@@ -16,17 +16,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attend
 from .checkpoint import Fields
 from .depthwise import Depthwise
-from .device import on_metal
 from .gelu import bias_gelu, gelu
 from .quantization import add_product
 
 HEAD_DIM = 32
-# Metal's fused attention takes heads of 64 but none of 32. From so many positions on it is worth
-# padding them: scores that stay out of memory outweigh twice the products (an estimate from
-# bytes and FLOPs; `python -m bench mac` measures it).
-PAD_HEADS_FROM = 512
 LAYER_NORM_EPS = 1e-5
 SE_RATIO_DOWNSAMPLE = 4
 SE_RATIO_FINAL = 16
@@ -217,12 +213,8 @@ class Attention(nn.Module):
         """(B, H, W, C) to the same shape, without the bias: the block adds it."""
         B, H, W, C = x.shape
         y = x if self.norm is None else self.norm(x)
-        qkv = self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
-        if H * W >= PAD_HEADS_FROM and on_metal():
-            qkv = mx.pad(qkv, [(0, 0)] * 4 + [(0, HEAD_DIM)])
-        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, 32), or padded
-        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=HEAD_DIM**-0.5)
-        y = y[..., :HEAD_DIM].transpose(0, 2, 1, 3).reshape(B * H * W, C)
+        y = attend(self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM))
+        y = y.reshape(B * H * W, C)
         return add_product(x.reshape(B * H * W, C), y, self.proj).reshape(B, H, W, C)
 
 
