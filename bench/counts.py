@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from mlx_fastvlm import FastVLM
 
 from . import models
-from .graph import Graphs, Kernel, gpu_graphs, leaf, make_weightless
+from .graph import Graphs, Kernel, arrays, gpu_graphs, leaf, make_weightless
 from .record import table
 
 VISION = "FastViTHD, 1024 px"
@@ -148,22 +149,21 @@ def _count_decoder(
     width: int,
     passes: tuple[int, ...],
 ) -> tuple[list[Kernel], list[Kernel]]:
+    stored = [vars(layer) for layer in cache]
+
     def token(length: int, embeddings: mx.array | None) -> mx.array:
         ids = leaf(mx.zeros((1, length), mx.int32))
         return mx.argmax(logits(ids, cache, embeddings)[:, -1])
-
-    def stored() -> list[mx.array]:
-        return [array for layer in cache for array in (layer.keys, layer.values)]
 
     def passed(length: int, *, last: bool) -> list[Kernel]:
         embeddings = leaf(mx.zeros((1, length, width), mx.float16))
         if last:
             return graphs.kernels(lambda: token(length, embeddings))
-        return graphs.kernels(lambda: (token(length, embeddings), stored())[1])
+        return graphs.kernels(lambda: (token(length, embeddings), arrays(stored))[1])
 
     prefill: list[Kernel] = []
     for length in passes:
         prefill += passed(length, last=length == passes[-1])
-        for layer in cache:
-            layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
+        for layer in stored:
+            layer |= tree_map(lambda x: leaf(x) if isinstance(x, mx.array) else x, layer)
     return prefill, graphs.kernels(lambda: token(1, None))

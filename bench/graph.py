@@ -95,7 +95,7 @@ class Graphs:
     def kernels(self, build: Callable[[], Any]) -> list[Kernel]:
         """What evaluating the arrays that `build` returns would run, in no particular order."""
         self._calls.clear()
-        results = _arrays(build())
+        results = arrays(build())
         calls = list(self._calls)
         roots = results + [array for call in calls for array in call.inputs]
         entries: list[dict[str, Any]] = []
@@ -127,7 +127,7 @@ class Graphs:
                 result = tree_map(leaf, function(*arguments, **options))
             finally:
                 self._inside = False
-            self._calls.append(_Call(name, _arrays([arguments, options]), _arrays(result)))
+            self._calls.append(_Call(name, arrays([arguments, options]), arrays(result)))
             return result
 
         return noted
@@ -184,7 +184,8 @@ def _bytes(array: Array) -> int:
     return prod(shape) * dtype.size
 
 
-def _arrays(tree: Any) -> list[mx.array]:
+def arrays(tree: Any) -> list[mx.array]:
+    """Those among the leaves of a tree."""
     leaves: Any = tree_flatten(tree)
     return [value for _, value in leaves if isinstance(value, mx.array)]
 
