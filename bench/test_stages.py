@@ -1,69 +1,149 @@
-"""Time of each stage of FastVLM-0.5B: `python -m pytest bench`.
+"""Time of each stage, from a file to an answer: `python -m pytest bench`.
 
 The weights are random, which costs the same as trained ones. `--benchmark-json FILE` keeps a
-record with the machine and versions. On Linux preload a real BLAS, as for the parity tests.
+record with the machine and versions, `-k STAGE` chooses. On Linux preload a real BLAS, as for the
+parity tests.
 """
 
-import io
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 import pytest
-from PIL import Image
 
-from mlx_fastvlm import FastVLM
-from mlx_fastvlm.config import FastVLMConfig, Qwen2Config
+from bench import inputs, models
+from mlx_fastvlm import FastVLM, Processor, load, stream_generate
+from mlx_mobileclip import MobileCLIP
 from mlx_mobileclip.device import default_dtype
-from mlx_mobileclip.fastvit import PRESETS
 from mlx_mobileclip.image import open_image, resize_crop, resize_pad, to_array
+from mlx_mobileclip.variants import VARIANTS
 
-TEXT = Qwen2Config(896, 24, 14, 2, 4864, 151936, 1e-6, 1e6, 32768, True)
-CONFIG = FastVLMConfig(TEXT, PRESETS["fastvithd"], "mlp2x_gelu", 1024, "pad", 8192)
-PROMPT = 300  # tokens: one image at 1024 px and a question
+PROMPT = models.IMAGE_TOKENS + models.QUESTION_TOKENS
+TOKENS = 16  # of an answer
 
 
-@pytest.fixture(scope="module")
-def model() -> FastVLM:
-    model = FastVLM(CONFIG)
+def made_ready(model: nn.Module) -> Any:
     model.set_dtype(default_dtype())
+    model.eval()
     mx.eval(model.parameters())
     return model
 
 
-def timed(benchmark: Any, rounds: int, compute: Any) -> None:
+@pytest.fixture(scope="module")
+def model() -> FastVLM:
+    return made_ready(models.ours("0.5b"))
+
+
+@pytest.fixture(scope="module")
+def packed_model() -> FastVLM:
+    model = models.ours("0.5b")
+    nn.quantize(model.language_model, 64, 4)
+    return made_ready(model)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor(load("demo")[1].tokenizer, models.config("0.5b"))
+
+
+def timed(benchmark: Any, compute: Callable[[], Any], rounds: int = 3) -> None:
     """Run once to warm up, then `rounds` times to the end of the computation."""
-    benchmark.extra_info.update(mlx=mx.__version__, device=str(mx.default_device()))
+    benchmark.extra_info.update(mlx=version("mlx"), device=str(mx.default_device()))
     benchmark.pedantic(lambda: mx.eval(compute()), warmup_rounds=1, rounds=rounds)
 
 
+# Before the model.
+
+
+def test_load_demo(benchmark: Any) -> None:
+    benchmark(lambda: load("demo"))
+
+
 @pytest.mark.parametrize("mode", ["pad", "crop"])
-@pytest.mark.parametrize("shape", [(4032, 3024), (3024, 4032)], ids=["wide", "tall"])
-def test_preprocess_12_megapixels(benchmark: Any, shape: tuple[int, int], mode: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize(shape, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+def test_preprocess_12_megapixels(benchmark: Any, turned: bool, mode: str) -> None:
+    file = inputs.jpeg(turned=turned)
     resize = {"pad": resize_pad, "crop": resize_crop}[mode]
-    benchmark(lambda: to_array(resize(open_image(file.getvalue()), 1024)))
+    benchmark(lambda: to_array(resize(open_image(file), models.RESOLUTION)))
+
+
+@pytest.mark.parametrize("length", [100, 10_000])
+def test_question_to_ids(benchmark: Any, processor: Processor, length: int) -> None:
+    benchmark(lambda: processor("how many? " * (length // 10)))
+
+
+# FastVLM-0.5B.
 
 
 @pytest.mark.parametrize("resolution", [256, 512, 1024])
 def test_image_tower_and_projector(benchmark: Any, model: FastVLM, resolution: int) -> None:
-    pixels = mx.random.uniform(shape=(1, resolution, resolution, 3))
-    timed(benchmark, 3, lambda: model.encode_image(pixels))
+    pixels = mx.array(inputs.pixels(0, (1, resolution, resolution, 3)))
+    timed(benchmark, lambda: model.encode_image(pixels))
 
 
-def test_prefill(benchmark: Any, model: FastVLM) -> None:
-    embeddings = model.embed(mx.arange(PROMPT)[None])
+@pytest.mark.parametrize("length", [PROMPT, 4 * PROMPT])
+def test_prefill(benchmark: Any, model: FastVLM, length: int) -> None:
+    ids = mx.arange(length)[None]
+    embeddings = model.embed(ids)
+    mx.eval(embeddings)
 
     def compute() -> mx.array:
-        cache = model.make_cache(PROMPT + 1)
-        return model(mx.arange(PROMPT)[None], cache, embeddings, last_only=True)
+        return model(ids, model.make_cache(length + 1), embeddings, last_only=True)
 
-    timed(benchmark, 3, compute)
+    timed(benchmark, compute)
 
 
-def test_decode_one_token(benchmark: Any, model: FastVLM) -> None:
+@pytest.mark.parametrize("weights", ["model", "packed_model"])
+def test_decode_one_token(benchmark: Any, request: pytest.FixtureRequest, weights: str) -> None:
+    model: FastVLM = request.getfixturevalue(weights)
     cache = model.make_cache(2 * PROMPT)
     mx.eval(model(mx.arange(PROMPT)[None], cache, last_only=True))
-    timed(benchmark, 10, lambda: model(mx.array([[1]]), cache))
+    timed(benchmark, lambda: model(mx.array([[1]]), cache), rounds=10)
+
+
+@pytest.mark.parametrize("drawing", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["greedy", "p"])
+def test_answer_without_image(
+    benchmark: Any, model: FastVLM, processor: Processor, drawing: dict[str, Any]
+) -> None:
+    def compute() -> None:
+        for _ in stream_generate(model, processor, "Who?", max_tokens=TOKENS, seed=0, **drawing):
+            pass
+
+    timed(benchmark, compute)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "same"])
+def test_first_token_about_an_image(
+    benchmark: Any, model: FastVLM, processor: Processor, again: bool
+) -> None:
+    seeds = iter(range(100))
+
+    def compute() -> None:
+        photo = inputs.photo(0 if again else next(seeds), models.RESOLUTION)
+        next(stream_generate(model, processor, "What is this?", photo, max_tokens=1))
+
+    timed(benchmark, compute)
+
+
+# MobileCLIP.
+
+
+@pytest.fixture(scope="module", params=["MobileCLIP2-S0", "MobileCLIP-S2", "MobileCLIP-B"])
+def clip(request: pytest.FixtureRequest) -> MobileCLIP:
+    return made_ready(MobileCLIP(VARIANTS[request.param]))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_images(benchmark: Any, clip: MobileCLIP, batch: int) -> None:
+    side = clip.config.preprocess.image_size
+    pixels = mx.array(inputs.pixels(0, (batch, side, side, 3)))
+    timed(benchmark, lambda: clip.encode_image(pixels))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_texts(benchmark: Any, clip: MobileCLIP, batch: int) -> None:
+    assert clip.config.text
+    ids = mx.ones((batch, clip.config.text.context_length), mx.int32)
+    timed(benchmark, lambda: clip.encode_text(ids))

@@ -12,6 +12,11 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def on_metal() -> bool:
+    """Whether the default device is an Apple GPU."""
+    return not on_cpu() and mx.metal.is_available()
+
+
 def default_dtype() -> mx.Dtype:
     """float16 on a GPU; float32 on a CPU, where half precision is slow."""
     return mx.float32 if on_cpu() else mx.float16

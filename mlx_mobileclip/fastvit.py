@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attend
 from .checkpoint import Fields
 from .depthwise import Depthwise
 from .gelu import bias_gelu, gelu
@@ -212,10 +213,8 @@ class Attention(nn.Module):
         """(B, H, W, C) to the same shape, without the bias: the block adds it."""
         B, H, W, C = x.shape
         y = x if self.norm is None else self.norm(x)
-        qkv = self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
-        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, 32)
-        y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=HEAD_DIM**-0.5)
-        y = y.transpose(0, 2, 1, 3).reshape(B * H * W, C)
+        y = attend(self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM))
+        y = y.reshape(B * H * W, C)
         return add_product(x.reshape(B * H * W, C), y, self.proj).reshape(B, H, W, C)
 
 

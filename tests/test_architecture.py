@@ -97,7 +97,7 @@ print(*sys.modules)
     files = {
         "mlx_fastvlm": "cache cli config decoding generate image_cache loader model processor "
         "prompt prompt_cache qwen2 sampling tokenizer",
-        "mlx_mobileclip": "checkpoint command depthwise device disk_cache errors fastvit "
+        "mlx_mobileclip": "attention checkpoint command depthwise device disk_cache errors fastvit "
         "fingerprint gelu hub image quantization",
     }
     expected = {f"{package}.{name}" for package in files for name in files[package].split()}

@@ -1,0 +1,155 @@
+"""Time this package beside its peers, with the same random weights, in float32.
+
+Each contender runs in a process of its own, and they take turns, so that what else happens on the
+machine meets them alike. A ratio is that of medians; its range is that of single turns.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from . import ROOT, cases, checkpoints
+from .cases import Case
+from .record import preload, table
+
+OURS = "ours"
+INSTALL = {
+    "mlx-vlm": "pip install mlx-vlm",
+    "mlx-lm": "pip install .",
+    "transformers": 'pip install ".[parity]"',
+    "open_clip": 'pip install ".[parity]"',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a contender took: seconds, one a turn, and most bytes resident."""
+
+    seconds: list[float]
+    peak_bytes: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", metavar="CASE", help="a name or its beginning")
+    parser.add_argument("--scaling", action="store_true", help="costs as work grows, instead")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N")
+    parser.add_argument("--size", choices=("tiny", "0.5b"), default="0.5b")
+    parser.add_argument("--dir", type=Path, help="where there is room for checkpoints, 3 GB")
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    wanted = cases.scaling(args.size) if args.scaling else cases.usual(args.size)
+    if args.only:
+        wanted = [case for case in wanted if case.name.startswith(tuple(args.only))]
+    rows: list[list[str]] = []
+    results: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
+        for case in wanted:
+            print(f"{case.name} ...", file=sys.stderr, flush=True)
+            measured = measure(case, checkpoints.write(case, Path(directory)), args.repeats, absent)
+            found = list(_rows(case, measured))
+            print("\n".join(" ".join(row) for row in found), file=sys.stderr, flush=True)
+            rows += found
+            taken = {name: asdict(figures) for name, figures in measured.items()}
+            results.append(asdict(case) | {"measured": taken})
+    header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
+    notes = [f"{name} is left out: {why}" for name, why in absent.items()]
+    return "\n\n".join([table(header, rows), *notes]), {"results": results, "absent": absent}
+
+
+def measure(
+    case: Case, checkpoint: Path, repeats: int, absent: dict[str, str]
+) -> dict[str, Measured]:
+    """Let the contenders take turns, after one turn each that does not count.
+
+    Args:
+        case: What is done.
+        checkpoint: From `checkpoints.write`.
+        repeats: Turns that count.
+        absent: Contenders that cannot take part, and why; added to.
+    """
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in case.contenders:
+            worker = stack.enter_context(Worker(name, case, checkpoint))
+            start = worker.hear()
+            if "missing" in start:
+                absent[name] = f"there is no {start['missing']}; {INSTALL.get(name, '')}"
+            else:
+                workers[name] = worker
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(repeats + 1):
+            for name in list(workers):
+                answer = workers[name].ask("run")
+                if answer:
+                    seconds[name].append(answer["seconds"])
+                elif name == OURS:
+                    raise SystemExit(f"{case.name}: failed as told above")
+                else:
+                    absent[f"{name} at {case.name}"] = "it failed"
+                    del workers[name]
+        return {
+            name: Measured(seconds[name][1:], worker.ask("peak")["bytes"])
+            for name, worker in workers.items()
+        }
+
+
+class Worker:
+    """A contender's process; see worker.py."""
+
+    def __init__(self, name: str, case: Case, checkpoint: Path):
+        command = [sys.executable, "-m", "bench.worker", name, json.dumps(asdict(case))]
+        self._process = subprocess.Popen(
+            [*command, str(checkpoint)],
+            cwd=ROOT,
+            env=os.environ | {"LD_PRELOAD": preload()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def hear(self) -> dict[str, Any]:
+        """Its next answer; empty if it has ended."""
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline() or "{}")
+
+    def ask(self, order: str) -> dict[str, Any]:
+        """What it answers to an order; nothing if it has ended."""
+        assert self._process.stdin
+        try:
+            print(order, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return {}
+        return self.hear()
+
+
+def _rows(case: Case, measured: dict[str, Measured]) -> Iterator[list[str]]:
+    ours = measured[OURS].seconds
+    for name, figures in measured.items():
+        ratios = [theirs / own for theirs, own in zip(figures.seconds, ours, strict=True)]
+        faster = median(figures.seconds) / median(ours)
+        yield [
+            case.name,
+            name,
+            f"{median(figures.seconds):.3g}",
+            f"{min(figures.seconds):.3g} to {max(figures.seconds):.3g}",
+            "" if name == OURS else f"{faster:.2f}",
+            "" if name == OURS else f"{min(ratios):.2f} to {max(ratios):.2f}",
+            f"{figures.peak_bytes / 1e6:.0f}",
+        ]

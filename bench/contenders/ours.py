@@ -1,0 +1,85 @@
+"""This package, through its public API."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+import mlx_fastvlm
+import mlx_mobileclip
+from mlx_mobileclip.image import open_image, resize_pad, to_array
+
+from .. import inputs
+from ..cases import DECODE_PROMPT, Case
+from . import Repeat, Work
+
+
+def prepare(case: Case, checkpoint: Path) -> Repeat:
+    if case.work == "preprocess":
+        return _preprocess(case)
+    return _mobileclip(case, checkpoint) if case.variant else _fastvlm(case, checkpoint)
+
+
+def _preprocess(case: Case) -> Repeat:
+    file = inputs.jpeg()
+
+    def work() -> None:
+        mx.eval(mx.array(to_array(resize_pad(open_image(file), case.resolution))))
+
+    return lambda _: work
+
+
+def _mobileclip(case: Case, checkpoint: Path) -> Repeat:
+    model, processor = mlx_mobileclip.load(checkpoint, variant=case.variant, dtype="float32")
+    side = model.config.preprocess.image_size
+    images = mx.array(inputs.pixels(0, (case.batch, side, side, 3)))
+    texts = processor.texts(["a photo of a dog"] * case.batch)
+    if case.work == "image":
+        return lambda _: lambda: mx.eval(model.encode_image(images))
+    return lambda _: lambda: mx.eval(model.encode_text(texts))
+
+
+def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
+    model, processor = mlx_fastvlm.load(checkpoint, dtype="float32")
+    side = case.resolution
+    around = processor("x").input_ids.size - 1  # tokens of the conversation format
+
+    def answer(letter: str, repetition: int) -> Iterator[object]:
+        first = repetition * case.images
+        photos = [inputs.photo(seed, side) for seed in range(first, first + case.images)]
+        question = letter * (case.tokens - around)  # one token a letter
+        return mlx_fastvlm.stream_generate(
+            model, processor, question, photos, resolution=side, max_tokens=1
+        )
+
+    def vision(repetition: int) -> Work:
+        pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3)))
+        return lambda: mx.eval(model.encode_image(pixels))
+
+    def first(repetition: int) -> Work:
+        stream = answer("x", repetition)
+        return lambda: next(stream)
+
+    def second(repetition: int) -> Work:
+        next(answer("x", repetition))
+        stream = answer("y", repetition)
+        return lambda: next(stream)
+
+    def decode(_: int) -> Work:
+        prompt = "x" * (DECODE_PROMPT - around)
+        stream = mlx_fastvlm.stream_generate(model, processor, prompt, max_tokens=case.tokens + 1)
+        next(stream)
+        return lambda: _exhaust(stream, case.tokens)
+
+    works: dict[str, Callable[[int], Work]] = {
+        "vision": vision,
+        "first": first,
+        "second": second,
+        "decode": decode,
+    }
+    return works[case.work]
+
+
+def _exhaust(stream: Iterator[object], tokens: int) -> None:
+    if sum(1 for _ in stream) != tokens:
+        raise RuntimeError("the answer ended early; take other weights")

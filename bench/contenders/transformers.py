@@ -1,0 +1,86 @@
+"""transformers' FastVLM: PyTorch on all cores, without gradients."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle  # first: it makes torchvision importable
+import torch
+from PIL import Image, ImageOps
+from safetensors.numpy import load_file
+from transformers import CLIPImageProcessor
+
+from .. import inputs
+from ..cases import DECODE_PROMPT, Case
+from . import Repeat, Work
+
+EMBEDDING = "model.embed_tokens.weight"
+STRIDE = 64  # image px to a token
+
+
+def prepare(case: Case, checkpoint: Path) -> Repeat:
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_grad_enabled(False)
+    return _preprocess(case) if case.work == "preprocess" else _fastvlm(case, checkpoint)
+
+
+def _preprocess(case: Case) -> Repeat:
+    side = {"height": case.resolution, "width": case.resolution}
+    black, white = [0.0] * 3, [1.0] * 3
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": case.resolution}, crop_size=side, image_mean=black, image_std=white
+    )
+    file = inputs.jpeg()
+
+    def work() -> object:
+        image = Image.open(io.BytesIO(file)).convert("RGB")
+        square = ImageOps.pad(image, (max(image.size),) * 2)  # black, as Apple's pipeline
+        return processor(square, return_tensors="pt")["pixel_values"]
+
+    return lambda _: work
+
+
+def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["lm_head.weight"] = tensors[EMBEDDING]
+    model = oracle.fast_vlm(tensors, case.size)
+    side, image_id = case.resolution, model.config.image_token_index
+
+    def inputs_of(repetition: int, tokens: int, images: int) -> dict[str, Any]:
+        placeholders = [image_id] * (images * (side // STRIDE) ** 2)
+        ids = np.concatenate([placeholders, inputs.text_ids(repetition, tokens)])
+        given: dict[str, Any] = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
+        if images:
+            values = inputs.pixels(repetition, (images, 3, side, side))
+            given["pixel_values"] = torch.from_numpy(values)
+        return given
+
+    def vision(repetition: int) -> Work:
+        values = torch.from_numpy(inputs.pixels(repetition, (1, 3, side, side)))
+        return lambda: model.model.get_image_features(values).pooler_output
+
+    def first(repetition: int) -> Work:
+        given = inputs_of(repetition, case.tokens, case.images)
+        return lambda: model(**given, logits_to_keep=1).logits.argmax()
+
+    def decode(repetition: int) -> Work:
+        out = model(**inputs_of(repetition, DECODE_PROMPT, 0), use_cache=True, logits_to_keep=1)
+
+        def work() -> None:
+            token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            for _ in range(case.tokens):
+                step = model(input_ids=token, past_key_values=cache, use_cache=True)
+                token = step.logits[:, -1:].argmax(-1)
+
+        return work
+
+    works: dict[str, Callable[[int], Work]] = {
+        "vision": vision,
+        "first": first,
+        "second": first,
+        "decode": decode,
+    }
+    return works[case.work]

@@ -1,0 +1,346 @@
+"""Measure on a Mac what only a Mac can tell, and write it down to be sent back.
+
+Each measurement decides between formulations that this package could use, or gives a figure that
+is only estimated so far. Random weights cost the same as trained ones, except for what half
+precision does to them: that needs --model apple/FastVLM-0.5B.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import synthetic
+
+import mlx_fastvlm
+import mlx_mobileclip
+from mlx_fastvlm import FastVLM
+from mlx_mobileclip import Quantization
+
+from . import ROOT, cases, checkpoints, inputs
+from .power import Power
+from .record import record_file, table
+
+ANSWER = 64  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the table."""
+
+    measurement: str
+    variant: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What to measure with.
+
+    Attributes:
+        size: "0.5b", or "tiny" to try it out.
+        repeats: Of each timing.
+        model: For mlx_fastvlm.load.
+        directory: For other checkpoints.
+    """
+
+    size: str
+    repeats: int
+    model: str
+    directory: Path
+
+    @property
+    def resolution(self) -> int:
+        """Side of images, px."""
+        return 128 if self.size == "tiny" else 1024
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """Median time of the work and of evaluating its result, after once in vain."""
+        taken = []
+        for _ in range(self.repeats + 1):
+            started = time.perf_counter()
+            mx.eval(work())
+            taken.append(time.perf_counter() - started)
+        return median(taken[1:])
+
+    def of_kernel(self, kernel: Callable[..., mx.array], *arrays: Any) -> float:
+        """The same of one of several equal kernels, together so that starting weighs little."""
+        several = 1 if self.size == "tiny" else 10
+        return self.seconds(lambda: [kernel(*arrays) for _ in range(several)]) / several
+
+
+Figures = Iterator[Figure]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="M", help="as for mlx_fastvlm; random weights if left out"
+    )
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="again for more")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N")
+    parser.add_argument("--size", choices=("tiny", "0.5b"), default="0.5b")
+    parser.set_defaults(record=record_file("mac"))
+    parser.add_argument("--energy", action="store_true", help="by powermetrics, which needs sudo")
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as temporary, Power(wanted=args.energy) as power:
+        directory = Path(temporary)
+        model = args.model
+        if model is None:
+            model = str(checkpoints.write(cases.Case("", "first", size=args.size), directory))
+        setting = Setting(args.size, args.repeats, model, directory)
+        for name in args.only or MEASUREMENTS:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            started = time.monotonic()
+            figures += MEASUREMENTS[name](setting)
+            watts = power.mean(started)
+            if watts is not None:
+                figures.append(Figure(name, "mean power of CPU, GPU and ANE", watts, "W"))
+    rows = [(f.measurement, f.variant, f"{f.value:.4g}", f.unit) for f in figures]
+    record = {
+        "device": mx.device_info(),
+        "model": args.model or f"random weights, {args.size}",
+        "figures": [asdict(figure) for figure in figures],
+    }
+    return table(("measurement", "variant", "value", "unit"), rows), record
+
+
+def random(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
+    array = mx.random.normal(shape).astype(dtype)
+    mx.eval(array)
+    return array
+
+
+# Which formulation is faster?
+
+
+def pointwise(setting: Setting) -> Figures:
+    """1x1 convolutions as matrix products, and as convolutions."""
+    for stride, channels in ((8, 192), (16, 384)):
+        side = setting.resolution // stride
+        for dtype in (mx.float16, mx.float32):
+            x = random(1, side, side, channels, dtype=dtype)
+            weight = random(4 * channels, channels, dtype=dtype)
+            bias = random(4 * channels, dtype=dtype)
+            name = f"1x1, {channels} to {4 * channels} channels, {side} x {side}, {_named(dtype)}"
+            product = setting.of_kernel(
+                lambda x, w, b: mx.addmm(b, x.reshape(-1, w.shape[1]), w.T), x, weight, bias
+            )
+            convolution = setting.of_kernel(
+                lambda x, w, b: mx.conv2d(x, w[:, None, None]) + b, x, weight, bias
+            )
+            flops = 2 * side**2 * weight.size
+            yield Figure(name, "addmm", flops / product / 1e12, "TFLOP/s")
+            yield Figure(name, "conv2d", flops / convolution / 1e12, "TFLOP/s")
+
+
+def depthwise(setting: Setting) -> Figures:
+    """7x7 depthwise convolutions of each stage; those between stages whole, and in two halves."""
+
+    def convolve(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
+        return mx.conv2d(x, weight, stride, 3, groups=x.shape[3])
+
+    def in_two(x: mx.array, even: mx.array, odd: mx.array) -> mx.array:
+        return mx.stack([convolve(x, even, 2), convolve(x, odd, 2)], axis=-1)
+
+    for stage in range(5):
+        channels, side = 96 * 2**stage, setting.resolution // 2 ** (stage + 2)
+        x, weight = random(1, side, side, channels), random(channels, 7, 7, 1)
+        name = f"depthwise 7x7, {channels} channels, {side} x {side}, float16"
+        taken = setting.of_kernel(convolve, x, weight)
+        yield Figure(name, "", 2 * 49 * x.size / taken / 1e9, "GFLOP/s")
+        yield Figure(name, "", 2 * x.nbytes / taken / 1e9, "GB/s")
+        if stage < 4:
+            name = (
+                f"depthwise 7x7, {channels} to {2 * channels} channels, {side} x {side}, stride 2"
+            )
+            double = random(2 * channels, 7, 7, 1)
+            whole = setting.of_kernel(convolve, x, double, 2)
+            halves = setting.of_kernel(in_two, x, weight, weight)
+            yield Figure(name, "whole", 1e3 * whole, "ms")
+            yield Figure(name, "in two", 1e3 * halves, "ms")
+
+
+def attention(setting: Setting) -> Figures:
+    """Attention with heads of 32 as they are, and padded to 64: decides `PAD_HEADS_FROM`."""
+    width = 32
+
+    def attend(qkv: mx.array) -> mx.array:
+        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=width**-0.5)
+
+    def attend_padded(qkv: mx.array) -> mx.array:
+        return attend(mx.pad(qkv, [(0, 0)] * 4 + [(0, width)]))[..., :width]
+
+    for side in (2, 4) if setting.size == "tiny" else (8, 12, 16, 20, 24, 32, 48):
+        qkv = random(1, side**2, 3, 24, width)
+        name = f"attention, 24 heads of {width}, {side**2} positions, float16"
+        yield Figure(name, "as they are", 1e3 * setting.of_kernel(attend, qkv), "ms")
+        yield Figure(name, "padded to 64", 1e3 * setting.of_kernel(attend_padded, qkv), "ms")
+
+
+def half_precision(setting: Setting) -> Figures:
+    """What float16 makes of the image tower's output; real weights tell most."""
+    pixels = mx.array(inputs.pixels(0, (1, setting.resolution, setting.resolution, 3)))
+    outputs = []
+    for dtype in ("float32", "float16"):
+        model, _ = mlx_fastvlm.load(setting.model, dtype=dtype)
+        outputs.append(model.encode_image(pixels).astype(mx.float32))
+        mx.eval(outputs)
+    exact, half = outputs
+    error = float(mx.max(mx.abs(half - exact)) / mx.max(mx.abs(exact)))
+    yield Figure("image embeddings", "float16 against float32", error, "of the largest value")
+
+
+def prefill(setting: Setting) -> Figures:
+    """A prompt in one pass, and with its last token in a step of its own, as mlx-lm has it."""
+    model, _ = mlx_fastvlm.load(setting.model)
+    ids = mx.array(inputs.text_ids(0, cases.DECODE_PROMPT))[None]
+
+    def passes(*parts: mx.array) -> mx.array:
+        cache = model.make_cache(ids.size)
+        for part in parts:
+            logits = model(part, cache, last_only=True)
+            mx.eval([layer.state for layer in cache] if part is not parts[-1] else logits)
+        return logits
+
+    one = setting.seconds(lambda: passes(ids))
+    two = setting.seconds(lambda: passes(ids[:, :-1], ids[:, -1:]))
+    yield Figure(f"prefill of {ids.size} tokens", "one pass", 1e3 * one, "ms")
+    yield Figure(f"prefill of {ids.size} tokens", "all but one, then one", 1e3 * two, "ms")
+
+
+def decode(setting: Setting) -> Figures:
+    """Our decoder (fused layers) and mlx-lm's in mlx-lm's own loop, both 4-bit."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models import qwen2
+
+    config = synthetic.apple_config(setting.size, 1024)
+    separate = qwen2.Model(qwen2.ModelArgs.from_dict(config | {"model_type": "qwen2"}))
+    separate.set_dtype(mx.float16)
+    nn.quantize(separate, 32 if setting.size == "tiny" else 64, 4)
+    mx.eval(separate.parameters())
+    models = {"fused layers (ours)": _packed(setting), "separate layers (mlx-lm)": separate}
+    prompt = mx.array(inputs.text_ids(0, cases.DECODE_PROMPT))
+    for variant, model in models.items():
+        taken = []
+        for _ in range(setting.repeats):
+            steps = generate_step(prompt, model, max_tokens=ANSWER + 1)
+            next(steps)
+            started = time.perf_counter()
+            tokens = sum(1 for _ in steps)
+            taken.append((time.perf_counter() - started) / tokens)
+        yield Figure("decode, 4-bit", variant, 1 / median(taken), "tokens/s")
+
+
+def buffers(setting: Setting) -> Figures:
+    """How much MLX gathers before it hands work to the GPU; read when a process starts."""
+    for operations, megabytes in ((None, None), (200, 1000)):
+        environment = dict(os.environ)
+        if operations:
+            environment["MLX_MAX_OPS_PER_BUFFER"] = str(operations)
+            environment["MLX_MAX_MB_PER_BUFFER"] = str(megabytes)
+        record = setting.directory / "buffers.json"
+        options = ["--model", setting.model, "--size", setting.size, "--record", str(record)]
+        command = [sys.executable, "-m", "bench", "mac", "--only", "tower", *options]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        (figure, *_) = json.loads(record.read_text())["figures"]
+        variant = f"{operations} operations, {megabytes} MB" if operations else "MLX's default"
+        yield Figure("image tower, by size of command buffers", variant, figure["value"], "ms")
+
+
+def matrix_units(setting: Setting) -> Figures:
+    """Beyond 8 TFLOP/s an M5's matrix units are at work."""
+    side = 4 * setting.resolution
+    a, b = random(side, side), random(side, side)
+    taken = setting.of_kernel(mx.matmul, a, b)
+    yield Figure(f"product of {side} x {side}, float16", "", 2 * side**3 / taken / 1e12, "TFLOP/s")
+
+
+# What does the whole take?
+
+
+def tower(setting: Setting) -> Figures:
+    """Image tower and projector."""
+    model, _ = mlx_fastvlm.load(setting.model)
+    pixels = mx.array(inputs.pixels(0, (1, setting.resolution, setting.resolution, 3)))
+    taken = setting.seconds(lambda: model.encode_image(pixels))
+    name = f"FastVLM, image tower and projector, {setting.resolution} px"
+    yield Figure(name, "", 1e3 * taken, "ms")
+    yield Figure(name, "", 1 / taken, "images/s")
+
+
+def answer(setting: Setting) -> Figures:
+    """A question about a photograph: to the first token, and from token to token."""
+    models = {"unpacked": mlx_fastvlm.load(setting.model)[0], "4-bit": _packed(setting)}
+    processor = mlx_fastvlm.load(setting.model)[1]
+    for variant, model in models.items():
+        first, speed = [], []
+        mx.reset_peak_memory()
+        for repetition in range(setting.repeats + 1):
+            photo = inputs.photo(repetition, setting.resolution)
+            started = time.perf_counter()
+            stream = mlx_fastvlm.stream_generate(
+                model,
+                processor,
+                "Describe the image in detail.",
+                photo,
+                resolution=setting.resolution,
+                max_tokens=ANSWER,
+            )
+            next(stream)
+            first.append(time.perf_counter() - started)
+            *_, last = stream
+            speed.append(last.stats.decode_tokens_per_s)
+        yield Figure("answer", f"to the first token, {variant}", 1e3 * median(first[1:]), "ms")
+        yield Figure("answer", f"after it, {variant}", median(speed[1:]), "tokens/s")
+        yield Figure("answer", f"peak memory, {variant}", mx.get_peak_memory() / 1e6, "MB")
+
+
+def mobileclip(setting: Setting) -> Figures:
+    """Images and texts embedded in batches of 32."""
+    variants = ("s0",) if setting.size == "tiny" else tuple(cases.VARIANTS)
+    batch = 1 if setting.size == "tiny" else 32
+    for name in variants:
+        case = cases.clip(name, "image", batch)
+        checkpoint = checkpoints.write(case, setting.directory)
+        model, processor = mlx_mobileclip.load(checkpoint, variant=case.variant)
+        side = model.config.preprocess.image_size
+        pixels = mx.array(inputs.pixels(0, (batch, side, side, 3)))
+        texts = processor.texts(["a photo of a dog"] * batch)
+        images = setting.seconds(partial(model.encode_image, pixels))
+        words = setting.seconds(partial(model.encode_text, texts))
+        yield Figure(checkpoint.stem, f"images, {batch} at a time", batch / images, "images/s")
+        yield Figure(checkpoint.stem, f"texts, {batch} at a time", batch / words, "texts/s")
+
+
+def _packed(setting: Setting) -> FastVLM:
+    packing = Quantization(bits=4, group_size=32 if setting.size == "tiny" else 64)
+    return mlx_fastvlm.load(setting.model, quantize=packing, parts=("decoder",))[0]
+
+
+def _named(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+MEASUREMENTS: dict[str, Callable[[Setting], Figures]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        *(pointwise, depthwise, attention, half_precision, prefill, decode, buffers, matrix_units),
+        *(tower, answer, mobileclip),
+    )
+}

@@ -1,0 +1,114 @@
+"""Where and when figures were taken, and how they are written down."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import ROOT
+
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "mlx-vlm",
+    "torch",
+    "transformers",
+    "timm",
+    "open_clip_torch",
+    "pillow",
+)
+
+
+def surroundings() -> dict[str, Any]:
+    """Machine, versions and date."""
+    return {
+        "date": _today(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
+        "system": platform.platform(),
+        "blas": Path(preload()).resolve().name,
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "versions": {"python": platform.python_version()} | _versions(),
+    }
+
+
+def _today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def preload() -> str:
+    """The BLAS to preload: Debian's OpenBLAS where it is, for that of MLX's wheel is slow."""
+    found = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
+    return os.environ.get("LD_PRELOAD", str(found[0]) if found else "")
+
+
+def _processor() -> str:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.machine()
+
+
+def _memory_gb() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE.json",
+        help="keep the record there, and the tables beside it in FILE.md",
+    )
+
+
+def record_file(command: str) -> Path:
+    """Where a record of this machine and day belongs."""
+    machine = "-".join(re.findall(r"\w+", _processor().lower()))
+    return ROOT / "bench" / "results" / f"{command}-{machine}-{_today()}.json"
+
+
+def keep(tables: str, record: dict[str, Any], file: Path | None) -> None:
+    """Print the tables with where they are from, and write both and the record if it is wanted."""
+    where = surroundings()
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    blas = f", {where['blas']}" if where["blas"] else ""
+    text = f"{tables}\n\n{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}."
+    print(text)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(where | record, indent=1) + "\n")
+        file.with_suffix(".md").write_text(text + "\n")
+        print(f"kept in {file} and {file.with_suffix('.md').name}", file=sys.stderr)

@@ -1,0 +1,76 @@
+"""One contender at one case, in a process of its own: `python -m bench.worker`, from compare.
+
+Answers each line on stdin with a line of JSON on stdout: "run" with {"seconds"}, "peak" with
+{"bytes"}, the most that was resident since all was loaded (on Linux; elsewhere since the start).
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+from .cases import Case
+
+MODULES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}  # of contenders, where names differ
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print belongs to stderr
+
+    def answer(**values: object) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    name, checkpoint = sys.argv[1], Path(sys.argv[3])
+    case = Case(**json.loads(sys.argv[2]))
+    try:
+        contender = import_module(f"bench.contenders.{MODULES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        answer(missing=error.name)
+        return
+    repeat = contender.prepare(case, checkpoint)
+    forget_peak()
+    answer(ready=True)
+    for repetition, order in enumerate(sys.stdin):
+        if order.strip() == "peak":
+            answer(bytes=peak())
+            continue
+        work = repeat(repetition)
+        settle()
+        started = time.perf_counter()
+        work()
+        answer(seconds=time.perf_counter() - started)
+        settle()
+
+
+def settle() -> None:
+    """Wait for what MLX was asked for in advance, and collect garbage, outside the timing."""
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].synchronize()
+    gc.collect()
+
+
+def forget_peak() -> None:
+    """Let Linux count the peak of resident memory anew."""
+    gc.collect()
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Most bytes resident."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+if __name__ == "__main__":
+    main()

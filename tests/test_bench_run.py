@@ -1,0 +1,85 @@
+"""`python -m bench` at tiny sizes: that it measures and records, not what."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import cases, checkpoints, compare, worker
+from bench.__main__ import main
+from bench.cases import Case
+from bench.power import Power
+
+# Left out: a process of its own (buffers), mlx-lm (decode; see below), full size only (mobileclip).
+MEASURED = (
+    *("pointwise", "depthwise", "attention", "half-precision", "prefill", "matrix-units"),
+    *("tower", "answer"),
+)
+
+
+def test_contenders_take_turns(tmp_path: Path) -> None:
+    case = Case("decode", "decode", ("ours", "mlx-lm", "nobody"), "tiny", tokens=3)
+    absent: dict[str, str] = {}
+    measured = compare.measure(case, checkpoints.write(case, tmp_path), 2, absent)
+    assert list(measured) == ["ours", "mlx-lm"]
+    for figures in measured.values():
+        assert len(figures.seconds) == 2
+        assert min(figures.seconds) > 0
+        assert figures.peak_bytes > 20e6
+    assert "nobody" in absent["nobody"]
+    for row in compare._rows(case, measured):
+        assert len(row) == 7
+
+
+def test_nothing_is_compared_with_ours_failing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="here: failed"):
+        compare.measure(Case("here", "vision", ("ours",), "tiny"), tmp_path / "nothing", 1, {})
+
+
+@pytest.mark.parametrize("size", ["tiny", "0.5b"])
+def test_cases_have_contenders_and_names(size: str) -> None:
+    found = cases.usual(size), cases.scaling(size)
+    for several in found:
+        assert len({case.name for case in several}) == len(several)
+        for case in several:
+            assert case.contenders[0] == compare.OURS
+            for name in case.contenders:
+                file = f"{worker.MODULES.get(name, name)}.py"
+                assert (Path(worker.__file__).parent / "contenders" / file).is_file()
+
+
+def test_mac_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "results" / "mac.json"
+    only = [option for name in MEASURED for option in ("--only", name)]
+    main(["mac", "--size", "tiny", "--repeats", "1", *only, "--record", str(record)])
+    written = json.loads(record.read_text())
+    assert written["date"] and written["machine"] and written["versions"]["mlx"]
+    assert len(written["figures"]) > 30
+    for figure in written["figures"]:
+        assert math.isfinite(figure["value"]) and figure["value"] > 0, figure
+    table = record.with_suffix(".md").read_text()
+    assert table == capsys.readouterr().out
+    assert table.count("\n| ") == len(written["figures"]) + 1
+
+
+def test_power_is_the_mean_of_what_is_reported() -> None:
+    combined = "Combined Power (CPU + GPU + ANE):"
+    lines = f"GPU Power: 9 mW\n{combined} 1500 mW\n\nidle\n{combined} 2500 mW"
+    report = [sys.executable, "-c", f"print({lines!r})"]
+    with Power(wanted=True, command=report) as power:
+        started, until = 0.0, time.monotonic() + 20
+        while power.mean(started) != 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert power.mean(started) == 2
+        assert power.mean(time.monotonic()) is None
+
+
+def test_power_is_unknown_where_nothing_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with Power(wanted=True, command=["/nowhere/powermetrics"]) as power:
+        assert power.mean(0) is None
+    assert "power is not measured" in capsys.readouterr().err
+    with Power(wanted=False) as power:
+        assert power.mean(0) is None
