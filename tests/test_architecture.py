@@ -17,7 +17,7 @@ MAY_IMPORT = {
         *("ftfy", "pyarrow"),  # used if installed
     },
     "mlx_fastvlm": {"mlx", "numpy", "tokenizers", "mlx_mobileclip"},
-    "convert": {"mlx", "numpy", "PIL", "mlx_mobileclip", "mlx_fastvlm"},
+    "convert": {"mlx", "numpy", "PIL", "huggingface_hub", "mlx_mobileclip", "mlx_fastvlm"},
 }
 MAX_LINES = 450
 
