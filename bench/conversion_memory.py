@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "tests"))
 import synthetic  # noqa: E402
 
 SHARD_BYTES = 4 << 30
-LOAD = "import sys; from mlx_fastvlm import load; load(sys.argv[1])"
+LOAD = "import sys; from mlx_fastvlm import load; load(sys.argv[1], dtype='float16')"  # as it is stored
 
 
 def write_source(directory: Path, size: str) -> int:

@@ -214,6 +214,6 @@ def gpu_graphs() -> Iterator[Graphs]:
         compiled = type(nn.gelu)
         for module in list(sys.modules.values()):
             for name, value in list(vars(module).items() if module else ()):
-                if isinstance(value, compiled):
+                if type(value) is compiled:  # isinstance would wake deprecated objects
                     put(module, name, graphs.noting("Compiled", value))
         yield graphs
