@@ -26,7 +26,8 @@ sys.path.append(str(ROOT / "tests"))
 import synthetic  # noqa: E402
 
 SHARD_BYTES = 4 << 30
-LOAD = "import sys; from mlx_fastvlm import load; load(sys.argv[1], dtype='float16')"  # as it is stored
+# In float16, as it is stored.
+LOAD = "import sys; from mlx_fastvlm import load; load(sys.argv[1], dtype='float16')"
 
 
 def write_source(directory: Path, size: str) -> int:

@@ -153,7 +153,7 @@ def test_repository_without_network_or_cache(tmp_path: Path) -> None:
 
 
 def test_interrupt(model: Path) -> None:
-    options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 1)
+    options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 0)
     with subprocess.Popen(
         command(*options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -167,7 +167,7 @@ def test_interrupt(model: Path) -> None:
 
 
 def test_closed_pipe(model: Path) -> None:
-    options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 1, "--quiet")
+    options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 0, "--quiet")
     with subprocess.Popen(
         command(*options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
