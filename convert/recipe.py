@@ -77,8 +77,10 @@ def sensitivities(
             continue
         reference = references[stage][compared[stage, unit]]
         compared[stage, unit] += 1
-        near = stage == LOGITS
-        moves = divergence(reference, value) if near else 1 - mx.sum(reference * value, axis=-1)
+        if stage == LOGITS:
+            moves = divergence(reference, value)
+        else:
+            moves = 1 - mx.sum(reference * value, axis=-1)
         moved[unit].append(float(np.array(mx.mean(moves))))
     return {unit: max(0.0, sum(values) / len(values)) for unit, values in moved.items()}
 
