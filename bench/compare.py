@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         for case in wanted:
             print(f"{case.name} ...", file=sys.stderr, flush=True)
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             results.append(asdict(case) | {"measured": taken})
     header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
     notes = [f"{name} is left out: {why}" for name, why in absent.items()]
-    return "\n\n".join([table(header, rows), *notes]), {"results": results, "absent": absent}
+    notes.append(f"Load of the machine before: {load:.1f}; of an idle one it is below 0.5.")
+    record = {"results": results, "absent": absent, "load_before": load}
+    return "\n\n".join([table(header, rows), *notes]), record
 
 
 def measure(
