@@ -21,6 +21,7 @@ from mlx_mobileclip.quantization import Packed
 from .layouts import LAYOUTS, Layout, names
 from .quantize import Tensors
 from .unfold import source_paths, unfold
+from .write import write_json
 
 TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # option: the layout's name
 IMAGE_WORD = "<image>"  # in the text of a prompt; both replace it by the image
@@ -194,8 +195,8 @@ def write_words(directory: Path, config: FastVLMConfig, target: str, words: Toke
             "vision_feature_select_strategy": "full",
             "image_token": IMAGE_WORD,
         }
-        _write_json(directory / "processor_config.json", processor)
-    _write_json(directory / "tokenizer_config.json", tokenizer)
+        write_json(directory / "processor_config.json", processor)
+    write_json(directory / "tokenizer_config.json", tokenizer)
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     side = config.image_size
     image_processor = {
@@ -214,8 +215,4 @@ def write_words(directory: Path, config: FastVLMConfig, target: str, words: Toke
         "image_mean": [0.0, 0.0, 0.0],
         "image_std": [1.0, 1.0, 1.0],
     }
-    _write_json(directory / "preprocessor_config.json", image_processor)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "preprocessor_config.json", image_processor)

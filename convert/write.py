@@ -47,7 +47,7 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
         write_tensors(partial, tensors)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(partial / "config.json", config)
         write_other_files(partial)
         if target.is_dir():
             target.rmdir()
@@ -71,6 +71,11 @@ def check_target(target: Path) -> None:
         raise CheckpointError(f"{target}: give a new directory as --mlx-path")
     if in_use:
         raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
+
+
+def write_json(path: Path, values: dict[str, object]) -> None:
+    """Write one object, for people to read too."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def file_states(source: Path) -> dict[str, tuple[int, int]]:

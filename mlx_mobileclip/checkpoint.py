@@ -25,9 +25,8 @@ MAX_DIMENSIONS = 4
 MAX_SHARD_BYTES = 5 << 30
 MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
-# Weights, packed or float; U8 are mxfp scales, I64 BatchNorm's step counters.
-DTYPES = {"F32", "F16", "BF16", "U32", "U8", "I64"}
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+# Weights, packed or float; uint8 are mxfp scales, int64 BatchNorm's step counters.
 STORED_DTYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
@@ -241,10 +240,9 @@ def _check_header(path: Path) -> None:
                 shape, dtype = part.get_shape(), part.get_dtype()
                 if len(shape) > MAX_DIMENSIONS or any(n < 1 for n in shape):
                     raise CheckpointError(f"{path}: {name[:200]} has the shape {shape[:8]}")
-                if dtype not in DTYPES:
-                    raise CheckpointError(
-                        f"{path}: {name[:200]} is {dtype}, not one of {', '.join(sorted(DTYPES))}"
-                    )
+                if dtype not in STORED_DTYPES.values():
+                    known = ", ".join(sorted(STORED_DTYPES.values()))
+                    raise CheckpointError(f"{path}: {name[:200]} is {dtype}, not one of {known}")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a sound safetensors file ({str(error)[:200]}); download it again"
