@@ -9,6 +9,7 @@ import mlx.core as mx
 from .errors import ConfigError
 
 PARALLEL_FROM = 1 << 18  # elements; of fewer, a thread takes longer to hear than to work
+LARGEST_PART = 1 << 20  # elements; what is made of a part stays small, and so does memory
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -25,7 +26,7 @@ def on_metal() -> bool:
 def on_all_cores(
     work: Callable[..., mx.array], *arrays: tuple[mx.array, int], axis: int
 ) -> mx.array:
-    """Let each core of the CPU do a part of what MLX's CPU backend does on one thread a stream.
+    """Let the cores of the CPU do parts of what MLX's CPU backend does on one thread a stream.
 
     Args:
         work: From parts of the arrays to the same part of the result.
@@ -37,12 +38,12 @@ def on_all_cores(
     """
     first, along = arrays[0]
     streams = _streams()
-    count = min(len(streams), first.shape[along])
+    count = min(max(len(streams), first.size // LARGEST_PART), first.shape[along])
     if count < 2 or first.size < PARALLEL_FROM:
         return work(*(array for array, _ in arrays))
     parts = []
-    for i, stream in enumerate(streams[:count]):
-        with mx.stream(stream):
+    for i in range(count):
+        with mx.stream(streams[i % len(streams)]):
             parts.append(work(*(_part(array, along, i, count) for array, along in arrays)))
     return mx.concatenate(parts, axis)
 
