@@ -38,6 +38,7 @@ from .calibration import Sample, samples
 from .conversion import Conversion, convert
 from .quantize import Tensors
 from .recipe import parse_size
+from .retrace import Account, retrace_fastvlm, retrace_mobileclip
 from .upload import check_repository, upload
 from .walk import Read, Seen, Units, walk_fastvlm, walk_mobileclip
 from .write import check_target, file_states
@@ -131,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read back what was written, compare every bit, and every stage of a pass with the "
-        "source's",
+        help="read back what was written, find every tensor of the source in it, and compare every "
+        "stage of a pass on a test image; a mismatch fails the conversion",
     )
     parser.add_argument(
         "--upload-repo",
@@ -234,6 +235,7 @@ def _run_mobileclip(args: argparse.Namespace) -> None:
             arrange=lambda config, tensors: (config.to_json(), tensors),
             write_words=write_words,
             reread=lambda path: read_mobileclip(Checkpoint(path, str(path))),
+            retrace=lambda config, tensors: retrace_mobileclip(checkpoint, config, tensors),
             walk=walk,
         ),
     )
@@ -264,6 +266,10 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
         else:
             words.save(directory / "tokenizer.json")
 
+    def retrace(config: FastVLMConfig, tensors: Tensors) -> Account:
+        tower = None if args.vision_from is None else find_checkpoint(args.vision_from)
+        return retrace_fastvlm(checkpoint, config, tensors, tower)
+
     def walk(read: Read, units: Units, samples: list[Sample]) -> Iterator[Seen]:
         return walk_fastvlm(read, units, samples, Processor(words, config))
 
@@ -279,6 +285,7 @@ def _run_fastvlm(args: argparse.Namespace) -> None:
             arrange=arrange,
             write_words=write_words,
             reread=lambda path: read_canonical(Checkpoint(path, str(path))),
+            retrace=retrace,
             walk=walk,
         ),
     )

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_fastvlm.config import MODEL_TYPE
 from mlx_fastvlm.model import FastVLM
-from mlx_mobileclip.checkpoint import named_parameters, read_json
+from mlx_mobileclip.checkpoint import named_parameters
 from mlx_mobileclip.command import Bar, progress
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, name_some
@@ -21,7 +20,8 @@ from .card import Making, card, recipe, table
 from .quality import agreement, closeness, size
 from .quantize import Tensors, as_stored, unpacked
 from .recipe import STEPS, mixed, room, sensitivities, units_of
-from .verify import check_errors, compare, compare_with_source, error_table, stage_errors
+from .retrace import Account
+from .verify import as_before, check_errors, compare, report, stage_errors
 from .walk import Read, Walk
 from .write import copy_licence, file_states, write_checkpoint
 
@@ -40,6 +40,7 @@ class Conversion:
         arrange: From these to what is written: contents of config.json, lazy tensors.
         write_words: Writes the tokenizer's files.
         reread: Config and lazy tensors of what was written.
+        retrace: Finds the source's tensors again in such tensors.
         walk: Through such a model.
     """
 
@@ -52,6 +53,7 @@ class Conversion:
     arrange: Callable[[Any, Tensors], tuple[dict[str, Any], Tensors]]
     write_words: Callable[[Path], None]
     reread: Callable[[Path], tuple[Any, Tensors]]
+    retrace: Callable[[Any, Tensors], Account]
     walk: Walk
 
     def check_unchanged(self) -> None:
@@ -70,6 +72,8 @@ def _recipe(args: argparse.Namespace, conversion: Conversion) -> tuple[Packed, l
     packing = Quantization.of(args.q_mode or "affine", bits, args.q_group_size)
     parts = args.q_parts or conversion.usual_parts
     packed, skipped = choose(conversion.model, conversion.prefixes, parts, packing)
+    if args.layout:
+        interchange.check_target(args.layout, packed)  # before measuring, which takes long
     if args.q_mixed:
         dtype, model = DTYPES[args.dtype], conversion.model
         spare = room(model, packed, dtype, args.max_bytes)
@@ -101,8 +105,6 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
         return replace(config, quantization=packed or held), result
 
     config, tensors = stored()
-    if args.layout:
-        interchange.check_target(args.layout, config.quantization)
     graft = config.source.get("vision_from")
     change = f"Image tower taken from: {graft}\n" if graft else ""
     form = f"{args.layout}'s layout" if args.layout else "MLX"
@@ -123,12 +125,14 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
         copy_licence(checkpoint.path, directory, _described(checkpoint), change + ".")
         if args.verify:
             compare(directory, conversion.arrange(*stored())[1])
+            held, original = read()
+            repacked = held.quantization if args.dequantize else packed
+            ours, result = written()
+            before = as_stored(original, DTYPES[args.dtype], {})
+            account = conversion.retrace(ours, as_before(result, before, repacked))
             errors = stage_errors(conversion.walk, read, written, args.samples[0])
             check_errors(errors, DTYPES[args.dtype], bool(config.quantization), args.mlx_path)
-            found = 0
-            if isinstance(model, FastVLM) and _model_type(checkpoint) != MODEL_TYPE:
-                found = compare_with_source(checkpoint, *written())
-            verified = error_table(errors, found)
+            verified = report(account, errors, len(repacked))
         if packed:
             compared = agreement if isinstance(model, FastVLM) else closeness
             quality = table(sizes, compared(conversion.walk, read, written, args.samples))
@@ -165,7 +169,3 @@ def convert(args: argparse.Namespace, conversion: Conversion) -> None:
 def _described(checkpoint: Checkpoint) -> str:
     revision = checkpoint.revision
     return f"{checkpoint.name}, commit {revision}" if revision else checkpoint.name
-
-
-def _model_type(checkpoint: Checkpoint) -> object:
-    return read_json(checkpoint.path / "config.json").get("model_type")

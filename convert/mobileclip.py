@@ -67,17 +67,26 @@ def convert_mobileclip(
         CheckpointError: there are no weights, or tensors are missing, left over or misshapen.
         ConfigError: the variant is not known, or disagrees with the checkpoint's own config.
     """
-    file = _weights_file(checkpoint)
-    config = _config(checkpoint, file, variant)
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    tensors = without_prefixes(tensors, WRAPPERS)
-    layout = _detect(tensors, checkpoint.name)
+    config = _config(checkpoint, _weights_file(checkpoint), variant)
+    tensors, layout = read_source(checkpoint)
     if not layout.text:
         config = replace(config, text=None)
     record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
     config = replace(config, source=record)
     where = f"{checkpoint.name} as {config.variant}"
     return config, canonical_tensors(tensors, config, layout, where)
+
+
+def read_source(checkpoint: Checkpoint) -> tuple[dict[str, mx.array], Layout]:
+    """Lazy tensors of a source checkpoint under their own names, and which layout those are of.
+
+    Raises:
+        CheckpointError: there are no weights, they are damaged, or of no known layout.
+    """
+    file = _weights_file(checkpoint)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    tensors = without_prefixes(tensors, WRAPPERS)
+    return tensors, _detect(tensors, checkpoint.name)
 
 
 def canonical_tensors(
@@ -91,7 +100,7 @@ def canonical_tensors(
     scale = tensors.get("logit_scale")
     if scale is not None and scale.shape == (1,):  # open_clip's nonscalar_logit_scale
         tensors["logit_scale"] = scale.reshape(())
-    source = _source(tensors, config, layout, where)
+    source = named_source(tensors, config, layout, where)
     vit = isinstance(config.image, ViTConfig)
     trunk = (
         _vit(source, config.image, layout)
@@ -200,7 +209,7 @@ def _detect(keys: Iterable[str], where: str) -> Layout:
     )
 
 
-def _source(
+def named_source(
     tensors: dict[str, mx.array], config: MobileCLIPConfig, layout: Layout, where: str
 ) -> Source:
     """The tensors under common names: image.*, text.*, logit_scale."""

@@ -77,6 +77,21 @@ class Source:
         shape = (1, 1, size) if self.nhwc else (size, 1, 1)
         return self.take(name, shape).astype(mx.float64).reshape(size)
 
+    def find(self, name: str) -> mx.array:
+        """Take a tensor of whatever shape, convolutions in (O, I, H, W) order.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        tensor = self._tensors.pop(self._name(name), None)
+        if tensor is None:
+            raise CheckpointError(f"{self.where}: has no {self._name(name)}; please report this")
+        return tensor.transpose(0, 3, 1, 2) if self.nhwc and tensor.ndim == 4 else tensor
+
+    def left(self) -> list[str]:
+        """What was not taken yet, as this layout calls it."""
+        return list(self._tensors)
+
     def drop(self, pattern: str) -> None:
         """Discard the tensors whose names, in this layout, match."""
         for key in [key for key in self._tensors if re.search(pattern, key)]:

@@ -1,21 +1,17 @@
 """Look again at what was written: every tensor, and every stage of a pass through the model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_fastvlm.config import FastVLMConfig
-from mlx_mobileclip.checkpoint import as_dtype, read_tensors
+from mlx_mobileclip.checkpoint import read_tensors
 from mlx_mobileclip.errors import CheckpointError
-from mlx_mobileclip.hub import Checkpoint
 
 from .calibration import Sample
-from .fastvlm import WRAPPERS
-from .layouts import detect, names
 from .quantize import Tensors
-from .source import without_prefixes
-from .unfold import split_decoder
+from .retrace import Account
 from .walk import Read, Walk
 
 # Of what a stage makes, relative. Rounding weights to the dtype that is written gives a tenth of
@@ -38,38 +34,19 @@ def compare(directory: Path, tensors: Tensors) -> None:
         raise CheckpointError(f"{directory}: {next(iter(written))} was written out of nothing")
 
 
-def compare_with_source(source: Checkpoint, config: FastVLMConfig, written: Tensors) -> int:
-    """Map the decoder and projector back to the names of their source, and compare bit by bit.
+def as_before(written: Tensors, original: Tensors, repacked: Iterable[str]) -> Tensors:
+    """Written tensors, but the original ones of layers that were packed or unpacked on the way.
 
-    Args:
-        source: In any layout but the canonical.
-        config: Of what was written.
-        written: Its canonical tensors.
-
-    Returns:
-        How many of the source's tensors were found again. Those of the tower were folded, and
-        layers that were packed differ: for these the stages' errors tell.
-
-    Raises:
-        CheckpointError: one is not the same.
+    `compare` has shown that the written are what packing or unpacking makes of these. Empties
+    both.
     """
-    theirs = without_prefixes(read_tensors(source.path), WRAPPERS)
-    layout = detect(theirs, source.name)
-    name = names(layout, config.vision, config.projector_type)
-    ours = {key: value for key, value in written.items() if key.startswith("projector.")}
-    ours |= split_decoder(config.text, written)
-    found = 0
-    for common, tensor in ours.items():
-        original = theirs.get(name(common))
-        if original is None or original.shape[1:] != tensor.shape[1:]:
-            continue  # packed in only one of the two
-        rows = original[: len(tensor)]  # without those that fill a vocabulary up
-        if not mx.array_equal(as_dtype(rows, tensor.dtype), tensor).item():
-            raise CheckpointError(
-                f"{source.name}: {name(common)} is not what was made of it; please report this"
-            )
-        found += 1
-    return found
+    paths, out = {*repacked}, Tensors()
+    for tensors, wanted in ((written, False), (original, True)):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if (name.rpartition(".")[0] in paths) == wanted:
+                out[name] = tensor
+    return out
 
 
 def stage_errors(walk: Walk, original: Read, written: Read, sample: Sample) -> dict[str, float]:
@@ -94,8 +71,17 @@ def check_errors(errors: dict[str, float], dtype: mx.Dtype, packed: bool, where:
             )
 
 
-def error_table(errors: dict[str, float], found: int) -> str:
-    """Markdown, with how many tensors `compare_with_source` has found again."""
-    same = f"{found} tensors of the source found again, bit by bit.\n\n" if found else ""
+def report(account: Account, errors: dict[str, float], repacked: int) -> str:
+    """Markdown: what became of the source's tensors, and each stage's error."""
+    counts = (
+        (account.found, "found again, bit by bit"),
+        (account.folded, "folded into others, which compute the same"),
+        (account.unpacked, "unpacked, as what they were fused with was packed otherwise"),
+        (account.unused, "not used"),
+    )
+    parts = "; ".join(f"{count} {what}" for count, what in counts if count)
+    text = f"{sum(account)} tensors of the source: {parts}."
+    if repacked:
+        text += f" {repacked} layers were looked at before they were packed or unpacked."
     rows = "\n".join(f"| {stage} | {error:.1e} |" for stage, error in errors.items())
-    return f"{same}| against the source, on a test image | relative error |\n|---|---|\n{rows}"
+    return f"{text}\n\n| against the source, on a test image | relative error |\n|---|---|\n{rows}"

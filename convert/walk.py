@@ -16,11 +16,13 @@ from mlx_fastvlm.config import FastVLMConfig
 from mlx_fastvlm.model import IMAGE_TOKEN, FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_mobileclip.checkpoint import as_dtype, assign
-from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig
+from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig, embedding
 from mlx_mobileclip.device import default_dtype
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.processor import Processor as ClipProcessor
 from mlx_mobileclip.quantization import Packed
+from mlx_mobileclip.text import TextTower
+from mlx_mobileclip.vit import ViT
 
 from .calibration import LABELS, Sample
 from .quantize import Tensors, unpack
@@ -204,20 +206,46 @@ def _output(head: nn.Module, x: mx.array) -> mx.array:
 def walk_mobileclip(
     read: Read, units: Units, samples: list[Sample], processor: ClipProcessor
 ) -> Iterator[Seen]:
-    """The stages of the image tower, and both embeddings, these with each unit rounded as well."""
+    """Every stage of both towers, and their embeddings with each unit rounded as well."""
     config, tensors = read()
     assert isinstance(config, MobileCLIPConfig)
     model = MobileCLIP(config)
     model.eval()
     assign(model, tensors, default_dtype(), "the model")
+    trunk, text = model.image.trunk, model.text
     pixels = [processor.images([sample.image]) for sample in samples]
-    labels = None if model.text is None else processor.texts(LABELS)
-    for unit in (NONE, *units):
-        with rounded(model, units.get(unit, {})):
+    labels = None if text is None else processor.texts(LABELS)
+    for each in pixels:
+        stages = _vit(trunk, each) if isinstance(trunk, ViT) else _tower(trunk, each)
+        for stage, x in stages:
+            yield Seen(stage, NONE, x)
+        yield Seen(IMAGES, NONE, embedding(model.image.project(x), normalize=True))
+    if text is not None and labels is not None:
+        for stage, x in _text(text, labels):
+            yield Seen(stage, NONE, x)
+        yield Seen(TEXTS, NONE, embedding(text.pool(x, labels), normalize=True))
+    for unit, layers in units.items():
+        with rounded(model, layers):
             for each in pixels:
-                if unit == NONE and isinstance(model.image.trunk, FastViT):
-                    for stage, x in _tower(model.image.trunk, each):
-                        yield Seen(stage, NONE, x)
                 yield Seen(IMAGES, unit, model.encode_image(each, normalize=True))
             if labels is not None:
                 yield Seen(TEXTS, unit, model.encode_text(labels, normalize=True))
+
+
+def _vit(tower: ViT, pixels: mx.array) -> Iterator[tuple[str, mx.array]]:
+    """Each layer's name and output, the last being the tower's."""
+    x = tower.embed(pixels)
+    yield "patches", x
+    for i, layer in enumerate(tower.layers):
+        x = layer(x)
+        yield f"image layer {i}", x
+    yield "class token", tower.pool(x)
+
+
+def _text(tower: TextTower, ids: mx.array) -> Iterator[tuple[str, mx.array]]:
+    """Each layer's name and output, the last being what is pooled."""
+    x = tower.embed(ids)
+    yield "tokens", x
+    for i, layer in enumerate(tower.layers):
+        x = layer(x, tower.causal)
+        yield f"text layer {i}", x

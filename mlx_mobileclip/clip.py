@@ -121,7 +121,10 @@ class ImageTower(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) to (B, E)."""
-        x = self.trunk(pixels)
+        return self.project(self.trunk(pixels))
+
+    def project(self, x: mx.array) -> mx.array:
+        """The trunk's output, a map or vectors, to (B, E)."""
         if x.ndim == 4:
             x = mx.mean(x, axis=(1, 2))  # (B, features)
         return self.projection(x)
@@ -162,7 +165,7 @@ class MobileCLIP(nn.Module):
         """
         if pixels.ndim != 4 or pixels.shape[3] != 3 or min(pixels.shape[:3]) < 1:
             raise ImageError(f"pixels have shape {pixels.shape}; expected (B, S, S, 3)")
-        return _embedding(self.image(pixels), normalize)
+        return embedding(self.image(pixels), normalize)
 
     def encode_text(self, ids: mx.array, normalize: bool = False) -> mx.array:
         """Embed texts.
@@ -189,9 +192,10 @@ class MobileCLIP(nn.Module):
         values = np.asarray(ids)
         if values.min() < 0 or values.max() >= vocab_size:
             raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")
-        return _embedding(self.text(ids), normalize)
+        return embedding(self.text(ids), normalize)
 
 
-def _embedding(x: mx.array, normalize: bool) -> mx.array:
+def embedding(x: mx.array, normalize: bool) -> mx.array:
+    """A tower's output as it is given out, float32 (B, E)."""
     x = x.astype(mx.float32)  # the sum of squares can exceed float16
     return x / mx.linalg.norm(x, axis=-1, keepdims=True) if normalize else x

@@ -117,7 +117,7 @@ class TextTower(nn.Module):
         self.layers = layers
         self.norm = nn.LayerNorm(width, EPS)
         self.projection = nn.Linear(width, embed_dim, bias=False)
-        self._causal = config.causal
+        self.causal = config.causal
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Turn texts into vectors.
@@ -128,9 +128,17 @@ class TextTower(nn.Module):
         Returns:
             (B, E).
         """
-        # A packed embedding can come as bfloat16, beside which float16 would become float32.
-        x = self.embedding(ids).astype(self.positions.dtype) + self.positions
+        x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x, self._causal)
+            x = layer(x, self.causal)
+        return self.pool(x, ids)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """What the first layer is given of texts, (B, L, D)."""
+        # A packed embedding can come as bfloat16, beside which float16 would become float32.
+        return self.embedding(ids).astype(self.positions.dtype) + self.positions
+
+    def pool(self, x: mx.array, ids: mx.array) -> mx.array:
+        """The last layer's output at the end tokens to vectors (B, E)."""
         ends = mx.argmax(ids, axis=-1)
         return self.projection(self.norm(x[mx.arange(len(ids)), ends]))

@@ -157,6 +157,13 @@ class ViT(nn.Module):
         Raises:
             ImageError: S is not the size that the positions were trained for.
         """
+        x = self.embed(pixels)
+        for layer in self.layers:
+            x = layer(x)
+        return self.pool(x)
+
+    def embed(self, pixels: mx.array) -> mx.array:
+        """What the first layer is given of images: class token and patches (B, 1 + P, D)."""
         size = self._image_size
         if pixels.shape[1:3] != (size, size):
             raise ImageError(f"pixels have shape {pixels.shape}; this tower takes {size} x {size}")
@@ -165,9 +172,9 @@ class ViT(nn.Module):
         patches = patches.reshape(B, -1, D)
         first = mx.broadcast_to(self.class_token, (B, 1, D))
         if self.norm_pre is None:
-            x = mx.concatenate([first, patches + self.positions], axis=1)
-        else:
-            x = self.norm_pre(mx.concatenate([first, patches], axis=1) + self.positions)
-        for layer in self.layers:
-            x = layer(x)
+            return mx.concatenate([first, patches + self.positions], axis=1)
+        return self.norm_pre(mx.concatenate([first, patches], axis=1) + self.positions)
+
+    def pool(self, x: mx.array) -> mx.array:
+        """The last layer's output to vectors (B, D)."""
         return self.norm(x[:, 0])

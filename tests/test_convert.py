@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,8 @@ import synthetic
 from tolerances import relative_error
 
 from convert import __main__ as command
-from convert import conversion, verify, write
-from convert.calibration import samples
-from convert.walk import walk_fastvlm
+from convert import conversion, write
 from mlx_fastvlm import CheckpointError, load
-from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_mobileclip import checkpoint
 from mlx_mobileclip.checkpoint import named_parameters
 
@@ -100,77 +95,6 @@ def test_packing_options_need_q(
 ) -> None:
     assert convert(source, tmp_path / "q", "--q-bits", "8") == 1
     assert "need -q; add it" in capsys.readouterr().err
-
-
-def test_verify_reads_back_what_was_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert convert(source, tmp_path / "good", "--verify") == 0
-    read = verify.read_tensors
-
-    def damaged(path: Path) -> dict[str, mx.array]:
-        tensors = read(path)
-        name = next(iter(tensors))
-        return tensors | {name: tensors[name] + 1}
-
-    monkeypatch.setattr(verify, "read_tensors", damaged)
-    assert convert(source, tmp_path / "bad", "--verify") == 1
-    assert not (tmp_path / "bad").exists()
-
-
-def test_verify_tells_how_far_each_stage_is_off(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing is lost in float32; in float16 and bfloat16 each stage as much as rounding takes."""
-    errors: dict[str, list[float]] = {}
-    for dtype in ("float32", "float16", "bfloat16"):
-        assert convert(source, tmp_path / dtype, "--verify", "--dtype", dtype) == 0
-        rows = re.findall(r"^\| (.+?) \| ([\d.e+-]+) \|$", capsys.readouterr().err, re.MULTILINE)
-        for stage, error in rows:
-            errors.setdefault(stage, []).append(float(error))
-    assert {"stem", "stage 0", "final convolution", "projector", "logits"} < errors.keys()
-    for whole, half, short in errors.values():
-        assert whole == 0 < half < short
-
-
-def test_verify_finds_a_layer_in_the_wrong_place() -> None:
-    checkpoint = find_checkpoint("demo")
-    _, processor = load("demo")
-    walk = partial(walk_fastvlm, processor=processor)
-    first, second = (f"language_model.layers.{i}.mlp.down_proj.weight" for i in (0, 1))
-
-    def read() -> Any:
-        return read_canonical(checkpoint)
-
-    def swapped() -> Any:
-        config, tensors = read()
-        tensors[first], tensors[second] = tensors[second], tensors[first]
-        return config, tensors
-
-    sample = samples(None)[0]
-    errors = verify.stage_errors(walk, read, swapped, sample)
-    assert errors["projector"] == 0
-    with pytest.raises(CheckpointError, match="decoder layer 0 is off by"):
-        verify.check_errors(errors, mx.float16, packed=False, where=Path("out"))
-
-
-@pytest.mark.parametrize("options", [(), ("-q", "--q-group-size", "32")], ids=len)
-def test_verify_maps_back_to_the_source(
-    options: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A mistake in the way from the source's names to ours is not repeated on the way back."""
-    assert convert(source, tmp_path / "good", "--verify", *options) == 0
-    assert "tensors of the source found again, bit by bit" in capsys.readouterr().err
-    checkpoint = find_checkpoint(source)
-    config, tensors = read_canonical(find_checkpoint(tmp_path / "good"))
-    name = "language_model.layers.1.self_attn.qkv_proj.bias"
-    D = config.text.hidden_size
-    queries, rest = tensors[name][:D], tensors[name][D:]
-    half = len(rest) // 2
-    wrong = tensors | {name: mx.concatenate([queries, rest[half:], rest[:half]])}
-    assert verify.compare_with_source(checkpoint, config, tensors) > 10
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.bias is not what"):
-        verify.compare_with_source(checkpoint, config, wrong)
 
 
 def test_shards_are_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

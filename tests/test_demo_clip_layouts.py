@@ -43,7 +43,7 @@ def trunk(model: MobileCLIP) -> dict[str, mx.array]:
     """The tower with its projection, in timm's names."""
     tensors, start = named_parameters(model), "image.trunk."
     folded = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-    unfolded = unfold_tower(model.config.image, folded)
+    unfolded = unfold_tower(folded)
     kinds = ("weight", "bias")
     return unfolded | {f"head.fc.{kind}": tensors[f"image.projection.{kind}"] for kind in kinds}
 

@@ -89,10 +89,13 @@ def test_parts_of_fastvlm(
     assert listed == (part == "vision")
 
 
-def test_back_to_floats(fastvlm: Path, tmp_path: Path) -> None:
+def test_back_to_floats(fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A packed checkpoint as floats says nothing of packing, and can be packed again."""
     convert(fastvlm, tmp_path / "packed", "-q", "--q-group-size", "32")
+    layers = len(read_canonical(find_checkpoint(tmp_path / "packed"))[0].quantization)
     convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    verified = f"{layers} layers were looked at before they were packed or unpacked."
+    assert capsys.readouterr().err.count(verified) == 2
     model, _ = mlx_fastvlm.load(tmp_path / "floats")
     assert not model.config.quantization
     convert(tmp_path / "floats", tmp_path / "again", "-q", "--q-group-size", "32")
