@@ -19,7 +19,8 @@ class Case:
     Attributes:
         name: For `--only`, which takes its beginning too.
         work: "vision" (pixels to embeddings), "first" (images and a question to the first token),
-            "second" (another question about the same images), "preprocess" (a JPEG to pixels),
+            "second" (another question about the same images), "preprocess" (a photo of 12
+            megapixels to pixels), "photo" (the same from a JPEG),
             "decode" (token after token), "image" or "text" (MobileCLIP's towers).
         contenders: Who does it; "ours" first.
         size: Of the checkpoint, as in tests/synthetic.py.
@@ -50,6 +51,7 @@ def usual(size: str) -> list[Case]:
         Case("first-token", "first", size=size, resolution=resolution),
         Case("second-question", "second", size=size, resolution=resolution),
         Case("preprocess", "preprocess", size=size),
+        Case("photo", "photo", size=size),
         Case(
             "decode", "decode", ("ours", "mlx-lm", "transformers"), size, tokens=4 if tiny else 32
         ),

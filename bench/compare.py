@@ -28,12 +28,6 @@ INSTALL = {
     "transformers": 'pip install ".[parity]"',
     "open_clip": 'pip install ".[parity]"',
 }
-# By default glibc gives large arrays back at once and has them mapped, and zeroed, anew.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +115,7 @@ class Worker:
         self._process = subprocess.Popen(
             [*command, str(checkpoint)],
             cwd=ROOT,
-            env=KEEP_MEMORY | os.environ | {"LD_PRELOAD": preload()},
+            env=os.environ | {"LD_PRELOAD": preload()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

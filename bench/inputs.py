@@ -1,6 +1,7 @@
 """What contenders are given: photographs of noise, and questions."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,13 @@ def jpeg(*, turned: bool = False) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def camera(*, decoded: bool) -> Callable[[], Image.Image]:
+    """Opens that photograph; if not decoded, each time anew."""
+    file = jpeg()
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    return lambda: image if decoded else Image.open(io.BytesIO(file))
 
 
 def text_ids(seed: int, tokens: int, vocab_size: int = 256) -> NDArray[np.int64]:

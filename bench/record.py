@@ -25,6 +25,7 @@ PACKAGES = (
     "open_clip_torch",
     "pillow",
 )
+SETTINGS = ("MALLOC_", "MLX_", "OMP_", "OPENBLAS_")  # beginnings of variables that change speed
 
 
 def surroundings() -> dict[str, Any]:
@@ -34,6 +35,7 @@ def surroundings() -> dict[str, Any]:
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
         "system": platform.platform(),
         "blas": Path(preload()).resolve().name,
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         "versions": {"python": platform.python_version()} | _versions(),
     }
@@ -105,7 +107,9 @@ def keep(tables: str, record: dict[str, Any], file: Path | None) -> None:
     where = surroundings()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     blas = f", {where['blas']}" if where["blas"] else ""
-    text = f"{tables}\n\n{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}."
+    settings = "".join(f", {name}={value}" for name, value in where["environment"].items())
+    origin = f"{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}{settings}."
+    text = f"{tables}\n\n{origin}"
     print(text)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ after it, so that a model is measured in a fraction of the memory that it would 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_fastvlm.model import IMAGE_TOKEN, FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_mobileclip.checkpoint import as_dtype, assign
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig, embedding
-from mlx_mobileclip.device import default_dtype
+from mlx_mobileclip.device import default_dtype, on_cpu
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.processor import Processor as ClipProcessor
 from mlx_mobileclip.quantization import Packed
@@ -25,7 +26,7 @@ from mlx_mobileclip.text import TextTower
 from mlx_mobileclip.vit import ViT
 
 from .calibration import LABELS, Sample
-from .quantize import Tensors, unpack
+from .quantize import Tensors, unpack, unpacked
 
 RESOLUTION = 512  # px at most; more image tokens would tell little more
 HEAD_ROWS = 1 << 14  # rows of the output layer that are turned to floats at a time
@@ -93,6 +94,8 @@ def walk_fastvlm(
     """Every stage of FastVLM, and from the first that rounding a unit changes also with that."""
     config, tensors = read()
     assert isinstance(config, FastVLMConfig)
+    if on_cpu():  # which multiplies by packed weights one number at a time
+        config, tensors = replace(config, quantization={}), unpacked(tensors, config.quantization)
     model = FastVLM(config)
     model.eval()
     decoder, dtype = model.language_model, default_dtype()

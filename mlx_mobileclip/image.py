@@ -178,25 +178,31 @@ def resize_pad(image: Image.Image, size: int) -> Image.Image:
     """Pad to a black, centred square and resize it to (size, size), without ever building it.
 
     Equal to apple/ml-fastvlm 592b4ad `llava/mm_utils.py` expand2square followed by a bicubic
-    resize. Pillow resizes along rows first, then along columns; each row is on its own, so
-    strips of rows are padded and resized side by side in threads, and bars above and below the
-    image are only added between the two passes.
+    resize. Pillow resizes along rows first, then along columns; each row and then each column is
+    on its own, so strips of them are resized side by side in threads, and bars above and below
+    the image are only added between the two passes.
     """
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     narrow = Image.new("RGB", (size, side))  # after the first pass
-    strip_height = max(1, STRIP_PIXELS // side)
+    result = Image.new("RGB", (size, size))
+    strip = max(1, STRIP_PIXELS // side)
 
-    def resize_strip(start: int) -> None:
-        rows = min(strip_height, height - start)
-        strip = Image.new("RGB", (side, rows))
-        strip.paste(image, (left, -start))
-        narrow.paste(strip.resize((size, rows), Image.Resampling.BICUBIC), (0, top + start))
+    def resize_rows(start: int) -> None:
+        end = min(start + strip, height)
+        rows = image.crop((-left, start, side - left, end))  # black outside of the image
+        narrow.paste(rows.resize((size, end - start), Image.Resampling.BICUBIC), (0, top + start))
+
+    def resize_columns(start: int) -> None:
+        end = min(start + strip, size)
+        columns = narrow.crop((start, 0, end, side))
+        result.paste(columns.resize((end - start, size), Image.Resampling.BICUBIC), (start, 0))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(resize_strip, range(0, height, strip_height)))
-    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+        list(pool.map(resize_rows, range(0, height, strip)))
+        list(pool.map(resize_columns, range(0, size, strip)))
+    return result
 
 
 def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
@@ -227,4 +233,4 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
 
 def to_array(image: Image.Image) -> NDArray[np.float32]:
     """RGB image to float32 (H, W, 3) in [0, 1]."""
-    return RESCALE[np.asarray(image)]
+    return RESCALE.take(np.asarray(image))

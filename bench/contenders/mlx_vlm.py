@@ -1,6 +1,5 @@
 """mlx-vlm's FastVLM."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import synthetic
-from PIL import Image
 
 from .. import inputs, models
 from ..cases import Case
@@ -19,17 +17,17 @@ IMAGE_ID = -200
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
     models.import_mlx_vlm()
-    return _preprocess() if case.work == "preprocess" else _fastvlm(case, checkpoint)
+    return _preprocess(case) if case.work in ("preprocess", "photo") else _fastvlm(case, checkpoint)
 
 
-def _preprocess() -> Repeat:
+def _preprocess(case: Case) -> Repeat:
     from mlx_vlm.models.fastvlm.processing import FastVLMImageProcessor
 
     processor: Any = FastVLMImageProcessor()
-    file = inputs.jpeg()
+    open_photo = inputs.camera(decoded=case.work == "preprocess")
 
     def work() -> None:
-        mx.eval(mx.array(processor.preprocess([Image.open(io.BytesIO(file))])["pixel_values"]))
+        mx.eval(mx.array(processor.preprocess([open_photo()])["pixel_values"]))
 
     return lambda _: work
 

@@ -15,16 +15,16 @@ from . import Repeat, Work
 
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
-    if case.work == "preprocess":
+    if case.work in ("preprocess", "photo"):
         return _preprocess(case)
     return _mobileclip(case, checkpoint) if case.variant else _fastvlm(case, checkpoint)
 
 
 def _preprocess(case: Case) -> Repeat:
-    file = inputs.jpeg()
+    open_photo = inputs.camera(decoded=case.work == "preprocess")
 
     def work() -> None:
-        mx.eval(mx.array(to_array(resize_pad(open_image(file), case.resolution))))
+        mx.eval(mx.array(to_array(resize_pad(open_image(open_photo()), case.resolution))))
 
     return lambda _: work
 

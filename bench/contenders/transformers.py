@@ -1,6 +1,5 @@
 """transformers' FastVLM: PyTorch on all cores, without gradients."""
 
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import oracle  # first: it makes torchvision importable
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from safetensors.numpy import load_file
 from transformers import CLIPImageProcessor
 
@@ -24,7 +23,7 @@ STRIDE = 64  # image px to a token
 def prepare(case: Case, checkpoint: Path) -> Repeat:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
-    return _preprocess(case) if case.work == "preprocess" else _fastvlm(case, checkpoint)
+    return _preprocess(case) if case.work in ("preprocess", "photo") else _fastvlm(case, checkpoint)
 
 
 def _preprocess(case: Case) -> Repeat:
@@ -33,10 +32,10 @@ def _preprocess(case: Case) -> Repeat:
     processor = CLIPImageProcessor(
         size={"shortest_edge": case.resolution}, crop_size=side, image_mean=black, image_std=white
     )
-    file = inputs.jpeg()
+    open_photo = inputs.camera(decoded=case.work == "preprocess")
 
     def work() -> object:
-        image = Image.open(io.BytesIO(file)).convert("RGB")
+        image = open_photo().convert("RGB")
         square = ImageOps.pad(image, (max(image.size),) * 2)  # black, as Apple's pipeline
         return processor(square, return_tensors="pt")["pixel_values"]
 
