@@ -1,6 +1,7 @@
 """What depends on the device that MLX computes on by default."""
 
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -37,7 +38,9 @@ def on_all_cores(
         What work(*arrays) returns.
     """
     first, along = arrays[0]
-    streams = _streams()
+    # MLX's streams are good only in the thread that made them.
+    here = threading.current_thread() is threading.main_thread()
+    streams = _streams() if here else [mx.default_stream(mx.cpu)]
     count = min(max(len(streams), first.size // LARGEST_PART), first.shape[along])
     if count < 2 or first.size < PARALLEL_FROM:
         return work(*(array for array, _ in arrays))

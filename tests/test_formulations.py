@@ -1,6 +1,7 @@
 """What is computed otherwise on some device equals the plain formulation."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -80,6 +81,19 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     assert started == streams + streams[:3]
     gradient = mx.grad(lambda x: (layer(x) ** 2).sum())(x)
     assert relative_error(gradient, mx.grad(lambda x: (layer.train()(x) ** 2).sum())(x)) < 1e-5
+
+
+def test_work_divided_among_cores_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, where other streams would not be found, one does all."""
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(device, "LARGEST_PART", 300)
+    layer, x = Depthwise(8, 7).eval(), mx.random.normal((1, 9, 13, 8))
+    layer.weight = mx.random.normal(layer.weight.shape)
+    here = np.array(layer(x))
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: np.array(layer(x))).result()
+        pool.submit(mx.clear_streams).result()
+    assert np.array_equal(here, there)
 
 
 def test_depthwise_notices_another_kernel() -> None:
