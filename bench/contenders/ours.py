@@ -44,12 +44,14 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     side = case.resolution
     around = processor("x").input_ids.size - 1  # tokens of the conversation format
 
-    def answer(letter: str, repetition: int) -> Iterator[object]:
+    def answer(
+        letter: str, repetition: int, cache: mlx_fastvlm.PromptCache | None = None
+    ) -> Iterator[object]:
         first = repetition * case.images
         photos = [inputs.photo(seed, side) for seed in range(first, first + case.images)]
         question = letter * (case.tokens - around)  # one token a letter
         return mlx_fastvlm.stream_generate(
-            model, processor, question, photos, resolution=side, max_tokens=1
+            model, processor, question, photos, resolution=side, max_tokens=1, prompt_cache=cache
         )
 
     def vision(repetition: int) -> Work:
@@ -61,8 +63,9 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
         return lambda: next(stream)
 
     def second(repetition: int) -> Work:
-        next(answer("x", repetition))
-        stream = answer("y", repetition)
+        cache = mlx_fastvlm.PromptCache()
+        next(answer("x", repetition, cache))
+        stream = answer("y", repetition, cache)
         return lambda: next(stream)
 
     def decode(_: int) -> Work:
