@@ -7,6 +7,7 @@ Source: apple/ml-mobileclip 4144bb1 `mobileclip/modules/common/transformer.py`; 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .attention import attend
 from .gelu import gelu
 
 
@@ -27,13 +28,5 @@ class TransformerLayer(nn.Module):
         """(B, L, D) to the same shape; `causal` hides from each position those after it."""
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(B, L, 3, self._heads, D // self._heads)
-        queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
-        attended = mx.fast.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            scale=(D // self._heads) ** -0.5,
-            mask="causal" if causal else None,
-        )
-        x = x + self.proj(attended.transpose(0, 2, 1, 3).reshape(B, L, D))
+        x = x + self.proj(attend(qkv, causal))
         return x + self.fc2(gelu(self.fc1(self.norm2(x))))

@@ -129,31 +129,36 @@ def test_depthwise_keeps_its_banded_matrix_out_of_the_parameters() -> None:
     assert list(layer.parameters()) == ["weight"]
 
 
-def attended(qkv: mx.array) -> np.ndarray:
+def attended(qkv: mx.array, causal: bool = False) -> np.ndarray:
     """In float64, one head after another."""
     result = np.zeros((*qkv.shape[:2], qkv.shape[3], qkv.shape[4]))
     for b, head in np.ndindex(qkv.shape[0], qkv.shape[3]):
         queries, keys, values = np.array(qkv, np.float64)[b, :, :, head].transpose(1, 0, 2)
         scores = queries @ keys.T / math.sqrt(qkv.shape[4])
+        if causal:
+            scores[np.triu_indices_from(scores, 1)] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         result[b, :, head] = weights @ values / weights.sum(axis=1, keepdims=True)
     return result.reshape(*qkv.shape[:2], -1)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("spread", [1, 5, 30])
-def test_attention_in_products(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_products(
+    spread: float, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No less exact than MLX's own, also with scores up to thousands apart."""
-    qkv = spread * mx.random.normal((2, attention.SOFTMAX_FROM, 3, 2, 32))
-    exact = attended(qkv)
-    found = np.array(attention.attend(qkv))
-    monkeypatch.setattr(attention, "SOFTMAX_FROM", qkv.shape[1] + 1)
-    plain = np.array(attention.attend(qkv))
+    qkv = spread * mx.random.normal((2, 256, 3, 2, 32))
+    exact = attended(qkv, causal)
+    found = np.array(attention.attend(qkv, causal))
+    monkeypatch.setattr(attention, "on_cpu", lambda: False)
+    plain = np.array(attention.attend(qkv, causal))
     assert not np.array_equal(found, plain)
     assert relative_error(found, exact) < 3e-6 + 1.5 * relative_error(plain, exact)
 
 
 def test_attention_hides_nothing_that_is_not_finite() -> None:
-    qkv = mx.random.normal((1, attention.SOFTMAX_FROM, 3, 1, 32))
+    qkv = mx.random.normal((1, 256, 3, 1, 32))
     qkv[0, 7, 2, 0, 3] = math.nan
     assert not mx.isfinite(attention.attend(qkv)).all().item()
     qkv[0, 7, 2, 0, 3] = 0
@@ -166,12 +171,13 @@ def test_attention_with_heads_padded_as_for_metal(monkeypatch: pytest.MonkeyPatc
     shapes: list[tuple[int, ...]] = []
     attend = mx.fast.scaled_dot_product_attention
 
-    def noting(queries: mx.array, *rest: mx.array, scale: float) -> mx.array:
+    def noting(queries: mx.array, *rest: mx.array, scale: float, mask: str | None) -> mx.array:
         shapes.append(queries.shape)
-        return attend(queries, *rest, scale=scale)
+        return attend(queries, *rest, scale=scale, mask=mask)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
     monkeypatch.setattr(attention, "PAD_HEADS_FROM", 15)
+    monkeypatch.setattr(attention, "on_cpu", lambda: False)
     attention.attend(qkv)  # not on this device
     monkeypatch.setattr(attention, "on_metal", lambda: True)
     assert relative_error(np.array(attention.attend(qkv)), attended(qkv)) < 1e-6
