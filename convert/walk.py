@@ -21,7 +21,7 @@ from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig, embedding
 from mlx_mobileclip.device import default_dtype, on_cpu
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.processor import Processor as ClipProcessor
-from mlx_mobileclip.quantization import Packed
+from mlx_mobileclip.quantization import Packed, Quantization
 from mlx_mobileclip.text import TextTower
 from mlx_mobileclip.vit import ViT
 
@@ -29,6 +29,7 @@ from .calibration import LABELS, Sample
 from .quantize import Tensors, unpack, unpacked
 
 RESOLUTION = 512  # px at most; more image tokens would tell little more
+HEADS = {"language_model.embed_tokens", "language_model.lm_head"}
 HEAD_ROWS = 1 << 14  # rows of the output layer that are turned to floats at a time
 NONE = ""  # in the place of a unit: nothing was rounded
 LOGITS, IMAGES, TEXTS = "logits", "image embedding", "text embedding"
@@ -95,7 +96,10 @@ def walk_fastvlm(
     config, tensors = read()
     assert isinstance(config, FastVLMConfig)
     if on_cpu():  # which multiplies by packed weights one number at a time
-        config, tensors = replace(config, quantization={}), unpacked(tensors, config.quantization)
+        packed = config.quantization
+        heads = {path: packed[path] for path in packed.keys() & HEADS}
+        tensors = unpacked(tensors, {path: packed[path] for path in packed.keys() - HEADS})
+        config = replace(config, quantization=heads)
     model = FastVLM(config)
     model.eval()
     decoder, dtype = model.language_model, default_dtype()
@@ -148,6 +152,7 @@ def walk_fastvlm(
             yield from (Seen(f"decoder layer {i}", unit, x) for x in values)
     head = embedding if tied else "language_model.lm_head."
     output: Any = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    packing = config.quantization.get(head.removesuffix("."))
     size = processor.tokenizer.size
     with _part(model, tensors | kept, ("language_model.norm.", head), None):
         for i, each in enumerate(prompts):
@@ -155,7 +160,7 @@ def walk_fastvlm(
                 here = {p: how for p, how in units.get(unit, {}).items() if f"{p}." == head}
                 with rounded(model, here):
                     last = decoder.norm(states[unit][i][0, each.start :]).astype(dtype)
-                    logits = _output(output, last)[:, :size].astype(mx.float32)
+                    logits = _output(output, packing, last)[:, :size].astype(mx.float32)
                     logits -= mx.logsumexp(logits, axis=-1, keepdims=True)
                     mx.eval(logits)
                 yield Seen(LOGITS, unit, logits)
@@ -190,15 +195,13 @@ def _part(
     model.load_weights([(name, mx.zeros(())) for name in names], strict=False)
 
 
-def _output(head: nn.Module, x: mx.array) -> mx.array:
-    """Logits (L, V) of states (L, D); a float layer is used some rows at a time."""
-    if isinstance(head, nn.QuantizedEmbedding):
-        return head.as_linear(x)
-    if isinstance(head, nn.QuantizedLinear):
-        return head(x)
-    weight, parts = head.weight, []
-    for start in range(0, weight.shape[0], HEAD_ROWS):
-        parts.append(x @ weight[start : start + HEAD_ROWS].astype(x.dtype).T)
+def _output(head: nn.Module, packing: Quantization | None, x: mx.array) -> mx.array:
+    """Logits (L, V) of states (L, D); the layer is turned to floats some rows at a time."""
+    parts = []
+    for start in range(0, len(head.weight), HEAD_ROWS):
+        rows = {name: value[start : start + HEAD_ROWS] for name, value in head.parameters().items()}
+        weight = rows["weight"] if packing is None else unpack(rows, packing, x.dtype)
+        parts.append(x @ weight.astype(x.dtype).T)
         mx.eval(parts[-1])
     return mx.concatenate(parts, axis=-1)
 
