@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from . import compare, counts, mac, roofline
-from .record import add_record, keep
+from .record import add_record, keep, surroundings
 
 COMMANDS = {"counts": counts, "roofline": roofline, "compare": compare, "mac": mac}
 
@@ -18,11 +18,12 @@ def main(argv: list[str] | None = None) -> None:
         module.add_arguments(command)
         add_record(command)
     args = parser.parse_args(argv)
+    where = surroundings()  # now, for the commit may be another one after an hour
     try:
         tables, record = COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    keep(tables, record, args.record)
+    keep(tables, record, where, args.record)
 
 
 if __name__ == "__main__":

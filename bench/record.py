@@ -102,9 +102,8 @@ def record_file(command: str) -> Path:
     return ROOT / "bench" / "results" / f"{command}-{machine}-{_today()}.json"
 
 
-def keep(tables: str, record: dict[str, Any], file: Path | None) -> None:
+def keep(tables: str, record: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:
     """Print the tables with where they are from, and write both and the record if it is wanted."""
-    where = surroundings()
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     blas = f", {where['blas']}" if where["blas"] else ""
     settings = "".join(f", {name}={value}" for name, value in where["environment"].items())
