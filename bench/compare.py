@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from .cases import Case
 from .record import preload, table
 
 OURS = "ours"
+PAUSE_S = 0.5  # threads of PyTorch and OpenBLAS stay on the cores for a while after their work
 INSTALL = {
     "mlx-vlm": "pip install mlx-vlm",
     "mlx-lm": "pip install .",
@@ -93,6 +95,7 @@ def measure(
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(repeats + 1):
             for name in list(workers):
+                time.sleep(PAUSE_S)
                 answer = workers[name].ask("run")
                 if answer:
                     seconds[name].append(answer["seconds"])

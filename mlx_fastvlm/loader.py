@@ -9,7 +9,7 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
-from mlx_mobileclip.device import parse_dtype
+from mlx_mobileclip.device import keep_freed_memory, parse_dtype
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.hub import DEMO, Checkpoint, resolve
 from mlx_mobileclip.quantization import Quantization, quantize_parts
@@ -76,6 +76,7 @@ def load_checkpoint(
     with ThreadPoolExecutor(1) as beside:  # half a second for 152k tokens; MLX lets it run
         words = beside.submit(read_tokenizer, checkpoint, config)
         assign(model, tensors, parse_dtype(dtype), checkpoint.name)
+    keep_freed_memory()
     return model, Processor(words.result(), config)
 
 

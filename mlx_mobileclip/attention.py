@@ -33,7 +33,8 @@ def attend(qkv: mx.array, causal: bool = False) -> mx.array:
     queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, D), or padded
     if qkv.dtype == mx.float32 and on_cpu():
         heads = (queries * (D**-0.5 / 32), 1), (keys, 1), (values, 1)
-        y = on_all_cores(partial(_by_products, causal=causal), *heads, axis=1)
+        work = partial(_by_products, causal=causal)
+        y = on_all_cores(work, *heads, axis=1, makes=B * K * N * N)
     else:
         mask = "causal" if causal else None
         y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=D**-0.5, mask=mask)

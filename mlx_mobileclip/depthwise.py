@@ -33,8 +33,7 @@ class Depthwise(nn.Module):
         channels, kernel_size = self.weight.shape[:2]
         single = x.dtype == self.weight.dtype == mx.float32
         if single and not self.training and on_cpu():
-            work = partial(_by_products, kernel_size=kernel_size, stride=self._stride)
-            return on_all_cores(work, (x, -1), (self._banded_matrix(), 0), axis=-1)
+            return _by_products(x, self._banded_matrix(), kernel_size, self._stride)
         return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
 
     def _banded_matrix(self) -> mx.array:
@@ -50,25 +49,43 @@ class Depthwise(nn.Module):
 
 
 def _by_products(x: mx.array, banded: mx.array, kernel_size: int, stride: int) -> mx.array:
-    """The convolution, rows of tiles outermost and then channels, which keeps to the cache."""
+    B, H, W, _ = x.shape
+    patches = partial(_patches, kernel_size=kernel_size, stride=stride)
+    multiply = partial(_multiply, banded=banded)
+    views = patches(x)
+    if B == 1:
+        y = on_all_cores(multiply, (views, 1), axis=1, makes=views.size)
+    else:  # so that padding is divided too
+        y = on_all_cores(lambda x: multiply(patches(x)), (x, 0), axis=0, makes=views.size)
+    return y[:, : -(-H // stride), : -(-W // stride)]
+
+
+def _patches(x: mx.array, kernel_size: int, stride: int) -> mx.array:
+    """What each tile of outputs is computed from: overlapping views of the padded input.
+
+    Returns:
+        (B, tiles down, C, tiles across, patch height, patch width). This order, by rows of tiles
+        and then channels, keeps to the cache.
+    """
     B, H, W, C = x.shape
     k, s = kernel_size, stride
-    out_height, out_width = -(-H // s), -(-W // s)
-    tiles_down, tiles_across = -(-out_height // ROWS), -(-out_width // COLUMNS)
+    tiles_down, tiles_across = -(-H // (ROWS * s)), -(-W // (COLUMNS * s))
     height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
-    tall, wide = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k  # of a patch
     before = k // 2
     margins = [(0, 0), (before, height - H - before), (0, 0), (before, width - W - before)]
-    padded = mx.pad(x.swapaxes(2, 3), margins)  # (B, height, C, width)
-    patches = mx.as_strided(
-        padded,
-        (B, tiles_down, C, tiles_across, tall, wide),
+    return mx.as_strided(
+        mx.pad(x.swapaxes(2, 3), margins),  # (B, height, C, width)
+        (B, tiles_down, C, tiles_across, (ROWS - 1) * s + k, (COLUMNS - 1) * s + k),
         (height * C * width, ROWS * s * C * width, width, COLUMNS * s, C * width, 1),
-    ).reshape(B * tiles_down, C, tiles_across, tall * wide)
-    y = patches @ banded  # (B * tiles_down, C, tiles_across, ROWS * COLUMNS)
+    )
+
+
+def _multiply(patches: mx.array, banded: mx.array) -> mx.array:
+    """Tiles of outputs, put side by side: (B, tiles down * ROWS, tiles across * COLUMNS, C)."""
+    B, tiles_down, C, tiles_across = patches.shape[:4]
+    y = patches.reshape(B * tiles_down, C, tiles_across, -1) @ banded
     y = y.reshape(B, tiles_down, C, tiles_across, ROWS, COLUMNS).transpose(0, 1, 4, 3, 5, 2)
-    y = y.reshape(B, tiles_down * ROWS, tiles_across * COLUMNS, C)
-    return y[:, :out_height, :out_width]
+    return y.reshape(B, tiles_down * ROWS, tiles_across * COLUMNS, C)
 
 
 @cache

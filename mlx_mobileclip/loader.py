@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .checkpoint import assign, read_json, read_tensors
 from .clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig
-from .device import parse_dtype
+from .device import keep_freed_memory, parse_dtype
 from .errors import ConfigError
 from .hub import Checkpoint, resolve_file
 from .processor import Processor
@@ -63,6 +63,7 @@ def load_checkpoint(
     model = MobileCLIP(config)
     model.eval()
     assign(model, tensors, parse_dtype(dtype), checkpoint.name)
+    keep_freed_memory()
     return model, Processor(config.preprocess, words)
 
 

@@ -1,6 +1,9 @@
 """What is computed otherwise on some device equals the plain formulation."""
 
 import math
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -63,12 +66,12 @@ def test_depthwise(shape: tuple[int, int, int], kernel_size: int, stride: int) -
 
 @pytest.mark.parametrize("cores", [2, 5])
 def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in parts that are not equal, and in no more parts than there are heads."""
+    """Also in parts that are not equal, and in no more than images, rows of tiles or heads."""
     layer = Depthwise(8, 7)
     layer.weight = mx.random.normal(layer.weight.shape)
     layer.eval()
-    x, qkv = mx.random.normal((2, 9, 13, 8)), mx.random.normal((2, 256, 3, 3, 32))
-    whole = layer(x), attention.attend(qkv)
+    x, qkv = mx.random.normal((4, 9, 13, 8)), mx.random.normal((2, 256, 3, 3, 32))
+    whole = layer(x), layer(x[:1]), attention.attend(qkv)
     mx.eval(whole)
     streams = [mx.new_stream(mx.cpu) for _ in range(cores)]
     monkeypatch.setattr(device, "_streams", lambda: streams)
@@ -76,11 +79,28 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     started: list[mx.Stream] = []
     stream = mx.stream
     monkeypatch.setattr(mx, "stream", lambda s: started.append(s) or stream(s))
-    divided = layer(x), attention.attend(qkv)
+    divided = layer(x), layer(x[:1]), attention.attend(qkv)
     assert all(mx.array_equal(a, b).item() for a, b in zip(divided, whole, strict=True))
-    assert started == streams + streams[:3]
+    assert started == streams[:4] + streams[:3] + streams[:3]
     gradient = mx.grad(lambda x: (layer(x) ** 2).sum())(x)
     assert relative_error(gradient, mx.grad(lambda x: (layer.train()(x) ** 2).sum())(x)) < 1e-5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_freed_memory_is_kept() -> None:
+    """What is computed again finds the pages that it had before."""
+    work = (
+        "import resource, mlx.core as mx; from mlx_mobileclip.device import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    mx.eval(mx.ones(5_000_000) + mx.arange(5_000_000))\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "given_back = [faults(), faults()][1]; keep_freed_memory()\n"
+        "print(given_back, [faults(), faults()][1])"
+    )
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < 100 < given_back
 
 
 def test_work_divided_among_cores_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
