@@ -12,7 +12,7 @@ import mlx.core as mx
 from .errors import ConfigError
 
 PARALLEL_FROM = 1 << 18  # elements; of fewer, a thread takes longer to hear than to work
-LARGEST_PART = 1 << 22  # elements; 16 MB in float32
+LARGEST_PART = 1 << 20  # elements; 4 MB in float32
 # Of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
