@@ -12,7 +12,7 @@ import mlx.core as mx
 from .errors import ConfigError
 
 PARALLEL_FROM = 1 << 18  # elements; of fewer, a thread takes longer to hear than to work
-LARGEST_PART = 1 << 20  # elements; 4 MB in float32
+LARGEST_PART = 1 << 20  # elements; with four times as many FastViTHD takes 300 MB more
 # Of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
@@ -30,10 +30,10 @@ def on_metal() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have the process keep up to 1 GiB of freed memory, if MLX computes on the CPU under glibc.
+    """Have the process keep about 1 GiB of freed memory, if MLX computes on the CPU under glibc.
 
     On a GPU MLX itself keeps freed arrays for later ones. Its CPU backend frees each, glibc gives
-    large ones back to the system, and the next is mapped and zeroed page by page, a quarter of
+    large ones back to the system, and the next is mapped and zeroed page by page, a sixth of
     the time of a pass through FastViTHD (AMD EPYC, two cores, MLX 0.32.4, 2026-11-23).
     """
     if on_cpu() and platform.libc_ver()[0] == "glibc":
