@@ -51,22 +51,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     wanted = cases.scaling(args.size) if args.scaling else cases.usual(args.size)
     if args.only:
+        names = ", ".join(case.name for case in wanted)
         wanted = [case for case in wanted if case.name.startswith(tuple(args.only))]
+        if not wanted:
+            raise SystemExit(f"no case begins with {' or '.join(args.only)}; there are {names}")
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
+    notes: list[str] = []
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         for case in wanted:
             print(f"{case.name} ...", file=sys.stderr, flush=True)
-            measured = measure(case, checkpoints.write(case, Path(directory)), args.repeats, absent)
+            try:
+                checkpoint = checkpoints.write(case, Path(directory))
+                measured = measure(case, checkpoint, args.repeats, absent)
+            except KeyboardInterrupt:
+                if not results:
+                    raise
+                notes.append(f"Stopped by hand at {case.name}.")
+                break
             found = list(_rows(case, measured))
             print("\n".join(" ".join(row) for row in found), file=sys.stderr, flush=True)
             rows += found
             taken = {name: asdict(figures) for name, figures in measured.items()}
             results.append(asdict(case) | {"measured": taken})
     header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
-    notes = [f"{name} is left out: {why}" for name, why in absent.items()]
+    notes += [f"{name} is left out: {why}" for name, why in absent.items()]
     notes.append(f"Load of the machine before: {load:.1f}; of an idle one it is below 0.5.")
     record = {"results": results, "absent": absent, "load_before": load}
     return "\n\n".join([table(header, rows), *notes]), record
@@ -122,12 +133,15 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for us alone
         )
 
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error:
+            self._process.kill()
         self._process.communicate()
 
     def hear(self) -> dict[str, Any]:

@@ -39,6 +39,33 @@ def test_nothing_is_compared_with_ours_failing(tmp_path: Path) -> None:
         compare.measure(Case("here", "vision", ("ours",), "tiny"), tmp_path / "nothing", 1, {})
 
 
+def test_what_was_compared_before_ctrl_c_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([{"ours": compare.Measured([1.0], 1)}])
+
+    def measure(*_: object) -> dict[str, compare.Measured]:
+        try:
+            return next(measured)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(compare, "measure", measure)
+    record = tmp_path / "compare.json"
+    main(["compare", "--size", "tiny", "--only", "p", "--record", str(record)])
+    assert [result["name"] for result in json.loads(record.read_text())["results"]] == [
+        "preprocess"
+    ]
+    assert "Stopped by hand at photo." in record.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit, match="130"):  # with nothing to keep
+        main(["compare", "--size", "tiny", "--only", "photo"])
+
+
+def test_unknown_case_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no case begins with x; there are vision, first-token"):
+        main(["compare", "--size", "tiny", "--only", "x"])
+
+
 @pytest.mark.parametrize("size", ["tiny", "0.5b"])
 def test_cases_have_contenders_and_names(size: str) -> None:
     found = cases.usual(size), cases.scaling(size)
