@@ -1,7 +1,5 @@
 """Attention, in the form that is fast on the device at hand."""
 
-from functools import partial
-
 import mlx.core as mx
 from mlx import nn
 
@@ -32,9 +30,12 @@ def attend(qkv: mx.array, causal: bool = False) -> mx.array:
         qkv = mx.pad(qkv, [(0, 0)] * 4 + [(0, 32)])
     queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, D), or padded
     if qkv.dtype == mx.float32 and on_cpu():
-        heads = (queries * (D**-0.5 / 32), 1), (keys, 1), (values, 1)
-        work = partial(_by_products, causal=causal)
-        y = on_all_cores(work, *heads, axis=1, makes=B * K * N * N)
+        queries *= D**-0.5 / 32
+
+        def work(i: int, j: int) -> mx.array:
+            return _by_products(queries[:, i:j], keys[:, i:j], values[:, i:j], causal)
+
+        y = on_all_cores(work, K, axis=1, makes=B * K * N * N)
     else:
         mask = "causal" if causal else None
         y = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=D**-0.5, mask=mask)

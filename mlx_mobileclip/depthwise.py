@@ -1,6 +1,6 @@
 """Depthwise convolution, in the form that is fast on the device at hand."""
 
-from functools import cache, partial
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .device import on_all_cores, on_cpu
 
 ROWS, COLUMNS = 4, 4  # of the tile of outputs that one row of a product computes
+ODD_FROM = 32  # tiles; in rows of more, columns a power of two apart would share lines of the cache
 
 
 class Depthwise(nn.Module):
@@ -17,7 +18,7 @@ class Depthwise(nn.Module):
 
     MLX's CPU backend convolves one number at a time, so there, in float32, it is done as matrix
     products: for each channel, patches of the input times a banded matrix that holds the kernel
-    once for each output of a tile. That is two to four times the arithmetic, at up to 17 times
+    once for each output of a tile. That is two to four times the arithmetic, at three to 20 times
     the speed (AMD EPYC, two cores, MLX 0.32.4 with OpenBLAS, 2026-11-23).
     """
 
@@ -25,67 +26,108 @@ class Depthwise(nn.Module):
         """Start with a kernel of zeros; a stride is 1 or 2."""
         super().__init__()
         self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
-        self._stride = stride
-        self._banded: tuple[mx.array, mx.array] | None = None  # kernel, and its banded matrix
+        self.stride = stride
+        self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, and their matrix
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
-        channels, kernel_size = self.weight.shape[:2]
-        single = x.dtype == self.weight.dtype == mx.float32
-        if single and not self.training and on_cpu():
-            return _by_products(x, self._banded_matrix(), kernel_size, self._stride)
-        return mx.conv2d(x, self.weight, self._stride, kernel_size // 2, groups=channels)
+        return _convolve(x, [self])
 
-    def _banded_matrix(self) -> mx.array:
-        """The kernel at each of a tile's places, (C, patch, tile), made anew for a new kernel."""
-        weight = self.weight
-        if self._banded is None or self._banded[0] is not weight:
-            channels, kernel_size = weight.shape[:2]
-            places = _places(kernel_size, self._stride)
+
+class DepthwiseDouble(nn.Module):
+    """Grouped k x k convolution with two outputs per input channel, plus bias.
+
+    Stored as two depthwise halves, because MLX's fast Metal kernel needs as many outputs as
+    inputs; the halves are the even and the odd output channels.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.even = Depthwise(channels, kernel_size, stride)
+        self.odd = Depthwise(channels, kernel_size, stride)
+        self.bias = mx.zeros((2 * channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
+        return _convolve(x, [self.even, self.odd])
+
+
+def _convolve(x: mx.array, layers: list[Depthwise]) -> mx.array:
+    """What layers that are alike but for their kernels make of an input, (B, H/s, W/s, C * layers).
+
+    Their outputs for a channel lie side by side.
+    """
+    weight, stride = layers[0].weight, layers[0].stride
+    if x.dtype == weight.dtype == mx.float32 and not layers[0].training and on_cpu():
+        return _by_products(x, _banded_matrix(layers), weight.shape[1], stride)
+    channels, kernel_size = weight.shape[:2]
+    ys = [mx.conv2d(x, w.weight, stride, kernel_size // 2, groups=channels) for w in layers]
+    return ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
+
+
+def _banded_matrix(layers: list[Depthwise]) -> mx.array:
+    """Their kernels at each of a tile's places, (C, patch, layers * tile); anew for new kernels."""
+    kept, weights = layers[0]._banded, [layer.weight for layer in layers]
+    if kept is None or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
+        channels, kernel_size = weights[0].shape[:2]
+        places = _places(kernel_size, layers[0].stride)
+        banded = []
+        for weight in weights:
             taps = mx.pad(weight.reshape(channels, -1), [(0, 0), (0, 1)])  # and a zero
-            banded = taps[:, mx.array(places.ravel())].reshape(channels, *places.shape)
-            self._banded = weight, banded
-        return self._banded[1]
+            banded.append(taps[:, mx.array(places.ravel())].reshape(channels, *places.shape))
+        kept = layers[0]._banded = weights, mx.concatenate(banded, axis=-1)
+    return kept[1]
 
 
 def _by_products(x: mx.array, banded: mx.array, kernel_size: int, stride: int) -> mx.array:
-    B, H, W, _ = x.shape
-    patches = partial(_patches, kernel_size=kernel_size, stride=stride)
-    multiply = partial(_multiply, banded=banded)
-    views = patches(x)
+    B, H, W, C = x.shape
+    tiles_down, tiles_across = -(-H // (ROWS * stride)), -(-W // (COLUMNS * stride))
+
+    def work(images: slice, start: int, stop: int) -> mx.array:
+        return _rows_of_tiles(x[images], banded, kernel_size, stride, start, stop)
+
+    makes = B * C * H * tiles_across * ((COLUMNS - 1) * stride + kernel_size)
     if B == 1:
-        y = on_all_cores(multiply, (views, 1), axis=1, makes=views.size)
-    else:  # so that padding is divided too
-        y = on_all_cores(lambda x: multiply(patches(x)), (x, 0), axis=0, makes=views.size)
+        y = on_all_cores(lambda i, j: work(slice(1), i, j), tiles_down, axis=1, makes=makes)
+    else:
+        y = on_all_cores(lambda i, j: work(slice(i, j), 0, tiles_down), B, axis=0, makes=makes)
     return y[:, : -(-H // stride), : -(-W // stride)]
 
 
-def _patches(x: mx.array, kernel_size: int, stride: int) -> mx.array:
-    """What each tile of outputs is computed from: overlapping views of the padded input.
+def _rows_of_tiles(
+    x: mx.array, banded: mx.array, kernel_size: int, stride: int, start: int, stop: int
+) -> mx.array:
+    """Some rows of tiles of the outputs: (B, (stop - start) * ROWS, tiles across * COLUMNS, ...).
 
-    Returns:
-        (B, tiles down, C, tiles across, patch height, patch width). This order, by rows of tiles
-        and then channels, keeps to the cache.
+    The input is put in order of channel, row, column within a patch, and tile across. There the
+    patch of each tile lies at equal distances, and those of the tiles in a row side by side: it
+    is a matrix that BLAS takes as it is. Patches of tiles above each other overlap in memory.
     """
     B, H, W, C = x.shape
     k, s = kernel_size, stride
-    tiles_down, tiles_across = -(-H // (ROWS * s)), -(-W // (COLUMNS * s))
+    tiles_down, tiles_across = stop - start, -(-W // (COLUMNS * s))
+    if tiles_across >= ODD_FROM:
+        tiles_across |= 1
+    tall, wide = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k  # of a patch
     height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
-    before = k // 2
-    margins = [(0, 0), (before, height - H - before), (0, 0), (before, width - W - before)]
-    return mx.as_strided(
-        mx.pad(x.swapaxes(2, 3), margins),  # (B, height, C, width)
-        (B, tiles_down, C, tiles_across, (ROWS - 1) * s + k, (COLUMNS - 1) * s + k),
-        (height * C * width, ROWS * s * C * width, width, COLUMNS * s, C * width, 1),
+    top = start * ROWS * s - k // 2
+    first, last = max(top, 0), min(top + height, H)
+    rows, columns = (first - top, top + height - last), (k // 2, width - W - k // 2)
+    padded = mx.pad(x[:, first:last].swapaxes(2, 3), [(0, 0), rows, (0, 0), columns])
+    ordered = mx.as_strided(
+        padded,  # (B, height, C, width)
+        (B, C, height, wide, tiles_across),
+        (height * C * width, width, C * width, 1, COLUMNS * s),
     )
-
-
-def _multiply(patches: mx.array, banded: mx.array) -> mx.array:
-    """Tiles of outputs, put side by side: (B, tiles down * ROWS, tiles across * COLUMNS, C)."""
-    B, tiles_down, C, tiles_across = patches.shape[:4]
-    y = patches.reshape(B * tiles_down, C, tiles_across, -1) @ banded
-    y = y.reshape(B, tiles_down, C, tiles_across, ROWS, COLUMNS).transpose(0, 1, 4, 3, 5, 2)
-    return y.reshape(B, tiles_down * ROWS, tiles_across * COLUMNS, C)
+    row = wide * tiles_across  # of the patches, in `ordered`
+    patches = mx.as_strided(
+        ordered,
+        (B, tiles_down, C, tiles_across, tall * wide),
+        (C * height * row, ROWS * s * row, height * row, 1, tiles_across),
+    )
+    y = (patches @ banded).reshape(B, tiles_down, C, tiles_across, -1, ROWS, COLUMNS)
+    y = y.transpose(0, 1, 5, 3, 6, 2, 4)
+    return y.reshape(B, tiles_down * ROWS, tiles_across * COLUMNS, -1)
 
 
 @cache

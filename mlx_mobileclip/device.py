@@ -44,39 +44,31 @@ def keep_freed_memory() -> None:
 
 
 def on_all_cores(
-    work: Callable[..., mx.array], *arrays: tuple[mx.array, int], axis: int, makes: int
+    work: Callable[[int, int], mx.array], length: int, axis: int, makes: int
 ) -> mx.array:
     """Let the cores of the CPU do parts of what MLX's CPU backend does on one thread a stream.
 
     Args:
-        work: From parts of the arrays to the same part of the result.
-        arrays: Each with the axis along which it is divided.
-        axis: Along which the results are joined; the first that is longer than one costs least.
-        makes: Elements of the largest array that work makes on its way. Parts are small enough
-            to keep that to LARGEST_PART, and so memory, if the axes are long enough.
+        work: The part of the result from an index to another.
+        length: What the indices go up to.
+        axis: Along which the parts are joined; the first that is longer than one costs least.
+        makes: Elements of the largest array that all the work makes on its way. Parts are small
+            enough to keep that to LARGEST_PART, and so memory, if the length allows.
 
     Returns:
-        What work(*arrays) returns.
+        What work(0, length) returns.
     """
-    first, along = arrays[0]
     # MLX's streams are good only in the thread that made them.
     here = threading.current_thread() is threading.main_thread()
     streams = _streams() if here else [mx.default_stream(mx.cpu)]
-    count = min(max(len(streams), makes // LARGEST_PART), first.shape[along])
+    count = min(max(len(streams), makes // LARGEST_PART), length)
     if count < 2 or makes < PARALLEL_FROM:
-        return work(*(array for array, _ in arrays))
+        return work(0, length)
     parts = []
     for i in range(count):
         with mx.stream(streams[i % len(streams)]):
-            parts.append(work(*(_part(array, along, i, count) for array, along in arrays)))
+            parts.append(work(length * i // count, length * (i + 1) // count))
     return mx.concatenate(parts, axis)
-
-
-def _part(array: mx.array, axis: int, index: int, count: int) -> mx.array:
-    length = array.shape[axis]
-    where = [slice(None)] * array.ndim
-    where[axis] = slice(length * index // count, length * (index + 1) // count)
-    return array[tuple(where)]
 
 
 @cache

@@ -18,9 +18,9 @@ import mlx.nn as nn
 
 from .attention import attend
 from .checkpoint import Fields
-from .depthwise import Depthwise
+from .depthwise import Depthwise, DepthwiseDouble
 from .gelu import bias_gelu, gelu
-from .quantization import add_product
+from .linear import Linear, add_product
 
 HEAD_DIM = 32
 LAYER_NORM_EPS = 1e-5
@@ -116,32 +116,13 @@ def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.ar
     return x, x + next_bias
 
 
-class DepthwiseDouble(nn.Module):
-    """Grouped k x k convolution with two outputs per input channel, plus bias.
-
-    Stored as two depthwise halves, because MLX's fast Metal kernel needs as many outputs as
-    inputs; the halves are the even and the odd output channels.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
-        super().__init__()
-        self.even = Depthwise(channels, kernel_size, stride)
-        self.odd = Depthwise(channels, kernel_size, stride)
-        self.bias = mx.zeros((2 * channels,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
-        y = mx.stack([self.even(x), self.odd(x)], axis=-1)
-        return y.reshape(*y.shape[:3], -1)
-
-
 class SqueezeExcite(nn.Module):
     """y = x * sigmoid(fc2(relu(fc1(mean(x)))))  (arXiv:1709.01507)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = Linear(channels, hidden)
+        self.fc2 = Linear(hidden, channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to the same shape."""
@@ -159,7 +140,7 @@ class Stem(nn.Module):
         self.conv_bias = mx.zeros((channels,))
         self.depthwise = Depthwise(channels, 3, stride=2)
         self.depthwise_bias = mx.zeros((channels,))
-        self.pointwise = nn.Linear(channels, channels)
+        self.pointwise = Linear(channels, channels)
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) to (B, S/4, S/4, C)."""
@@ -176,7 +157,7 @@ class Downsample(nn.Module):
         wide = 2 * channels
         self.depthwise = DepthwiseDouble(channels, 7, stride=2)
         self.se = SqueezeExcite(wide, wide // SE_RATIO_DOWNSAMPLE) if squeeze_excite else None
-        self.pointwise = nn.Linear(wide, wide)
+        self.pointwise = Linear(wide, wide)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
@@ -205,8 +186,8 @@ class Attention(nn.Module):
         super().__init__()
         layer_norm = norm == "layer"
         self.norm = nn.LayerNorm(channels, LAYER_NORM_EPS) if layer_norm else None
-        self.qkv = nn.Linear(channels, 3 * channels, bias=not layer_norm)
-        self.proj = nn.Linear(channels, channels, bias=False)
+        self.qkv = Linear(channels, 3 * channels, bias=not layer_norm)
+        self.proj = Linear(channels, channels, bias=False)
         self.bias = mx.zeros((channels,))  # of proj
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -224,8 +205,8 @@ class ConvFFN(nn.Module):
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.conv = Depthwise(channels, 7)
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
+        self.fc1 = Linear(channels, hidden)
+        self.fc2 = Linear(hidden, channels)
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Shapes (B, H, W, C); `residual` already holds fc2's bias."""

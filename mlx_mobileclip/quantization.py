@@ -172,19 +172,3 @@ def quantize_parts(
     pack(model, packed, evaluate=True)
     model.config = replace(model.config, quantization=packed)
     return skipped
-
-
-def add_product(residual: mx.array, x: mx.array, layer: nn.Module) -> mx.array:
-    """Add x @ W.T to the residual, without the layer's bias; (N, C) and (N, K)."""
-    if isinstance(layer, nn.QuantizedLinear):
-        product = mx.quantized_matmul(
-            x,
-            layer["weight"],
-            scales=layer["scales"],
-            biases=layer.get("biases"),
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-        )
-        return residual + product
-    return mx.addmm(residual, x, layer.weight.T)

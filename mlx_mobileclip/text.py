@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from .checkpoint import Fields
 from .gelu import gelu
+from .linear import Linear
 from .transformer import TransformerLayer
 
 EPS = 1e-5
@@ -91,8 +92,8 @@ class RepMixerBlock(nn.Module):
         self.mixer = DepthwiseText(channels)
         self.bias = mx.zeros((channels,))
         self.conv = DepthwiseText(channels)
-        self.fc1 = nn.Linear(channels, 4 * channels)
-        self.fc2 = nn.Linear(4 * channels, channels)
+        self.fc1 = Linear(channels, 4 * channels)
+        self.fc2 = Linear(4 * channels, channels)
 
     def __call__(self, x: mx.array, causal: bool = False) -> mx.array:
         """(B, L, C) to the same shape; convolutions see both sides, so `causal` must be false."""
@@ -116,7 +117,7 @@ class TextTower(nn.Module):
             layers = [RepMixerBlock(width), *layers, RepMixerBlock(width)]
         self.layers = layers
         self.norm = nn.LayerNorm(width, EPS)
-        self.projection = nn.Linear(width, embed_dim, bias=False)
+        self.projection = Linear(width, embed_dim, bias=False)
         self.causal = config.causal
 
     def __call__(self, ids: mx.array) -> mx.array:

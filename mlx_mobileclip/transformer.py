@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from .attention import attend
 from .gelu import gelu
+from .linear import Linear
 
 
 class TransformerLayer(nn.Module):
@@ -17,11 +18,11 @@ class TransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self._heads = heads
 
     def __call__(self, x: mx.array, causal: bool = False) -> mx.array:

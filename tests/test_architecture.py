@@ -98,7 +98,7 @@ print(*sys.modules)
         "mlx_fastvlm": "cache cli config decoding generate image_cache loader model processor "
         "prompt prompt_cache qwen2 sampling tokenizer",
         "mlx_mobileclip": "attention checkpoint command depthwise device disk_cache errors fastvit "
-        "fingerprint gelu hub image quantization",
+        "fingerprint gelu hub image linear quantization",
     }
     expected = {f"{package}.{name}" for package in files for name in files[package].split()}
     assert {name for name in loaded if name.startswith(PACKAGES)} == expected | set(files)

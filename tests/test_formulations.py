@@ -7,13 +7,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 from tolerances import relative_error
 
 from mlx_mobileclip import attention, device
-from mlx_mobileclip.depthwise import Depthwise
+from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble
 from mlx_mobileclip.gelu import bias_gelu, gelu
+from mlx_mobileclip.linear import Linear
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
@@ -52,16 +55,44 @@ def test_bias_gelu() -> None:
     assert mx.array_equal(bias_gelu(x, bias), gelu(x + bias)).item()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 8, 8), (3, 9, 13), (1, 31, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 8, 8), (3, 9, 13), (1, 31, 2), (1, 3, 127), (1, 2, 256)], ids=str
+)
 @pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2), (3, 2)])
-def test_depthwise(shape: tuple[int, int, int], kernel_size: int, stride: int) -> None:
-    layer = Depthwise(6, kernel_size, stride)
-    layer.weight = mx.random.normal(layer.weight.shape)
+@pytest.mark.parametrize("kind", [Depthwise, DepthwiseDouble])
+def test_depthwise(
+    kind: type[nn.Module], shape: tuple[int, int, int], kernel_size: int, stride: int
+) -> None:
+    layer = kind(6, kernel_size, stride)
+    layer.update(tree_map(lambda w: mx.random.normal(w.shape), layer.parameters()))
     x = mx.random.normal((*shape, 6))
     layer.train()  # the plain convolution, which has a gradient
     plain = np.array(layer(x))
     layer.eval()
     assert relative_error(np.array(layer(x)), plain) < 1e-6
+
+
+def test_depthwise_double_is_a_grouped_convolution() -> None:
+    layer = DepthwiseDouble(6, 7, 2).eval()
+    layer.even.weight, layer.odd.weight = mx.random.normal((2, 6, 7, 7, 1))
+    weight = mx.stack([layer.even.weight, layer.odd.weight], axis=1).reshape(12, 7, 7, 1)
+    x = mx.random.normal((2, 9, 13, 6))
+    plain = mx.conv2d(x, weight, stride=2, padding=3, groups=6)
+    assert relative_error(np.array(layer(x)), np.array(plain)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 6), (1, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6), (0, 2, 6)], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    layer, x = Linear(6, 7, bias=bias).eval(), mx.random.normal(shape)
+    plain = nn.Linear(6, 7, bias=bias)
+    plain.update(layer.parameters())
+    assert layer(x).shape == plain(x).shape
+    assert mx.allclose(layer(x), plain(x), rtol=1e-6, atol=1e-6).item()
+    gradients = [nn.value_and_grad(m, lambda m=m: m(x).sum())()[1] for m in (layer, plain)]
+    assert all(mx.allclose(gradients[0][name], gradients[1][name]).item() for name in gradients[1])
 
 
 @pytest.mark.parametrize("cores", [2, 5])
