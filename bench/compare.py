@@ -1,7 +1,8 @@
 """Time this package beside its peers, with the same random weights, in float32.
 
 Each contender runs in a process of its own, and they take turns, so that what else happens on the
-machine meets them alike. A ratio is that of medians; its range is that of single turns.
+machine meets them alike. In a turn brief work is repeated for a second, and its median taken. A
+ratio is that of medians of turns; its range is that of single turns.
 """
 
 import argparse
@@ -34,7 +35,7 @@ INSTALL = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a contender took: seconds, one a turn, and most bytes resident."""
+    """What a contender took: seconds in each turn, and most bytes resident."""
 
     seconds: list[float]
     peak_bytes: int

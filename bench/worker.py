@@ -1,7 +1,8 @@
 """One contender at one case, in a process of its own: `python -m bench.worker`, from compare.
 
-Answers each line on stdin with a line of JSON on stdout: "run" with {"seconds"}, "peak" with
-{"bytes"}, the most that was resident since all was loaded (on Linux; elsewhere since the start).
+Answers each line on stdin with a line of JSON on stdout: "run" with {"seconds"}, those of its
+work, done over and over for TURN_S if it is brief, and then their median; "peak" with {"bytes"},
+the most that was resident since all was loaded (on Linux; elsewhere since the start).
 """
 
 import gc
@@ -9,11 +10,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from importlib import import_module
+from itertools import count
 from pathlib import Path
+from statistics import median
 
 from .cases import Case
+from .contenders import Repeat
 
+TURN_S = 1.0
 MODULES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}  # of contenders, where names differ
 
 
@@ -34,16 +40,26 @@ def main() -> None:
     repeat = contender.prepare(case, checkpoint)
     forget_peak()
     answer(ready=True)
-    for repetition, order in enumerate(sys.stdin):
+    repetitions = count()
+    for order in sys.stdin:
         if order.strip() == "peak":
             answer(bytes=peak())
-            continue
-        work = repeat(repetition)
+        else:
+            answer(seconds=median(turn(repeat, repetitions)))
+
+
+def turn(repeat: Repeat, repetitions: Iterator[int]) -> list[float]:
+    """Seconds of each repetition that begins before TURN_S are over; of one at least."""
+    over = time.perf_counter() + TURN_S
+    seconds: list[float] = []
+    while not seconds or time.perf_counter() < over:
+        work = repeat(next(repetitions))
         settle()
         started = time.perf_counter()
         work()
-        answer(seconds=time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
         settle()
+    return seconds
 
 
 def settle() -> None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.worker import forget_peak, peak
+
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 MEMORY_LIMIT_BYTES = 6 << 30
@@ -64,18 +66,6 @@ def assert_done(outcome: Outcome) -> None:
     assert outcome.err == ""
 
 
-def _peak_mb(*, reset: bool = False) -> float:
-    """The most memory held so far, or since the last reset where the system can do that."""
-    if sys.platform == "linux":  # getrusage there counts what the parent held before it started us
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-
-
 def _answer(arguments: list[str]) -> int:
     from mlx_fastvlm.cli import main
 
@@ -114,7 +104,8 @@ def _work() -> None:
     report: Any = sys.stdout
     for kind, arguments in json.load(sys.stdin):
         out, err = io.StringIO(), io.StringIO()
-        started, before = time.perf_counter(), _peak_mb(reset=True)
+        forget_peak()
+        started, before = time.perf_counter(), peak()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = KINDS[kind](arguments)
         outcome = Outcome(
@@ -122,7 +113,7 @@ def _work() -> None:
             out.getvalue(),
             err.getvalue(),
             time.perf_counter() - started,
-            _peak_mb() - before,
+            (peak() - before) / 1e6,
         )
         print(json.dumps(asdict(outcome)), file=report, flush=True)
 

@@ -168,7 +168,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_parquet(photos: Path, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is written by pyarrow")
     paths = [str(photos / name) for name in ORDER]
     run(paths, tmp_path / "x.parquet")
     run(paths, tmp_path / "x.npz")

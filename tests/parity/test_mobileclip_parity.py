@@ -267,7 +267,7 @@ def corpus() -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:text ")
 def test_ids_are_equal_to_open_clips() -> None:
-    pytest.importorskip("ftfy")
+    pytest.importorskip("ftfy", reason="open_clip mends texts with ftfy")
     theirs = open_clip.get_tokenizer("MobileCLIP-S1")
     texts = corpus()
     assigned = [chr(c) for c in range(0x20, 0x30000) if unicodedata.category(chr(c)) not in BLANK]
