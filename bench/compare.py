@@ -8,6 +8,7 @@ ratio is that of medians of turns; its range is that of single turns.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -105,8 +106,9 @@ def measure(
             else:
                 workers[name] = worker
         seconds: dict[str, list[float]] = {name: [] for name in workers}
+        shuffle = random.Random(0)  # so that nobody always follows the same one
         for _ in range(repeats + 1):
-            for name in list(workers):
+            for name in shuffle.sample(list(workers), len(workers)):
                 time.sleep(PAUSE_S)
                 answer = workers[name].ask("run")
                 if answer:

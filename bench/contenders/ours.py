@@ -41,6 +41,8 @@ def _mobileclip(case: Case, checkpoint: Path) -> Repeat:
 
 def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     model, processor = mlx_fastvlm.load(checkpoint, dtype="float32")
+    if case.work == "decode":
+        model.pop("vision_tower")  # mlx-lm has none
     side = case.resolution
     around = processor("x").input_ids.size - 1  # tokens of the conversation format
 
