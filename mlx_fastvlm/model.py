@@ -9,6 +9,7 @@ import numpy as np
 from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.gelu import gelu
+from mlx_mobileclip.linear import Linear
 from mlx_mobileclip.quantization import pack
 
 from .cache import STEP, KVCache
@@ -37,7 +38,7 @@ class FastVLM(nn.Module):
         self.vision_tower = FastViT(config.vision)
         width = config.text.hidden_size
         inputs = [config.vision.features] + [width] * config.projector_depth
-        self.projector = [nn.Linear(inputs[i], width) for i in range(config.projector_depth)]
+        self.projector = [Linear(inputs[i], width) for i in range(config.projector_depth)]
         self.language_model = Qwen2(config.text)
         pack(self, config.quantization)
 

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mobileclip.linear import Linear, multiply, multiply_packed
+
 from .cache import STEP, KVCache, QuantizedKVCache
 from .config import Qwen2Config
 
@@ -39,8 +41,8 @@ class Attention(nn.Module):
         super().__init__()
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = (self._heads + 2 * self._kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, rows)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, rows)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.rope = nn.RoPE(config.head_dim, base=config.rope_theta)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> mx.array:
@@ -62,8 +64,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, D) to (B, L, D)."""
@@ -87,19 +89,39 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    """Token embeddings that, if tied, are the output layer too."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., L, D) to (..., L, V)."""
+        return multiply(x, self.weight)
+
+    def to_quantized(self, *packing: Any, **named: Any) -> Any:
+        """Pack the weights, as `mx.quantize` takes them."""
+        return QuantizedEmbedding.from_embedding(self, *packing, **named)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """The same with packed weights."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., L, D) to (..., L, V)."""
+        return multiply_packed(x, self)
+
+
 class Qwen2(nn.Module):
     """Embedding, decoder layers, final norm and output layer."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._group_size = 64 if config.head_dim % 64 == 0 else 32  # of packed keys and values
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def make_cache(self, capacity: int = STEP, bits: int | None = None) -> list[KVCache]:
