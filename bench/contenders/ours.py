@@ -1,5 +1,7 @@
 """This package, through its public API."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     model, processor = mlx_fastvlm.load(checkpoint, dtype="float32")
     if case.work == "decode":
         model.pop("vision_tower")  # mlx-lm has none
+        give_back_freed_memory()
     side = case.resolution
     around = processor("x").input_ids.size - 1  # tokens of the conversation format
 
@@ -83,6 +86,12 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
         "decode": decode,
     }
     return works[case.work]
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc, which this package tells to keep it, return it to the system."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _exhaust(stream: Iterator[object], tokens: int) -> None:
