@@ -7,21 +7,17 @@ is mlx-lm's (`layers`, `make_cache`, `__call__(inputs, cache, input_embeddings)`
 Reference code: transformers 4.48 `models/qwen2/modeling_qwen2.py`.
 """
 
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mobileclip.attention import attend_to
 from mlx_mobileclip.linear import Linear, multiply, multiply_packed
 
 from .cache import STEP, KVCache, QuantizedKVCache
 from .config import Qwen2Config
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
+from .swiglu import swiglu
 
 
 def _attend(
@@ -31,7 +27,9 @@ def _attend(
         packing = {"group_size": cache.group_size, "bits": cache.bits}
         keys, values = mx.dequantize(*keys, **packing), mx.dequantize(*values, **packing)
     scale = queries.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    if isinstance(mask, mx.array):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return attend_to(queries, keys, values, scale, causal=mask == "causal")
 
 
 class Attention(nn.Module):
@@ -69,8 +67,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, D) to (B, L, D)."""
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(_swiglu(gate, up))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

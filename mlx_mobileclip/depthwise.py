@@ -1,5 +1,6 @@
 """Depthwise convolution, in the form that is fast on the device at hand."""
 
+from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
@@ -7,10 +8,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from .device import on_all_cores, on_cpu
+from .device import WIDENED, cores, on_all_cores, on_cpu
 
 ROWS, COLUMNS = 4, 4  # of the tile of outputs that one row of a product computes
 ODD_FROM = 32  # tiles; in rows of more, columns a power of two apart would share lines of the cache
+ENOUGH_POSITIONS = 128  # for a core; products of fewer rows are much slower than of more
+Then = Callable[..., mx.array]
 
 
 class Depthwise(nn.Module):
@@ -29,9 +32,19 @@ class Depthwise(nn.Module):
         self.stride = stride
         self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, and their matrix
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
-        return _convolve(x, [self])
+    def __call__(self, x: mx.array, *beside: mx.array, then: Then | None = None) -> mx.array:
+        """Convolve, and go on from there.
+
+        Args:
+            x: (B, H, W, C).
+            *beside: What else `then` takes, (B, H/s, W/s, ...) each.
+            then: What to make of the result at each position, by itself. On a CPU that is done
+                part by part, while the part is in the cache.
+
+        Returns:
+            (B, H/s, W/s, C), sizes rounded up; or what `then` makes of that.
+        """
+        return _convolve(x, [self], beside, then)
 
 
 class DepthwiseDouble(nn.Module):
@@ -47,22 +60,30 @@ class DepthwiseDouble(nn.Module):
         self.odd = Depthwise(channels, kernel_size, stride)
         self.bias = mx.zeros((2 * channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, then: Then | None = None) -> mx.array:
         """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
-        return _convolve(x, [self.even, self.odd])
+        return _convolve(x, [self.even, self.odd], (), then)
 
 
-def _convolve(x: mx.array, layers: list[Depthwise]) -> mx.array:
+def _convolve(
+    x: mx.array, layers: list[Depthwise], beside: tuple[mx.array, ...], then: Then | None
+) -> mx.array:
     """What layers that are alike but for their kernels make of an input, (B, H/s, W/s, C * layers).
 
     Their outputs for a channel lie side by side.
     """
     weight, stride = layers[0].weight, layers[0].stride
     if x.dtype == weight.dtype == mx.float32 and not layers[0].training and on_cpu():
-        return _by_products(x, _banded_matrix(layers), weight.shape[1], stride)
+        matrix = _banded_matrix(layers)
+        return _by_products(x, matrix, weight.shape[1], stride, beside, then or _identity)
     channels, kernel_size = weight.shape[:2]
     ys = [mx.conv2d(x, w.weight, stride, kernel_size // 2, groups=channels) for w in layers]
-    return ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
+    y = ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
+    return y if then is None else then(y, *beside)
+
+
+def _identity(x: mx.array) -> mx.array:
+    return x
 
 
 def _banded_matrix(layers: list[Depthwise]) -> mx.array:
@@ -79,19 +100,31 @@ def _banded_matrix(layers: list[Depthwise]) -> mx.array:
     return kept[1]
 
 
-def _by_products(x: mx.array, banded: mx.array, kernel_size: int, stride: int) -> mx.array:
-    B, H, W, C = x.shape
-    tiles_down, tiles_across = -(-H // (ROWS * stride)), -(-W // (COLUMNS * stride))
+def _by_products(
+    x: mx.array,
+    banded: mx.array,
+    kernel_size: int,
+    stride: int,
+    beside: tuple[mx.array, ...],
+    then: Then,
+) -> mx.array:
+    B, H, W, _ = x.shape
+    rows, columns = -(-H // stride), -(-W // stride)
+    tiles_down = -(-rows // ROWS)
+    at_once = B * rows * columns >= ENOUGH_POSITIONS * cores()
 
     def work(images: slice, start: int, stop: int) -> mx.array:
-        return _rows_of_tiles(x[images], banded, kernel_size, stride, start, stop)
+        y = _rows_of_tiles(x[images], banded, kernel_size, stride, start, stop)
+        part = slice(start * ROWS, min(stop * ROWS, rows))
+        y = y[:, : part.stop - part.start, :columns]
+        return then(y, *(array[images, part] for array in beside)) if at_once else y
 
-    makes = B * C * H * tiles_across * ((COLUMNS - 1) * stride + kernel_size)
     if B == 1:
-        y = on_all_cores(lambda i, j: work(slice(1), i, j), tiles_down, axis=1, makes=makes)
+        divided, length, axis = lambda i, j: work(slice(1), i, j), tiles_down, 1
     else:
-        y = on_all_cores(lambda i, j: work(slice(i, j), 0, tiles_down), B, axis=0, makes=makes)
-    return y[:, : -(-H // stride), : -(-W // stride)]
+        divided, length, axis = lambda i, j: work(slice(i, j), 0, tiles_down), B, 0
+    y = on_all_cores(divided, length, axis, makes=WIDENED * x.size)
+    return y if at_once else then(y, *beside)
 
 
 def _rows_of_tiles(

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from .attention import attend
 from .checkpoint import Fields
 from .depthwise import Depthwise, DepthwiseDouble
+from .device import by_images, on_all_cores, on_cpu
 from .gelu import bias_gelu, gelu
 from .linear import Linear, add_product
 
@@ -144,9 +145,24 @@ class Stem(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         """(B, S, S, 3) to (B, S/4, S/4, C)."""
-        x = bias_gelu(self.conv(pixels), self.conv_bias)
-        x = bias_gelu(self.depthwise(x), self.depthwise_bias)
-        return gelu(self.pointwise(x))
+        return self.depthwise(self._first(pixels), then=self._after)
+
+    def _first(self, pixels: mx.array) -> mx.array:
+        if not on_cpu():
+            return bias_gelu(self.conv(pixels), self.conv_bias)
+        padded = mx.pad(pixels, [(0, 0), (1, 1), (1, 1), (0, 0)])
+
+        def work(start: int, stop: int) -> mx.array:  # rows of the result
+            x = mx.conv2d(padded[:, 2 * start : 2 * stop + 1], self.conv.weight, stride=2)
+            return bias_gelu(x, self.conv_bias)
+
+        B, H, W, _ = pixels.shape
+        rows, columns = -(-H // 2), -(-W // 2)
+        makes = B * rows * columns * self.conv.weight[0].size  # patches
+        return on_all_cores(work, rows, axis=1, makes=makes)
+
+    def _after(self, x: mx.array) -> mx.array:
+        return gelu(self.pointwise(bias_gelu(x, self.depthwise_bias)))
 
 
 class Downsample(nn.Module):
@@ -161,9 +177,13 @@ class Downsample(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
-        x, bias = self.depthwise(x), self.depthwise.bias
-        x = bias_gelu(x, bias) if self.se is None else gelu(self.se(x + bias))
+        if self.se is None:
+            return self.depthwise(x, then=self._after)
+        x = gelu(self.se(self.depthwise(x) + self.depthwise.bias))
         return gelu(self.pointwise(x))
+
+    def _after(self, x: mx.array) -> mx.array:
+        return gelu(self.pointwise(bias_gelu(x, self.depthwise.bias)))
 
 
 class RepMixer(nn.Module):
@@ -210,8 +230,11 @@ class ConvFFN(nn.Module):
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Shapes (B, H, W, C); `residual` already holds fc2's bias."""
+        return self.conv(x, residual, then=self._after)
+
+    def _after(self, x: mx.array, residual: mx.array) -> mx.array:
         C = x.shape[-1]
-        hidden = gelu(self.fc1(self.conv(x).reshape(-1, C)))
+        hidden = gelu(self.fc1(x.reshape(-1, C)))
         return add_product(residual.reshape(-1, C), hidden, self.fc2).reshape(x.shape)
 
 
@@ -260,11 +283,11 @@ class Stage(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """The stage before's (B, H, W, C) to this one's, half as large and twice as wide."""
         if self.downsample is not None:
-            x = self.downsample(x)
+            x = by_images(self.downsample, x)
         if self.pos_emb is not None:
-            x = self.pos_emb(x)
+            x = by_images(self.pos_emb, x)
         for block in self.blocks:
-            x = block(x)
+            x = by_images(block, x)
         return x
 
 
@@ -299,7 +322,7 @@ class FastViT(nn.Module):
         Returns:
             (B, S/stride, S/stride, features); sizes round up.
         """
-        x = self.stem(pixels.astype(self.stem.conv.weight.dtype))
+        x = by_images(self.stem, pixels.astype(self.stem.conv.weight.dtype))
         for stage in self.stages:
             x = stage(x)
-        return self.final_conv(x)
+        return by_images(self.final_conv, x)

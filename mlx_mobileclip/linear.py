@@ -5,31 +5,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .device import LARGEST_PART, on_all_cores, on_cpu
+from .device import LARGEST_PART, PARALLEL_FROM, on_all_cores, on_cpu
 
-BLOCK = 64  # rows of weights; products of more are no faster
+BLOCKS = (128, 64, 32)  # rows of weights
+UNCOPIED = 1_000_000  # products of numbers; OpenBLAS multiplies smaller matrices as they lie
 UNPACK_FROM = 6  # rows
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b.
-
-    MLX's CPU backend spreads the bias over the rows one number at a time, which takes as long as
-    multiplying by a short row of weights. `take` copies it whole.
-    """
+    """y = x W^T + b."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., C) to (..., K)."""
-        bias = self.get("bias")
         if self.training or not on_cpu():
             return super().__call__(x)
-        if bias is None:
-            return multiply(x, self.weight)
-        if x.size == x.shape[-1]:
-            return multiply(x, self.weight) + bias
-        rows = x.flatten(0, -2)
-        biases = mx.take(bias[None], mx.zeros(len(rows), mx.uint32), axis=0)
-        return mx.addmm(biases, rows, self.weight.T).reshape(*x.shape[:-1], len(self.weight))
+        return _on_cpu(x, self.weight, self.get("bias"))
 
     def to_quantized(self, *packing: Any, **named: Any) -> Any:
         """Pack the weights, as `mx.quantize` takes them."""
@@ -37,22 +27,54 @@ class Linear(nn.Linear):
 
 
 def multiply(x: mx.array, weight: mx.array) -> mx.array:
-    """X W^T, (..., C) to (..., K).
+    """X W^T, (..., C) to (..., K)."""
+    return _on_cpu(x, weight) if on_cpu() else x @ weight.T
 
-    With a single row all the time goes into reading the weights. OpenBLAS, given blocks so small
-    that it leaves each to one thread, reads them at twice the speed (AMD EPYC, two cores, MLX
-    0.32.4, 2026-11-23).
-    """
+
+def _on_cpu(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
+    """X W^T plus what is added, a bias (K,) or as many rows (N, K), each core doing some of K."""
     outputs, inputs = weight.shape
-    if x.size != inputs or outputs % BLOCK or not on_cpu():
-        return x @ weight.T
-    blocks = weight.reshape(-1, BLOCK, inputs).swapaxes(1, 2)
+    rows = x.reshape(-1, inputs)
+    most = UNCOPIED // max(1, rows.size)
+    block = next((n for n in BLOCKS if n <= most and outputs % n == 0), None)
+    if block is None:
+        y = _in_stripes(rows, weight, added)
+    else:
+        y = _in_blocks(rows, weight, block)
+        y = y if added is None else y + added
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+def _in_blocks(x: mx.array, weight: mx.array, block: int) -> mx.array:
+    """X W^T of few rows, (N, C) to (N, K), when nearly all the time goes into reading the weights.
+
+    OpenBLAS copies weights before it multiplies, unless the product is small. In blocks that are,
+    one row takes half the time, and 25 rows four fifths (AMD EPYC, two cores, MLX 0.32.4,
+    OpenBLAS 0.3.21, 2026-11-25).
+    """
+    blocks = weight.reshape(-1, block, weight.shape[1]).swapaxes(1, 2)
 
     def work(start: int, stop: int) -> mx.array:
-        return x.reshape(1, inputs) @ blocks[start:stop]
+        return x[None] @ blocks[start:stop]
 
-    makes = min(weight.size, LARGEST_PART)  # nothing large; enough for all cores if weights are
-    return on_all_cores(work, len(blocks), axis=0, makes=makes).reshape(*x.shape[:-1], outputs)
+    y = on_all_cores(work, len(blocks), axis=0, makes=min(weight.size, PARALLEL_FROM))
+    return y.swapaxes(0, 1).reshape(len(x), len(weight))
+
+
+def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
+    """X W^T plus what is added, (N, C) to (N, K)."""
+
+    def work(start: int, stop: int) -> mx.array:
+        part = weight[start:stop].T
+        if added is None:
+            return x @ part
+        to = added[..., start:stop]
+        if to.ndim == 1:  # MLX would spread it one number at a time; `take` copies it whole
+            to = mx.take(to[None], mx.zeros(len(x), mx.uint32), axis=0)
+        return mx.addmm(to, x, part)
+
+    products = x.size * len(weight)  # 16 of numbers take as long as to make an element otherwise
+    return on_all_cores(work, len(weight), axis=-1, makes=min(products // 16, PARALLEL_FROM))
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -93,4 +115,6 @@ def add_product(residual: mx.array, x: mx.array, layer: nn.Module) -> mx.array:
     """Add x @ W.T to the residual, without the layer's bias; (N, C) and (N, K)."""
     if isinstance(layer, QuantizedLinear):
         return residual + multiply_packed(x, layer)
+    if on_cpu():
+        return _on_cpu(x, layer.weight, residual)
     return mx.addmm(residual, x, layer.weight.T)

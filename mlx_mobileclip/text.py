@@ -9,12 +9,14 @@ MobileCLIP (arXiv:2311.17049, section 4.1).
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import Fields
+from .device import by_images
 from .gelu import gelu
 from .linear import Linear
 from .transformer import TransformerLayer
@@ -131,7 +133,7 @@ class TextTower(nn.Module):
         """
         x = self.embed(ids)
         for layer in self.layers:
-            x = layer(x, self.causal)
+            x = by_images(partial(layer, causal=self.causal), x)
         return self.pool(x, ids)
 
     def embed(self, ids: mx.array) -> mx.array:

@@ -96,7 +96,7 @@ print(*sys.modules)
     loaded = set(fresh(code).splitlines()[-1].split())
     files = {
         "mlx_fastvlm": "cache cli config decoding generate image_cache loader model processor "
-        "prompt prompt_cache qwen2 sampling tokenizer",
+        "prompt prompt_cache qwen2 sampling swiglu tokenizer",
         "mlx_mobileclip": "attention checkpoint command depthwise device disk_cache errors fastvit "
         "fingerprint gelu hub image linear quantization",
     }

@@ -14,7 +14,7 @@ import pytest
 from bench import counts, roofline
 from bench.chips import CHIPS
 from bench.graph import VIEWS, Graphs, gpu_graphs, leaf
-from mlx_fastvlm import qwen2
+from mlx_fastvlm import swiglu
 from mlx_mobileclip import fastvit, gelu
 
 # Of the 0.5B: primitives, and MB of elements read and written. Lower a figure when it falls. The
@@ -79,7 +79,7 @@ def test_one_kernel_is_one(graphs: Graphs) -> None:
     def names(build: Callable[[], mx.array]) -> list[str]:
         return [kernel.name for kernel in graphs.kernels(build)]
 
-    assert names(lambda: qwen2._swiglu(x, x)) == ["Compiled"]
+    assert names(lambda: swiglu._fused(x, x)) == ["Compiled"]
     assert names(lambda: attend(64)) == ["ScaledDotProductAttention"]
     assert {"Matmul", "Softmax"} <= set(names(lambda: attend(32)))
 
@@ -104,12 +104,12 @@ def test_all_is_as_before_afterwards() -> None:
 )
 @pytest.mark.parametrize(
     ("function", "arrays"),
-    [(nn.gelu, 1), (gelu._bias_gelu, 2), (fastvit._add_biases, 3), (qwen2._swiglu, 2)],
+    [(nn.gelu, 1), (gelu._bias_gelu, 2), (fastvit._add_biases, 3), (swiglu._fused, 2)],
 )
 def test_compiled_functions_become_one_kernel(function: Callable[..., object], arrays: int) -> None:
     """As MLX itself lists them; `gpu_graphs` takes it for granted."""
     listing = io.StringIO()
-    shapes = [(2, 3, 4)] + [(4,) if function is not qwen2._swiglu else (2, 3, 4)] * (arrays - 1)
+    shapes = [(2, 3, 4)] + [(4,) if function is not swiglu._fused else (2, 3, 4)] * (arrays - 1)
     result = function(*(mx.ones(shape) for shape in shapes))
     mx.export_to_dot(listing, *(result if isinstance(result, tuple) else (result,)))
     names = re.findall(r'label ="(\w+)"', listing.getvalue())

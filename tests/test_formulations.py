@@ -1,11 +1,14 @@
 """What is computed otherwise on some device equals the plain formulation."""
 
+import ctypes
 import math
 import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +18,14 @@ from mlx.utils import tree_map
 from tolerances import relative_error
 
 from mlx_fastvlm.qwen2 import Embedding
-from mlx_mobileclip import attention, device
+from mlx_fastvlm.swiglu import swiglu
+from mlx_mobileclip import attention, depthwise, device
 from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble
+from mlx_mobileclip.fastvit import Stem
 from mlx_mobileclip.gelu import bias_gelu, gelu
 from mlx_mobileclip.linear import Linear
 from mlx_mobileclip.quantization import MODES, Quantization
+from mlx_mobileclip.transformer import TransformerLayer
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
@@ -146,6 +152,7 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     mx.eval(whole)
     streams = [mx.new_stream(mx.cpu) for _ in range(cores)]
     monkeypatch.setattr(device, "_streams", lambda: streams)
+    monkeypatch.setattr(device, "cores", lambda: cores)
     monkeypatch.setattr(device, "PARALLEL_FROM", 0)
     started: list[mx.Stream] = []
     stream = mx.stream
@@ -174,17 +181,135 @@ def test_freed_memory_is_kept() -> None:
     assert kept < 100 < given_back
 
 
-def test_work_divided_among_cores_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There, where other streams would not be found, one does all."""
+def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, each with streams of its own; one that has ended hands them on."""
+    monkeypatch.setattr(device, "cores", lambda: 3)
     monkeypatch.setattr(device, "PARALLEL_FROM", 0)
     monkeypatch.setattr(device, "LARGEST_PART", 300)
+    monkeypatch.setattr(device, "_thread", device._Thread())
     layer, x = Depthwise(8, 7).eval(), mx.random.normal((1, 9, 13, 8))
     layer.weight = mx.random.normal(layer.weight.shape)
     here = np.array(layer(x))
-    with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(lambda: np.array(layer(x))).result()
-        pool.submit(mx.clear_streams).result()
-    assert np.array_equal(here, there)
+    streams: list[list[mx.Stream]] = []
+
+    def compute(_: int) -> np.ndarray:
+        result = np.array(layer(x))
+        streams.append(device._streams()[1:])
+        return result
+
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(compute, range(20)))
+            pool.submit(mx.clear_streams).result()
+        assert all(np.array_equal(here, result) for result in results)
+    assert all(len(others) == 2 for others in streams)
+    assert sum(streams.index(others) == i for i, others in enumerate(streams)) <= 4
+
+
+def test_openblas_is_told_to_leave_cores_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first work that is divided, if the process has it."""
+    told: list[int] = []
+    for process in (SimpleNamespace(openblas_set_num_threads=told.append), SimpleNamespace()):
+        monkeypatch.setattr(device, "_thread", device._Thread())
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, process=process: process)
+        parts = [
+            device.on_all_cores(lambda i, j: mx.zeros(j - i), 9, 0, makes) for makes in (9, 1 << 20)
+        ]
+        assert [part.size for part in parts] == [9, 9]
+    assert told == [1]
+
+
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_layers_of_a_batch_divided_among_cores(
+    images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several parts for a core, one after another; within a part nothing is divided."""
+    layer = TransformerLayer(64, 2, 256, 1e-5).eval()
+    x = mx.random.normal((images, 9, 64))
+    whole = np.array(layer(x))
+    monkeypatch.setattr(device, "cores", lambda: 2)
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(device, "LARGEST_PART", 500)
+    sizes: list[int] = []
+
+    def noting(x: mx.array) -> mx.array:
+        sizes.append(len(x))
+        return layer(x)
+
+    divided = device.by_images(noting, x)
+    assert relative_error(np.array(divided), whole) < 1e-6
+    assert sizes == [1] * images
+    gradients = [
+        mx.grad(lambda x, f=f: f(x).sum())(x) for f in (layer, partial(device.by_images, layer))
+    ]
+    assert relative_error(np.array(gradients[1]), np.array(gradients[0])) < 1e-5
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("enough", [1, 10_000], ids=["fused", "apart"])
+def test_what_follows_a_depthwise_convolution(
+    enough: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", enough)
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    layer = Depthwise(6, 3, 2).eval()
+    layer.weight = mx.random.normal(layer.weight.shape)
+    x, beside = mx.random.normal((images, 21, 13, 6)), mx.random.normal((images, 11, 7, 2))
+
+    def then(y: mx.array, beside: mx.array) -> mx.array:
+        return mx.concatenate([2 * y, beside], axis=-1)
+
+    assert mx.array_equal(layer(x, beside, then=then), then(layer(x), beside)).item()
+    fused = layer(x, beside, then=then)
+    layer.train()
+    assert relative_error(np.array(layer(x, beside, then=then)), np.array(fused)) < 1e-6
+
+
+@pytest.mark.parametrize("side", [(1, 1), (5, 8), (9, 33)], ids=str)
+def test_stem_divided_among_cores(side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = Stem(16).eval()
+    stem.update(tree_map(lambda w: mx.random.normal(w.shape), stem.parameters()))
+    pixels = mx.random.normal((2, *side, 3))
+    plain = bias_gelu(stem.conv(pixels), stem.conv_bias)
+    plain = gelu(stem.pointwise(bias_gelu(stem.depthwise(plain), stem.depthwise_bias)))
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    assert relative_error(np.array(stem(pixels)), np.array(plain)) < 1e-6
+
+
+def test_swiglu_is_exact_to_a_millionth(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.linspace(-40, 40, 100_000, dtype=np.float32).reshape(1, 100, 1000)
+    up = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
+    gate_up = mx.concatenate([mx.array(x), mx.ones(x.shape)], axis=-1)
+    assert np.abs(np.array(swiglu(gate_up)) - expected).max() < 2e-6  # rounding of 40 is 1.9e-6
+    near = np.abs(x) < 10
+    assert np.abs(np.array(swiglu(gate_up)) - expected)[near].max() < 1e-6
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    gate_up = mx.concatenate([mx.array(x), mx.array(up)], axis=-1)
+    assert relative_error(np.array(swiglu(gate_up)), expected * up) < 1e-6
+
+
+def test_swiglu_of_large_values() -> None:
+    gate = [-1e30, -1e8, -1e4, 1e4, 1e8, 1e30]
+    y = swiglu(mx.array([[gate + [1.0] * 6]]))
+    assert np.array_equal(np.array(y)[0, 0], np.maximum(np.float32(gate), 0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_swiglu_hides_nothing_that_is_not_finite(place: int, value: float) -> None:
+    gate_up = mx.ones((1, 1, 2))
+    gate_up[0, 0, place] = value
+    assert not mx.isfinite(swiglu(gate_up)).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_swiglu_in_half_precision_is_the_plain_form(dtype: mx.Dtype) -> None:
+    gate_up = mx.random.normal((1, 3, 64)).astype(dtype)
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    assert swiglu(gate_up).dtype == dtype
+    plain, fast = ((x.astype(mx.float32)) for x in (nn.silu(gate) * up, swiglu(gate_up)))
+    assert relative_error(np.array(fast), np.array(plain)) < 0.01
 
 
 def test_depthwise_notices_another_kernel() -> None:
@@ -246,6 +371,24 @@ def test_attention_in_products(
     plain = np.array(attention.attend(qkv, causal))
     assert not np.array_equal(found, plain)
     assert relative_error(found, exact) < 3e-6 + 1.5 * relative_error(plain, exact)
+
+
+@pytest.mark.parametrize("length", [1, 7, 256])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_attention_of_the_last_positions(
+    causal: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several heads of queries to one of keys, as after a prompt of which the beginning is
+    known."""
+    queries, keys, values = (
+        mx.random.normal((2, heads, positions, 64))
+        for heads, positions in ((6, length), (2, 256), (2, 256))
+    )
+    found = np.array(attention.attend_to(queries, keys, values, 0.125, causal))
+    monkeypatch.setattr(attention, "on_cpu", lambda: False)
+    plain = np.array(attention.attend_to(queries, keys, values, 0.125, causal))
+    assert not np.array_equal(found, plain)
+    assert relative_error(found, plain) < 3e-6
 
 
 def test_attention_hides_nothing_that_is_not_finite() -> None:
