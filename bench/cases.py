@@ -29,6 +29,8 @@ class Case:
         tokens: Of a prompt, those of images aside; or generated, if decoding.
         batch: Images or texts at a time.
         variant: Of MobileCLIP.
+        dtype: Of weights and arithmetic.
+        gpu: Whether that is done on the GPU.
     """
 
     name: str
@@ -40,6 +42,13 @@ class Case:
     tokens: int = 64
     batch: int = 1
     variant: str = ""
+    dtype: str = "float32"
+    gpu: bool = False
+
+    @property
+    def preprocesses(self) -> bool:
+        """Whether it ends at pixels, which no GPU has a part in."""
+        return self.work in ("preprocess", "photo")
 
 
 def usual(size: str) -> list[Case]:

@@ -19,7 +19,7 @@ def write(case: Case, directory: Path) -> Path:
             synthetic_clip.write(path, synthetic_clip.values(shapes))
         return path
     path = directory / f"fastvlm-{case.size}"
-    if case.work not in ("preprocess", "photo") and not path.exists():
+    if not case.preprocesses and not path.exists():
         tensors = synthetic.apple_tensors(case.size, lm_head="absent")
         synthetic.write(path, tensors, synthetic.apple_config(case.size, 1024))
         if case.size != "tiny":

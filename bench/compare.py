@@ -1,4 +1,4 @@
-"""Time this package beside its peers, with the same random weights, in float32.
+"""Time this package beside its peers, with the same random weights.
 
 Each contender runs in a process of its own, and they take turns, so that what else happens on the
 machine meets them alike. In a turn brief work is repeated for a second, and its median taken. A
@@ -15,10 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import mlx.core as mx
+
+from mlx_mobileclip.device import DTYPES, on_cpu, on_metal
 
 from . import ROOT, cases, checkpoints
 from .cases import Case
@@ -47,11 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling", action="store_true", help="costs as work grows, instead")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--size", choices=("tiny", "0.5b"), default="0.5b")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32" if on_cpu() else "float16" if on_metal() else "bfloat16",
+        help="on this machine: %(default)s",
+    )
     parser.add_argument("--dir", type=Path, help="where there is room for checkpoints, 3 GB")
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     wanted = cases.scaling(args.size) if args.scaling else cases.usual(args.size)
+    wanted = [replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in wanted]
     if args.only:
         names = ", ".join(case.name for case in wanted)
         wanted = [case for case in wanted if case.name.startswith(tuple(args.only))]
@@ -80,8 +91,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             results.append(asdict(case) | {"measured": taken})
     header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
     notes += [f"{name} is left out: {why}" for name, why in absent.items()]
+    device = mx.device_info().get("device_name", "") if not on_cpu() else "the CPU"
+    notes.append(f"In {args.dtype}, on {device}.")
     notes.append(f"Load of the machine before: {load:.1f}; of an idle one it is below 0.5.")
-    record = {"results": results, "absent": absent, "load_before": load}
+    record = {"results": results, "absent": absent, "load_before": load, "device": device}
     return "\n\n".join([table(header, rows), *notes]), record
 
 

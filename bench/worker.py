@@ -2,7 +2,8 @@
 
 Answers each line on stdin with a line of JSON on stdout: "run" with {"seconds"}, those of its
 work, done over and over for TURN_S if it is brief, and then their median; "peak" with {"bytes"},
-the most that was resident since all was loaded (on Linux; elsewhere since the start).
+the most that was held since all was loaded: on a GPU by MLX or PyTorch (which on a Mac tells only
+what it holds at the end), else resident in memory (but on Linux alone not since the start).
 """
 
 import gc
@@ -39,11 +40,12 @@ def main() -> None:
         return
     repeat = contender.prepare(case, checkpoint)
     forget_peak()
+    on_gpu = case.gpu and not case.preprocesses
     answer(ready=True)
     repetitions = count()
     for order in sys.stdin:
         if order.strip() == "peak":
-            answer(bytes=peak())
+            answer(bytes=peak_on_gpu() if on_gpu else peak())
         else:
             answer(seconds=median(turn(repeat, repetitions)))
 
@@ -70,10 +72,25 @@ def settle() -> None:
 
 
 def forget_peak() -> None:
-    """Let Linux count the peak of resident memory anew."""
+    """Let peaks be counted anew, by those who can."""
     gc.collect()
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].reset_peak_memory()
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_on_gpu() -> int:
+    """Most bytes held by the framework that the contender computes with."""
+    if "mlx.core" in sys.modules:
+        return sys.modules["mlx.core"].get_peak_memory()
+    torch = sys.modules["torch"]
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return torch.mps.driver_allocated_memory()
 
 
 def peak() -> int:

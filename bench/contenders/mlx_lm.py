@@ -19,8 +19,9 @@ def prepare(case: Case, checkpoint: Path) -> Repeat:
     config = synthetic.apple_config(case.size, case.resolution)
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config | {"model_type": "qwen2"}))
     model.eval()
+    dtype = getattr(mx, case.dtype)
     loaded: Any = mx.load(str(checkpoint / "model.safetensors"))
-    weights = {key: value for key, value in loaded.items() if key.startswith(DECODER)}
+    weights = {k: v.astype(dtype) for k, v in loaded.items() if k.startswith(DECODER)}
     model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
 

@@ -17,7 +17,7 @@ IMAGE_ID = -200
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
     models.import_mlx_vlm()
-    return _preprocess(case) if case.work in ("preprocess", "photo") else _fastvlm(case, checkpoint)
+    return _preprocess(case) if case.preprocesses else _fastvlm(case, checkpoint)
 
 
 def _preprocess(case: Case) -> Repeat:
@@ -36,6 +36,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     from mlx_vlm.generate.ar import generate_step
 
     model = models.mlx_vlm(case.size)
+    dtype = getattr(mx, case.dtype)
     weights = {}
     loaded: Any = mx.load(str(checkpoint / "model.safetensors"))
     for key, value in loaded.items():
@@ -43,13 +44,13 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
             value = value.transpose(0, 2, 3, 1)
         elif "layer_scale" in key:
             value = value.reshape(1, 1, -1)
-        weights[str(synthetic.mlx_vlm_name(key))] = value
+        weights[str(synthetic.mlx_vlm_name(key))] = value.astype(dtype)
     model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
     side = case.resolution
 
     def vision(repetition: int) -> Work:
-        pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3)))
+        pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3))).astype(dtype)
 
         def work() -> None:
             _, x, _ = model.vision_tower(pixels)
@@ -61,6 +62,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
         pixels = None
         if case.images:
             pixels = mx.array(inputs.pixels(repetition, (case.images, 3, side, side)))
+            pixels = pixels.astype(dtype)
         question = inputs.text_ids(repetition, case.tokens)
         ids = mx.array(np.concatenate([[IMAGE_ID] * case.images, question]).astype(np.int32))[None]
         steps = generate_step(ids, model, pixels, mx.ones_like(ids), max_tokens=1, temperature=0.0)

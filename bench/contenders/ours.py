@@ -17,7 +17,7 @@ from . import Repeat, Work
 
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
-    if case.work in ("preprocess", "photo"):
+    if case.preprocesses:
         return _preprocess(case)
     return _mobileclip(case, checkpoint) if case.variant else _fastvlm(case, checkpoint)
 
@@ -32,7 +32,7 @@ def _preprocess(case: Case) -> Repeat:
 
 
 def _mobileclip(case: Case, checkpoint: Path) -> Repeat:
-    model, processor = mlx_mobileclip.load(checkpoint, variant=case.variant, dtype="float32")
+    model, processor = mlx_mobileclip.load(checkpoint, variant=case.variant, dtype=case.dtype)
     side = model.config.preprocess.image_size
     images = mx.array(inputs.pixels(0, (case.batch, side, side, 3)))
     texts = processor.texts(["a photo of a dog"] * case.batch)
@@ -42,7 +42,7 @@ def _mobileclip(case: Case, checkpoint: Path) -> Repeat:
 
 
 def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
-    model, processor = mlx_fastvlm.load(checkpoint, dtype="float32")
+    model, processor = mlx_fastvlm.load(checkpoint, dtype=case.dtype)
     if case.work == "decode":
         model.pop("vision_tower")  # mlx-lm has none
         give_back_freed_memory()

@@ -1,6 +1,5 @@
-"""transformers' FastVLM: PyTorch on all cores, without gradients."""
+"""transformers' FastVLM in PyTorch."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,17 @@ from transformers import CLIPImageProcessor
 from .. import inputs
 from ..cases import DECODE_PROMPT, Case
 from . import Repeat, Work
+from .pytorch import set_up, to_the_end
 
 EMBEDDING = "model.embed_tokens.weight"
 STRIDE = 64  # image px to a token
 
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
-    torch.set_num_threads(os.cpu_count() or 1)
-    torch.set_grad_enabled(False)
-    return _preprocess(case) if case.work in ("preprocess", "photo") else _fastvlm(case, checkpoint)
+    device, dtype = set_up(case)
+    if case.preprocesses:
+        return _preprocess(case)
+    return to_the_end(_fastvlm(case, checkpoint, device, dtype), device)
 
 
 def _preprocess(case: Case) -> Repeat:
@@ -42,23 +43,25 @@ def _preprocess(case: Case) -> Repeat:
     return lambda _: work
 
 
-def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
+def _fastvlm(case: Case, checkpoint: Path, device: torch.device, dtype: torch.dtype) -> Repeat:
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["lm_head.weight"] = tensors[EMBEDDING]
-    model = oracle.fast_vlm(tensors, case.size)
+    model = oracle.fast_vlm(tensors, case.size).to(device, dtype)
     side, image_id = case.resolution, model.config.image_token_index
 
     def inputs_of(repetition: int, tokens: int, images: int) -> dict[str, Any]:
         placeholders = [image_id] * (images * (side // STRIDE) ** 2)
         ids = np.concatenate([placeholders, inputs.text_ids(repetition, tokens)])
-        given: dict[str, Any] = {"input_ids": torch.from_numpy(ids.astype(np.int64))[None]}
+        given: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids.astype(np.int64))[None].to(device)
+        }
         if images:
             values = inputs.pixels(repetition, (images, 3, side, side))
-            given["pixel_values"] = torch.from_numpy(values)
+            given["pixel_values"] = torch.from_numpy(values).to(device, dtype)
         return given
 
     def vision(repetition: int) -> Work:
-        values = torch.from_numpy(inputs.pixels(repetition, (1, 3, side, side)))
+        values = torch.from_numpy(inputs.pixels(repetition, (1, 3, side, side))).to(device, dtype)
         return lambda: model.model.get_image_features(values).pooler_output
 
     def first(repetition: int) -> Work:
