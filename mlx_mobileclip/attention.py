@@ -51,14 +51,15 @@ def attend_to(
         mask = "causal" if causal else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     (B, K, L, D), (_, G, S, _) = queries.shape, keys.shape
-    hidden = _after_each(L, S) if causal and L > 1 else None
-    queries = (queries * (scale / 32)).reshape(B, G, K // G * L, D)
+    queries = (queries * (scale / 32)).reshape(B, G, K // G, L, D)
 
     def work(start: int, stop: int) -> mx.array:
-        heads = slice(start, stop)
-        return _by_products(queries[:, heads], keys[:, heads], values[:, heads], hidden)
+        seen = S - L + stop if causal else S
+        hidden = _after_each(stop - start, seen) if causal and stop - start > 1 else None
+        part = queries[:, :, :, start:stop]
+        return _by_products(part, keys[:, :, :seen], values[:, :, :seen], hidden)
 
-    return on_all_cores(work, G, axis=1, makes=B * K * L * S).reshape(B, K, L, D)
+    return on_all_cores(work, L, axis=2, makes=B * K * L * S)
 
 
 def _after_each(length: int, positions: int) -> mx.array:
@@ -70,16 +71,15 @@ def _after_each(length: int, positions: int) -> mx.array:
 def _by_products(
     queries: mx.array, keys: mx.array, values: mx.array, hidden: mx.array | None
 ) -> mx.array:
-    """The same of queries that are scaled already, and divided by 32."""
-    scores = queries @ keys.swapaxes(-1, -2)
+    """The same of queries (B, G, K / G, L, D) that are scaled already, and divided by 32."""
+    B, G, shared, L, D = queries.shape
+    scores = queries.reshape(B, G, -1, D) @ keys.swapaxes(-1, -2)
     if hidden is not None:
-        scores = (scores.reshape(*scores.shape[:2], -1, *hidden.shape) + hidden).reshape(
-            scores.shape
-        )
+        scores = (scores.reshape(B, G, shared, L, -1) + hidden).reshape(B, G, shared * L, -1)
     weights = _exp_of_minus_32(mx.max(scores, axis=-1, keepdims=True) - scores)
     # With a column of ones to sum the weights up, which costs MLX as much as a product.
     y = weights @ mx.pad(values, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
-    return y[..., :-1] / y[..., -1:]
+    return (y[..., :-1] / y[..., -1:]).reshape(B, G * shared, L, D)
 
 
 # Compiled for each shape anew, as in `gelu.py`.

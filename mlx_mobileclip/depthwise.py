@@ -38,8 +38,8 @@ class Depthwise(nn.Module):
         Args:
             x: (B, H, W, C).
             *beside: What else `then` takes, (B, H/s, W/s, ...) each.
-            then: What to make of the result at each position, by itself. On a CPU that is done
-                part by part, while the part is in the cache.
+            then: What to make of the result at each position, by itself. Products on a CPU are
+                followed by it part by part, while the part is in the cache, if parts are large.
 
         Returns:
             (B, H/s, W/s, C), sizes rounded up; or what `then` makes of that.
@@ -113,17 +113,13 @@ def _by_products(
     tiles_down = -(-rows // ROWS)
     at_once = B * rows * columns >= ENOUGH_POSITIONS * cores()
 
-    def work(images: slice, start: int, stop: int) -> mx.array:
-        y = _rows_of_tiles(x[images], banded, kernel_size, stride, start, stop)
+    def work(start: int, stop: int) -> mx.array:
+        y = _rows_of_tiles(x, banded, kernel_size, stride, start, stop)
         part = slice(start * ROWS, min(stop * ROWS, rows))
         y = y[:, : part.stop - part.start, :columns]
-        return then(y, *(array[images, part] for array in beside)) if at_once else y
+        return then(y, *(array[:, part] for array in beside)) if at_once else y
 
-    if B == 1:
-        divided, length, axis = lambda i, j: work(slice(1), i, j), tiles_down, 1
-    else:
-        divided, length, axis = lambda i, j: work(slice(i, j), 0, tiles_down), B, 0
-    y = on_all_cores(divided, length, axis, makes=WIDENED * x.size)
+    y = on_all_cores(work, tiles_down, axis=1, makes=WIDENED * x.size)
     return y if at_once else then(y, *beside)
 
 

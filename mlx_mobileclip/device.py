@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 PARALLEL_FROM = 1 << 18  # elements; of fewer, a thread takes longer to hear than to work
 LARGEST_PART = 1 << 22  # elements; with a quarter FastViTHD takes 60 MB less, and a tenth longer
-WIDENED = 4  # times its input, the largest array that a layer of the towers makes
+WIDENED = 4  # times its input, the largest array of a block of the towers, attention aside
 # Of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
@@ -51,21 +51,25 @@ def on_all_cores(
     """Let the cores of the CPU do parts of what MLX's CPU backend does on one thread a stream.
 
     Args:
-        work: The part of the result from an index to another. What it divides in turn is not
-            divided further.
+        work: The part of the result from an index to another. What it divides in turn stays on
+            its core.
         length: What the indices go up to.
         axis: Along which the parts are joined; the first that is longer than one costs least.
-        makes: Elements of the largest array that all the work makes on its way. Parts are small
-            enough to keep that to LARGEST_PART, and so memory, if the length allows.
+        makes: Elements of the largest array that all the work makes on its way, which tells
+            whether dividing it pays. Parts are small enough to keep that to LARGEST_PART, and so
+            memory, if the length allows.
 
     Returns:
         What work(0, length) returns.
     """
-    if makes < PARALLEL_FROM or length < 2 or _thread.at_work:
+    if makes < PARALLEL_FROM or length < 2:
         return work(0, length)
-    streams = _streams()
-    rounds = -(-makes // (LARGEST_PART * len(streams)))
+    at_work = _thread.at_work
+    streams = [mx.default_stream(mx.cpu)] if at_work else _streams()
+    rounds = max(1, -(-makes // (LARGEST_PART * len(streams))))
     count = min(rounds * len(streams), length)
+    if count == 1:
+        return work(0, length)
     parts = []
     _thread.at_work = True
     try:
@@ -73,12 +77,15 @@ def on_all_cores(
             with mx.stream(streams[i % len(streams)]):
                 parts.append(work(length * i // count, length * (i + 1) // count))
     finally:
-        _thread.at_work = False
-    return mx.concatenate(parts, axis) if count > 1 else parts[0]
+        _thread.at_work = at_work
+    return mx.concatenate(parts, axis)
 
 
-def by_images(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """What a layer makes of a batch, (B, ...) each; on a CPU a core takes some images at a time."""
+def by_items(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """What a layer makes of a batch of images or texts; on a CPU a core takes some at a time.
+
+    Fewer items than cores are left to what the layer itself divides.
+    """
     if not on_cpu() or len(x) < cores():
         return layer(x)
     done: list[mx.array] = []
@@ -94,10 +101,14 @@ def by_images(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     return on_all_cores(work, len(x), axis=0, makes=WIDENED * x.size)
 
 
+class _Streams(list[mx.Stream]):
+    """A list whose end can be noticed."""
+
+
 class _Thread(threading.local):
     """What each thread has of its own."""
 
-    streams: list[mx.Stream] | None = None
+    streams: _Streams | None = None
     at_work = False  # on a part
 
 
@@ -113,11 +124,11 @@ def _streams() -> list[mx.Stream]:
     if _thread.streams is None:
         _leave_products_to_one_thread()
         try:
-            _thread.streams = _handed_on.pop()
+            others = _handed_on.pop()
         except IndexError:
-            others = range(1, cores())
-            _thread.streams = [mx.new_thread_unsafe_stream(mx.cpu) for _ in others]
-        weakref.finalize(threading.current_thread(), _handed_on.append, _thread.streams)
+            others = [mx.new_thread_unsafe_stream(mx.cpu) for _ in range(1, cores())]
+        _thread.streams = _Streams(others)
+        weakref.finalize(_thread.streams, _handed_on.append, others)
     return [mx.default_stream(mx.cpu), *_thread.streams]
 
 

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from .attention import attend
 from .checkpoint import Fields
 from .depthwise import Depthwise, DepthwiseDouble
-from .device import by_images, on_all_cores, on_cpu
+from .device import by_items, on_all_cores, on_cpu
 from .gelu import bias_gelu, gelu
 from .linear import Linear, add_product
 
@@ -148,6 +148,7 @@ class Stem(nn.Module):
         return self.depthwise(self._first(pixels), then=self._after)
 
     def _first(self, pixels: mx.array) -> mx.array:
+        """Convolution, bias and GELU: (B, S, S, 3) to (B, S/2, S/2, C)."""
         if not on_cpu():
             return bias_gelu(self.conv(pixels), self.conv_bias)
         padded = mx.pad(pixels, [(0, 0), (1, 1), (1, 1), (0, 0)])
@@ -158,7 +159,7 @@ class Stem(nn.Module):
 
         B, H, W, _ = pixels.shape
         rows, columns = -(-H // 2), -(-W // 2)
-        makes = B * rows * columns * self.conv.weight[0].size  # patches
+        makes = B * rows * columns * self.conv.weight.size // len(self.conv.weight)  # patches
         return on_all_cores(work, rows, axis=1, makes=makes)
 
     def _after(self, x: mx.array) -> mx.array:
@@ -283,11 +284,11 @@ class Stage(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """The stage before's (B, H, W, C) to this one's, half as large and twice as wide."""
         if self.downsample is not None:
-            x = by_images(self.downsample, x)
+            x = by_items(self.downsample, x)
         if self.pos_emb is not None:
-            x = by_images(self.pos_emb, x)
+            x = by_items(self.pos_emb, x)
         for block in self.blocks:
-            x = by_images(block, x)
+            x = by_items(block, x)
         return x
 
 
@@ -322,7 +323,7 @@ class FastViT(nn.Module):
         Returns:
             (B, S/stride, S/stride, features); sizes round up.
         """
-        x = by_images(self.stem, pixels.astype(self.stem.conv.weight.dtype))
+        x = by_items(self.stem, pixels.astype(self.stem.conv.weight.dtype))
         for stage in self.stages:
             x = stage(x)
-        return by_images(self.final_conv, x)
+        return by_items(self.final_conv, x)

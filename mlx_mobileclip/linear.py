@@ -73,8 +73,9 @@ def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.arr
             to = mx.take(to[None], mx.zeros(len(x), mx.uint32), axis=0)
         return mx.addmm(to, x, part)
 
-    products = x.size * len(weight)  # 16 of numbers take as long as to make an element otherwise
-    return on_all_cores(work, len(weight), axis=-1, makes=min(products // 16, PARALLEL_FROM))
+    # Little is made of much: 16 multiplications weigh as an element elsewhere.
+    makes = min(x.size * len(weight) // 16, PARALLEL_FROM)
+    return on_all_cores(work, len(weight), axis=-1, makes=makes)
 
 
 class QuantizedLinear(nn.QuantizedLinear):

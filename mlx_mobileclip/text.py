@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import Fields
-from .device import by_images
+from .device import by_items
 from .gelu import gelu
 from .linear import Linear
 from .transformer import TransformerLayer
@@ -133,7 +133,7 @@ class TextTower(nn.Module):
         """
         x = self.embed(ids)
         for layer in self.layers:
-            x = by_images(partial(layer, causal=self.causal), x)
+            x = by_items(partial(layer, causal=self.causal), x)
         return self.pool(x, ids)
 
     def embed(self, ids: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .checkpoint import Fields
-from .device import by_images
+from .device import by_items
 from .errors import ImageError
 from .gelu import gelu
 from .transformer import TransformerLayer
@@ -160,7 +160,7 @@ class ViT(nn.Module):
         """
         x = self.embed(pixels)
         for layer in self.layers:
-            x = by_images(layer, x)
+            x = by_items(layer, x)
         return self.pool(x)
 
     def embed(self, pixels: mx.array) -> mx.array:
@@ -168,7 +168,7 @@ class ViT(nn.Module):
         size = self._image_size
         if pixels.shape[1:3] != (size, size):
             raise ImageError(f"pixels have shape {pixels.shape}; this tower takes {size} x {size}")
-        patches = by_images(self.stem, pixels.astype(self.class_token.dtype))
+        patches = by_items(self.stem, pixels.astype(self.class_token.dtype))
         B, D = patches.shape[0], patches.shape[-1]
         patches = patches.reshape(B, -1, D)
         first = mx.broadcast_to(self.class_token, (B, 1, D))

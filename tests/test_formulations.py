@@ -1,8 +1,10 @@
 """What is computed otherwise on some device equals the plain formulation."""
 
 import ctypes
+import io
 import math
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +25,20 @@ from mlx_mobileclip import attention, depthwise, device
 from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble
 from mlx_mobileclip.fastvit import Stem
 from mlx_mobileclip.gelu import bias_gelu, gelu
-from mlx_mobileclip.linear import Linear
+from mlx_mobileclip.linear import Linear, add_product
 from mlx_mobileclip.quantization import MODES, Quantization
 from mlx_mobileclip.transformer import TransformerLayer
 
 pytestmark = pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
 )
+
+
+def graph_names(array: mx.array) -> list[str]:
+    """The primitives that an array follows from."""
+    listing = io.StringIO()
+    mx.export_to_dot(listing, array)
+    return re.findall(r'label ="(\w+)"', listing.getvalue())
 
 
 def exact(x: np.ndarray) -> np.ndarray:
@@ -141,6 +150,53 @@ def test_tied_output_layer(tokens: int) -> None:
     assert relative_error(np.array(packed.as_linear(x)), np.array(expected)) < 1e-6
 
 
+@pytest.fixture
+def three_cores(monkeypatch: pytest.MonkeyPatch) -> list[mx.Stream]:
+    """Divide all work among three; returns the streams that parts are put on."""
+    streams = [mx.new_stream(mx.cpu) for _ in range(3)]
+    monkeypatch.setattr(device, "_streams", lambda: streams)
+    monkeypatch.setattr(device, "cores", lambda: 3)
+    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    started: list[mx.Stream] = []
+    stream = mx.stream
+    monkeypatch.setattr(mx, "stream", lambda s: started.append(s) or stream(s))
+    return started
+
+
+def test_a_part_is_divided_on_its_own_core(
+    three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For memory; also after a part that failed."""
+    monkeypatch.setattr(device, "LARGEST_PART", 30)
+
+    def outer(start: int, stop: int) -> mx.array:
+        if stop > 9:
+            raise ValueError("no more")
+        return device.on_all_cores(
+            lambda i, j: mx.arange(start + i, start + j), stop - start, 0, 60
+        )
+
+    with pytest.raises(ValueError, match="no more"):
+        device.on_all_cores(outer, 12, axis=0, makes=1)
+    three_cores.clear()
+    assert device.on_all_cores(outer, 9, axis=0, makes=1).tolist() == list(range(9))
+    assert len(three_cores) == 9
+    assert all(three_cores[i : i + 3] == [three_cores[i]] * 3 for i in (0, 3, 6))
+    assert three_cores[0] != three_cores[3] != three_cores[6]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_linear_divided_among_cores(residual: bool, three_cores: list[mx.Stream]) -> None:
+    layer, x = Linear(640, 70).eval(), mx.random.normal((50, 640))
+    if residual:
+        added = mx.random.normal((50, 70))
+        found, expected = add_product(added, x, layer), added + x @ layer.weight.T
+    else:
+        found, expected = layer(x), x @ layer.weight.T + layer.bias
+    assert relative_error(np.array(found), np.array(expected)) < 1e-6
+    assert len(three_cores) == 3
+
+
 @pytest.mark.parametrize("cores", [2, 5])
 def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in parts that are not equal, and in no more than images, rows of tiles or heads."""
@@ -159,7 +215,8 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mx, "stream", lambda s: started.append(s) or stream(s))
     divided = layer(x), layer(x[:1]), attention.attend(qkv)
     assert all(mx.array_equal(a, b).item() for a, b in zip(divided, whole, strict=True))
-    assert started == streams[:4] + streams[:3] + streams[:3]
+    rows, positions = streams[:3], [streams[i % cores] for i in range(cores)]
+    assert started == rows + rows + positions
     gradient = mx.grad(lambda x: (layer(x) ** 2).sum())(x)
     assert relative_error(gradient, mx.grad(lambda x: (layer.train()(x) ** 2).sum())(x)) < 1e-5
 
@@ -187,6 +244,7 @@ def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "PARALLEL_FROM", 0)
     monkeypatch.setattr(device, "LARGEST_PART", 300)
     monkeypatch.setattr(device, "_thread", device._Thread())
+    monkeypatch.setattr(device, "_handed_on", [])
     layer, x = Depthwise(8, 7).eval(), mx.random.normal((1, 9, 13, 8))
     layer.weight = mx.random.normal(layer.weight.shape)
     here = np.array(layer(x))
@@ -209,6 +267,7 @@ def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPat
 def test_openblas_is_told_to_leave_cores_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first work that is divided, if the process has it."""
     told: list[int] = []
+    monkeypatch.setattr(device, "_handed_on", [])
     for process in (SimpleNamespace(openblas_set_num_threads=told.append), SimpleNamespace()):
         monkeypatch.setattr(device, "_thread", device._Thread())
         monkeypatch.setattr(ctypes, "CDLL", lambda _, process=process: process)
@@ -223,7 +282,7 @@ def test_openblas_is_told_to_leave_cores_alone(monkeypatch: pytest.MonkeyPatch) 
 def test_layers_of_a_batch_divided_among_cores(
     images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several parts for a core, one after another; within a part nothing is divided."""
+    """Several parts for a core, one after another."""
     layer = TransformerLayer(64, 2, 256, 1e-5).eval()
     x = mx.random.normal((images, 9, 64))
     whole = np.array(layer(x))
@@ -236,11 +295,12 @@ def test_layers_of_a_batch_divided_among_cores(
         sizes.append(len(x))
         return layer(x)
 
-    divided = device.by_images(noting, x)
+    divided = device.by_items(noting, x)
+    assert graph_names(divided).count("Depends") == max(0, images - 2)
     assert relative_error(np.array(divided), whole) < 1e-6
     assert sizes == [1] * images
     gradients = [
-        mx.grad(lambda x, f=f: f(x).sum())(x) for f in (layer, partial(device.by_images, layer))
+        mx.grad(lambda x, f=f: f(x).sum())(x) for f in (layer, partial(device.by_items, layer))
     ]
     assert relative_error(np.array(gradients[1]), np.array(gradients[0])) < 1e-5
 
@@ -248,35 +308,38 @@ def test_layers_of_a_batch_divided_among_cores(
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("enough", [1, 10_000], ids=["fused", "apart"])
 def test_what_follows_a_depthwise_convolution(
-    enough: int, images: int, monkeypatch: pytest.MonkeyPatch
+    enough: int, images: int, three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", enough)
-    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
     layer = Depthwise(6, 3, 2).eval()
     layer.weight = mx.random.normal(layer.weight.shape)
     x, beside = mx.random.normal((images, 21, 13, 6)), mx.random.normal((images, 11, 7, 2))
 
     def then(y: mx.array, beside: mx.array) -> mx.array:
+        calls.append(y.shape)
         return mx.concatenate([2 * y, beside], axis=-1)
 
     assert mx.array_equal(layer(x, beside, then=then), then(layer(x), beside)).item()
+    assert len(calls) - 1 == (3 if enough == 1 else 1)
     fused = layer(x, beside, then=then)
     layer.train()
     assert relative_error(np.array(layer(x, beside, then=then)), np.array(fused)) < 1e-6
 
 
 @pytest.mark.parametrize("side", [(1, 1), (5, 8), (9, 33)], ids=str)
-def test_stem_divided_among_cores(side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stem_divided_among_cores(side: tuple[int, int], three_cores: list[mx.Stream]) -> None:
     stem = Stem(16).eval()
     stem.update(tree_map(lambda w: mx.random.normal(w.shape), stem.parameters()))
     pixels = mx.random.normal((2, *side, 3))
+    found = np.array(stem(pixels))
+    assert three_cores
     plain = bias_gelu(stem.conv(pixels), stem.conv_bias)
     plain = gelu(stem.pointwise(bias_gelu(stem.depthwise(plain), stem.depthwise_bias)))
-    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
-    assert relative_error(np.array(stem(pixels)), np.array(plain)) < 1e-6
+    assert relative_error(found, np.array(plain)) < 1e-6
 
 
-def test_swiglu_is_exact_to_a_millionth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swiglu_is_exact_to_a_millionth(three_cores: list[mx.Stream]) -> None:
     x = np.linspace(-40, 40, 100_000, dtype=np.float32).reshape(1, 100, 1000)
     up = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     expected = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
@@ -284,9 +347,10 @@ def test_swiglu_is_exact_to_a_millionth(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.abs(np.array(swiglu(gate_up)) - expected).max() < 2e-6  # rounding of 40 is 1.9e-6
     near = np.abs(x) < 10
     assert np.abs(np.array(swiglu(gate_up)) - expected)[near].max() < 1e-6
-    monkeypatch.setattr(device, "PARALLEL_FROM", 0)
+    three_cores.clear()
     gate_up = mx.concatenate([mx.array(x), mx.array(up)], axis=-1)
     assert relative_error(np.array(swiglu(gate_up)), expected * up) < 1e-6
+    assert len(three_cores) == 3
 
 
 def test_swiglu_of_large_values() -> None:

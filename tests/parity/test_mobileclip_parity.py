@@ -58,14 +58,15 @@ def photos(size: int) -> np.ndarray:
 
 
 @contextmanager
-def kept(*classes: type) -> Iterator[list[mx.array]]:
-    """Outputs of our modules of these classes, in order."""
-    outputs: list[mx.array] = []
+def kept(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
+    """Outputs of our modules of these classes, in order; a batch may pass in several parts."""
+    outputs: dict[int, list[mx.array]] = {}
 
     def keeping(call: Any) -> Any:
-        def inner(self: Any, *arguments: Any) -> mx.array:
-            outputs.append(call(self, *arguments))
-            return outputs[-1]
+        def inner(self: Any, *arguments: Any, **named: Any) -> mx.array:
+            output = call(self, *arguments, **named)
+            outputs.setdefault(id(self), []).append(output)
+            return output
 
         return inner
 
@@ -136,13 +137,13 @@ def test_both_towers_stage_by_stage(variant: str) -> None:
         model = ours(variant, dict(state))
         with kept(*classes) as found:
             mx.eval(image_found := model.encode_image(mx.array(pixels)))
-        for (what, expected), value in zip(stages.items(), found, strict=True):
-            assert_close(value, expected, what)
+        for (what, expected), value in zip(stages.items(), found.values(), strict=True):
+            assert_close(mx.concatenate(value), expected, what)
         assert_close(image_found, image.numpy(), "image")
         with kept(TransformerLayer) as found:
             mx.eval(text_found := model.encode_text(mx.array(ids)))
-        for (what, expected), value in zip(text_stages.items(), found, strict=True):
-            assert_close(value, expected, what)
+        for (what, expected), value in zip(text_stages.items(), found.values(), strict=True):
+            assert_close(mx.concatenate(value), expected, what)
         assert_close(text_found, words.numpy(), "text")
         assert model.logit_scale is not None
         assert abs(model.logit_scale.item() - torch_model.logit_scale.item()) < 1e-6
