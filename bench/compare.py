@@ -110,14 +110,14 @@ def measure(
         absent: Contenders that cannot take part, and why; added to.
     """
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        for name in case.contenders:
-            worker = stack.enter_context(Worker(name, case, checkpoint))
-            start = worker.hear()
+        workers = {
+            name: stack.enter_context(Worker(name, case, checkpoint)) for name in case.contenders
+        }
+        for name in case.contenders:  # all load at once; each is heard before work begins
+            start = workers[name].hear()
             if "missing" in start:
                 absent[name] = f"there is no {start['missing']}; {INSTALL.get(name, '')}"
-            else:
-                workers[name] = worker
+                del workers[name]
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         shuffle = random.Random(0)  # so that nobody always follows the same one
         for _ in range(repeats + 1):
