@@ -2,7 +2,6 @@
 
 import hashlib
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +41,7 @@ class WeightWatch:
 
     def changed(self, *modules: Any) -> bool:
         """Whether the modules, or lists of them, hold other weights than at the last call."""
-        now = list(_weights(modules))
+        now = _weights(modules)
         if len(now) == len(self._seen) and all(
             seen() is weight for seen, weight in zip(self._seen, now, strict=True)
         ):
@@ -51,13 +50,15 @@ class WeightWatch:
         return True
 
 
-def _weights(tree: Any) -> Iterator[mx.array]:
-    if isinstance(tree, mx.array):
-        yield tree
-    elif isinstance(tree, dict):  # as modules are
-        for name, value in tree.items():
-            if not name.startswith("_"):
-                yield from _weights(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _weights(value)
+def _weights(tree: Any) -> list[mx.array]:
+    """The arrays in a tree of modules, dicts and lists, always in the same order."""
+    weights, left = [], [tree]
+    while left:
+        node = left.pop()
+        if isinstance(node, mx.array):
+            weights.append(node)
+        elif isinstance(node, dict):  # as modules are
+            left += [value for name, value in node.items() if not name.startswith("_")]
+        elif isinstance(node, (list, tuple)):
+            left += node
+    return weights

@@ -27,9 +27,6 @@ MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the who
 STRIP_PIXELS = 1 << 20  # fits a processor's cache
 ORIENTATION = 0x0112  # EXIF tag
 
-# float32(value * (1 / 255)) computed in float64, as the reference rescales.
-RESCALE = (np.arange(256) * (1 / 255)).astype(np.float32)
-
 # Without a handler its remarks on damaged files would go to stderr, beside our one line.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -232,5 +229,11 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> NDArray[np.float32]:
-    """RGB image to float32 (H, W, 3) in [0, 1]."""
-    return RESCALE.take(np.asarray(image))
+    """RGB image to float32 (H, W, 3) in [0, 1].
+
+    Divided in float32, each of the 256 values is the same as multiplied by 1 / 255 in float64 and
+    then rounded, as the reference has it; multiplied in float32, every other is not.
+    """
+    values = np.asarray(image).astype(np.float32)
+    values /= 255
+    return values
