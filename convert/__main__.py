@@ -47,7 +47,7 @@ from .write import check_target, file_states
 def build_parser() -> argparse.ArgumentParser:
     """The options of `python -m convert`; names follow mlx-lm's."""
     parser = argparse.ArgumentParser(
-        prog="python -m convert",
+        prog=f"python -m {__package__}",  # mlx_fastvlm.convert once installed
         description="Convert a FastVLM or MobileCLIP checkpoint of any known layout to the form "
         "that loads fastest: re-parameterised, folded, NHWC.",
     )
