@@ -91,7 +91,7 @@ def peak_on_gpu() -> int:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         peaks.append(torch.cuda.max_memory_allocated())
-    elif torch:
+    elif torch and torch.backends.mps.is_available():
         peaks.append(torch.mps.driver_allocated_memory())
     return max(peaks)
 
