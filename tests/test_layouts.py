@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def test_half_precision_files(
     _, tensors = canonical(synthetic.write_layout(tmp_path, layout, dtype=getattr(mx, dtype)))
     for name, value in expected.items():
         assert mx.allclose(tensors[name].astype(mx.float32), value, rtol=2e-2, atol=2e-2), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_lie_row_by_row(layout: str, dtype: str, tmp_path: Path) -> None:
+    """By their strides, those of axes of one included, by which cuDNN chooses its algorithm."""
+    model, _ = load(synthetic.write_layout(tmp_path, layout), dtype=dtype)
+    for name, value in named_parameters(model).items():
+        rest = [value.itemsize * prod(value.shape[i + 1 :]) for i in range(value.ndim)]
+        assert list(memoryview(value).strides or ()) == rest, name
 
 
 def test_transformers_4_names(expected: dict[str, mx.array], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 import mlx_fastvlm
 import mlx_mobileclip
+from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.image import open_image, resize_pad, to_array
 
 from .. import inputs
@@ -46,7 +47,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     if case.work == "decode":
         model.pop("vision_tower")  # mlx-lm has none
         give_back_freed_memory()
-    side = case.resolution
+    side, dtype = case.resolution, DTYPES[case.dtype]
     around = processor("x").input_ids.size - 1  # tokens of the conversation format
 
     def answer(
@@ -60,7 +61,8 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
         )
 
     def vision(repetition: int) -> Work:
-        pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3)))
+        pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3))).astype(dtype)
+        mx.eval(pixels)  # so that it is on the GPU, as PyTorch's
         return lambda: mx.eval(model.encode_image(pixels))
 
     def first(repetition: int) -> Work:
