@@ -18,6 +18,7 @@ from mlx_fastvlm.model import IMAGE_TOKEN, FastVLM
 from mlx_fastvlm.processor import Processor
 from mlx_mobileclip.checkpoint import as_dtype, assign
 from mlx_mobileclip.clip import MobileCLIP, MobileCLIPConfig, embedding
+from mlx_mobileclip.depthwise import join
 from mlx_mobileclip.device import default_dtype, on_cpu
 from mlx_mobileclip.fastvit import FastViT
 from mlx_mobileclip.processor import Processor as ClipProcessor
@@ -168,12 +169,12 @@ def walk_fastvlm(
 
 def _tower(tower: FastViT, pixels: mx.array) -> Iterator[tuple[str, mx.array]]:
     """Each stage's name and output, the last being the tower's."""
-    x = tower.stem(pixels.astype(tower.stem.conv.weight.dtype))
-    yield "stem", x
+    x = tower.stem([pixels.astype(tower.stem.conv.weight.dtype)])
+    yield "stem", join(x)
     for i, stage in enumerate(tower.stages):
         x = stage(x)
-        yield f"stage {i}", x
-    yield "final convolution", tower.final_conv(x)
+        yield f"stage {i}", join(x)
+    yield "final convolution", join(tower.final_conv(x))
 
 
 def _starting(units: Units, prefixes: tuple[str, ...]) -> list[str]:

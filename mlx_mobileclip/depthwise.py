@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from .device import WIDENED, cores, on_all_cores, on_cpu
+from .device import WIDENED, cores, in_parts, on_cpu
 
 ROWS, COLUMNS = 4, 4  # of the tile of outputs that one row of a product computes
 ODD_FROM = 32  # tiles; in rows of more, columns a power of two apart would share lines of the cache
 ENOUGH_POSITIONS = 128  # for a core; products of fewer rows are much slower than of more
-Then = Callable[..., mx.array]
+Strips = list[mx.array]  # rows of images, (B, h, W, C) each, from top to bottom
+Then = Callable[..., Any]
+
+
+def join(strips: Strips) -> mx.array:
+    """All rows, (B, H, W, C)."""
+    return strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1)
 
 
 class Depthwise(nn.Module):
@@ -32,17 +39,19 @@ class Depthwise(nn.Module):
         self.stride = stride
         self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, and their matrix
 
-    def __call__(self, x: mx.array, *beside: mx.array, then: Then | None = None) -> mx.array:
+    def __call__(self, x: Strips, *beside: Strips, then: Then | None = None) -> list[Any]:
         """Convolve, and go on from there.
 
         Args:
-            x: (B, H, W, C).
-            *beside: What else `then` takes, (B, H/s, W/s, ...) each.
-            then: What to make of the result at each position, by itself. Products on a CPU are
-                followed by it part by part, while the part is in the cache, if parts are large.
+            x: (B, H, W, C) in all.
+            *beside: What else `then` takes, (B, H/s, W/s, ...) in all.
+            then: What to make of the result at each position, by itself. On a CPU it follows strip
+                by strip, while the strip is in the cache, if strips are large.
 
         Returns:
-            (B, H/s, W/s, C), sizes rounded up; or what `then` makes of that.
+            (B, H/s, W/s, C) in all, sizes rounded up; or what `then` makes of each strip of that.
+            On a CPU they may be several, which lie where a layer on images of that size divides
+            them again, so that its cores need not wait for the strips to be joined.
         """
         return _convolve(x, [self], beside, then)
 
@@ -60,26 +69,27 @@ class DepthwiseDouble(nn.Module):
         self.odd = Depthwise(channels, kernel_size, stride)
         self.bias = mx.zeros((2 * channels,))
 
-    def __call__(self, x: mx.array, then: Then | None = None) -> mx.array:
+    def __call__(self, x: Strips, then: Then | None = None) -> list[Any]:
         """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
         return _convolve(x, [self.even, self.odd], (), then)
 
 
 def _convolve(
-    x: mx.array, layers: list[Depthwise], beside: tuple[mx.array, ...], then: Then | None
-) -> mx.array:
+    x: Strips, layers: list[Depthwise], beside: tuple[Strips, ...], then: Then | None
+) -> list[Any]:
     """What layers that are alike but for their kernels make of an input, (B, H/s, W/s, C * layers).
 
     Their outputs for a channel lie side by side.
     """
     weight, stride = layers[0].weight, layers[0].stride
-    if x.dtype == weight.dtype == mx.float32 and not layers[0].training and on_cpu():
-        matrix = _banded_matrix(layers)
-        return _by_products(x, matrix, weight.shape[1], stride, beside, then or _identity)
+    then = then or _identity
+    if x[0].dtype == weight.dtype == mx.float32 and not layers[0].training and on_cpu():
+        return _by_products(x, _banded_matrix(layers), weight.shape[1], stride, beside, then)
+    whole = join(x)
     channels, kernel_size = weight.shape[:2]
-    ys = [mx.conv2d(x, w.weight, stride, kernel_size // 2, groups=channels) for w in layers]
+    ys = [mx.conv2d(whole, w.weight, stride, kernel_size // 2, groups=channels) for w in layers]
     y = ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
-    return y if then is None else then(y, *beside)
+    return [then(y, *map(join, beside))]
 
 
 def _identity(x: mx.array) -> mx.array:
@@ -101,30 +111,42 @@ def _banded_matrix(layers: list[Depthwise]) -> mx.array:
 
 
 def _by_products(
-    x: mx.array,
+    x: Strips,
     banded: mx.array,
     kernel_size: int,
     stride: int,
-    beside: tuple[mx.array, ...],
+    beside: tuple[Strips, ...],
     then: Then,
-) -> mx.array:
-    B, H, W, _ = x.shape
+) -> list[Any]:
+    B, _, W, C = x[0].shape
+    H = sum(strip.shape[1] for strip in x)
     rows, columns = -(-H // stride), -(-W // stride)
     tiles_down = -(-rows // ROWS)
     at_once = B * rows * columns >= ENOUGH_POSITIONS * cores()
 
-    def work(start: int, stop: int) -> mx.array:
+    def work(start: int, stop: int) -> Any:
         y = _rows_of_tiles(x, banded, kernel_size, stride, start, stop)
-        part = slice(start * ROWS, min(stop * ROWS, rows))
-        y = y[:, : part.stop - part.start, :columns]
-        return then(y, *(array[:, part] for array in beside)) if at_once else y
+        first, last = start * ROWS, min(stop * ROWS, rows)
+        y = y[:, : last - first, :columns]
+        return then(y, *(join(_between(b, first, last)) for b in beside)) if at_once else y
 
-    y = on_all_cores(work, tiles_down, axis=1, makes=WIDENED * x.size)
-    return y if at_once else then(y, *beside)
+    ys = in_parts(work, tiles_down, makes=WIDENED * B * H * W * C)
+    return ys if at_once else [then(join(ys), *map(join, beside))]
+
+
+def _between(strips: Strips, first: int, last: int) -> Strips:
+    """The rows from one to another."""
+    found, top = [], 0
+    for strip in strips:
+        bottom = top + strip.shape[1]
+        if top < last and first < bottom:
+            found.append(strip[:, max(first - top, 0) : last - top])
+        top = bottom
+    return found
 
 
 def _rows_of_tiles(
-    x: mx.array, banded: mx.array, kernel_size: int, stride: int, start: int, stop: int
+    x: Strips, banded: mx.array, kernel_size: int, stride: int, start: int, stop: int
 ) -> mx.array:
     """Some rows of tiles of the outputs: (B, (stop - start) * ROWS, tiles across * COLUMNS, ...).
 
@@ -132,7 +154,7 @@ def _rows_of_tiles(
     patch of each tile lies at equal distances, and those of the tiles in a row side by side: it
     is a matrix that BLAS takes as it is. Patches of tiles above each other overlap in memory.
     """
-    B, H, W, C = x.shape
+    B, _, W, C = x[0].shape
     k, s = kernel_size, stride
     tiles_down, tiles_across = stop - start, -(-W // (COLUMNS * s))
     if tiles_across >= ODD_FROM:
@@ -140,11 +162,13 @@ def _rows_of_tiles(
     tall, wide = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k  # of a patch
     height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
     top = start * ROWS * s - k // 2
-    first, last = max(top, 0), min(top + height, H)
-    rows, columns = (first - top, top + height - last), (k // 2, width - W - k // 2)
-    padded = mx.pad(x[:, first:last].swapaxes(2, 3), [(0, 0), rows, (0, 0), columns])
+    padded = mx.zeros((B, height, C, width), x[0].dtype)
+    row = max(-top, 0)
+    for strip in _between(x, max(top, 0), top + height):
+        padded[:, row : row + strip.shape[1], :, k // 2 : k // 2 + W] = strip.swapaxes(2, 3)
+        row += strip.shape[1]
     ordered = mx.as_strided(
-        padded,  # (B, height, C, width)
+        padded,
         (B, C, height, wide, tiles_across),
         (height * C * width, width, C * width, 1, COLUMNS * s),
     )

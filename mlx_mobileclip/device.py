@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ WIDENED = 4  # times its input, the largest array of a block of the towers, atte
 # Of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
+Part = TypeVar("Part")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -62,14 +64,20 @@ def on_all_cores(
     Returns:
         What work(0, length) returns.
     """
+    parts = in_parts(work, length, makes)
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis)
+
+
+def in_parts(work: Callable[[int, int], Part], length: int, makes: int) -> list[Part]:
+    """The same, not joined."""
     if makes < PARALLEL_FROM or length < 2:
-        return work(0, length)
+        return [work(0, length)]
     at_work = _thread.at_work
     streams = [mx.default_stream(mx.cpu)] if at_work else _streams()
     rounds = max(1, -(-makes // (LARGEST_PART * len(streams))))
     count = min(rounds * len(streams), length)
     if count == 1:
-        return work(0, length)
+        return [work(0, length)]
     parts = []
     _thread.at_work = True
     try:
@@ -78,7 +86,12 @@ def on_all_cores(
                 parts.append(work(length * i // count, length * (i + 1) // count))
     finally:
         _thread.at_work = at_work
-    return mx.concatenate(parts, axis)
+    return parts
+
+
+def enough_items(x: mx.array) -> bool:
+    """Whether each core of a CPU can take some of a batch."""
+    return on_cpu() and len(x) >= cores()
 
 
 def by_items(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
@@ -86,7 +99,7 @@ def by_items(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
 
     Fewer items than cores are left to what the layer itself divides.
     """
-    if not on_cpu() or len(x) < cores():
+    if not enough_items(x):
         return layer(x)
     done: list[mx.array] = []
 

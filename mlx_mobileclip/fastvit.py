@@ -9,6 +9,7 @@ Papers: FastViT (arXiv:2303.14189), MobileCLIP (arXiv:2311.17049, section 4), Fa
 `llava/model/multimodal_encoder/mobileclip/mci.py`; timm 1.0.31 `timm/models/fastvit.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ import mlx.nn as nn
 
 from .attention import attend
 from .checkpoint import Fields
-from .depthwise import Depthwise, DepthwiseDouble
-from .device import by_items, on_all_cores, on_cpu
+from .depthwise import Depthwise, DepthwiseDouble, Strips, Then, join
+from .device import by_items, enough_items, in_parts, on_cpu
 from .gelu import bias_gelu, gelu
 from .linear import Linear, add_product
 
@@ -110,11 +111,13 @@ PRESETS = {
 PRESETS["fastvithd"] = PRESETS["mci3"]
 
 
-@partial(mx.compile, shapeless=True)
 def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
-    """One fused kernel with two outputs: x + bias, and that plus next_bias."""
+    """The input with a bias, and that with the next."""
     x = x + bias
     return x, x + next_bias
+
+
+_fused_biases = mx.compile(_add_biases, shapeless=True)  # one kernel, slow on a CPU
 
 
 class SqueezeExcite(nn.Module):
@@ -143,14 +146,14 @@ class Stem(nn.Module):
         self.depthwise_bias = mx.zeros((channels,))
         self.pointwise = Linear(channels, channels)
 
-    def __call__(self, pixels: mx.array) -> mx.array:
+    def __call__(self, pixels: Strips) -> Strips:
         """(B, S, S, 3) to (B, S/4, S/4, C)."""
-        return self.depthwise(self._first(pixels), then=self._after)
+        return self.depthwise(self._first(join(pixels)), then=self._after)
 
-    def _first(self, pixels: mx.array) -> mx.array:
+    def _first(self, pixels: mx.array) -> Strips:
         """Convolution, bias and GELU: (B, S, S, 3) to (B, S/2, S/2, C)."""
         if not on_cpu():
-            return bias_gelu(self.conv(pixels), self.conv_bias)
+            return [bias_gelu(self.conv(pixels), self.conv_bias)]
         padded = mx.pad(pixels, [(0, 0), (1, 1), (1, 1), (0, 0)])
 
         def work(start: int, stop: int) -> mx.array:  # rows of the result
@@ -160,7 +163,7 @@ class Stem(nn.Module):
         B, H, W, _ = pixels.shape
         rows, columns = -(-H // 2), -(-W // 2)
         makes = B * rows * columns * self.conv.weight.size // len(self.conv.weight)  # patches
-        return on_all_cores(work, rows, axis=1, makes=makes)
+        return in_parts(work, rows, makes)
 
     def _after(self, x: mx.array) -> mx.array:
         return gelu(self.pointwise(bias_gelu(x, self.depthwise_bias)))
@@ -176,12 +179,15 @@ class Downsample(nn.Module):
         self.se = SqueezeExcite(wide, wide // SE_RATIO_DOWNSAMPLE) if squeeze_excite else None
         self.pointwise = Linear(wide, wide)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
         if self.se is None:
             return self.depthwise(x, then=self._after)
-        x = gelu(self.se(self.depthwise(x) + self.depthwise.bias))
-        return gelu(self.pointwise(x))
+        y = join(self.depthwise(x, then=self._add_bias))
+        return [gelu(self.pointwise(gelu(self.se(y))))]
+
+    def _add_bias(self, x: mx.array) -> mx.array:
+        return x + self.depthwise.bias
 
     def _after(self, x: mx.array) -> mx.array:
         return gelu(self.pointwise(bias_gelu(x, self.depthwise.bias)))
@@ -195,9 +201,9 @@ class RepMixer(nn.Module):
         self.conv = Depthwise(channels, 3)
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) to the same shape, without the bias: the block adds it."""
-        return self.conv(x)
+    def __call__(self, x: Strips, then: Then) -> list[Any]:
+        """What `then` makes of (B, H, W, C), the same shape without the bias: the block adds it."""
+        return self.conv(x, then=then)
 
 
 class Attention(nn.Module):
@@ -211,13 +217,14 @@ class Attention(nn.Module):
         self.proj = Linear(channels, channels, bias=False)
         self.bias = mx.zeros((channels,))  # of proj
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, C) to the same shape, without the bias: the block adds it."""
+    def __call__(self, strips: Strips, then: Then) -> list[Any]:
+        """What `then` makes of (B, H, W, C), the same shape without the bias: the block adds it."""
+        x = join(strips)
         B, H, W, C = x.shape
         y = x if self.norm is None else self.norm(x)
         y = attend(self.qkv(y).reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM))
         y = y.reshape(B * H * W, C)
-        return add_product(x.reshape(B * H * W, C), y, self.proj).reshape(B, H, W, C)
+        return [then(add_product(x.reshape(B * H * W, C), y, self.proj).reshape(B, H, W, C))]
 
 
 class ConvFFN(nn.Module):
@@ -229,8 +236,8 @@ class ConvFFN(nn.Module):
         self.fc1 = Linear(channels, hidden)
         self.fc2 = Linear(hidden, channels)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Shapes (B, H, W, C); `residual` already holds fc2's bias."""
+    def __call__(self, x: Strips, residual: Strips) -> Strips:
+        """(B, H, W, C) all three; `residual` already holds fc2's bias."""
         return self.conv(x, residual, then=self._after)
 
     def _after(self, x: mx.array, residual: mx.array) -> mx.array:
@@ -248,10 +255,14 @@ class Block(nn.Module):
         self.token_mixer = Attention(channels, norm) if attention else RepMixer(channels)
         self.mlp = ConvFFN(channels, int(channels * mlp_ratio))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to the same shape."""
-        x, residual = _add_biases(self.token_mixer(x), self.token_mixer.bias, self.mlp.fc2.bias)
-        return self.mlp(x, residual)
+        both = self.token_mixer(x, then=self._add_biases)
+        return self.mlp([mixed for mixed, _ in both], [residual for _, residual in both])
+
+    def _add_biases(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        add = _add_biases if on_cpu() else _fused_biases
+        return add(x, self.token_mixer.bias, self.mlp.fc2.bias)
 
 
 class PositionEncoding(nn.Module):
@@ -262,9 +273,12 @@ class PositionEncoding(nn.Module):
         self.conv = Depthwise(channels, 7)
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to the same shape."""
-        return self.conv(x) + self.bias
+        return self.conv(x, then=self._add_bias)
+
+    def _add_bias(self, x: mx.array) -> mx.array:
+        return x + self.bias
 
 
 class Stage(nn.Module):
@@ -281,14 +295,14 @@ class Stage(nn.Module):
             for _ in range(config.layers[index])
         ]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Strips) -> Strips:
         """The stage before's (B, H, W, C) to this one's, half as large and twice as wide."""
         if self.downsample is not None:
-            x = by_items(self.downsample, x)
+            x = self.downsample(x)
         if self.pos_emb is not None:
-            x = by_items(self.pos_emb, x)
+            x = self.pos_emb(x)
         for block in self.blocks:
-            x = by_items(block, x)
+            x = block(x)
         return x
 
 
@@ -300,9 +314,14 @@ class FinalConv(nn.Module):
         self.depthwise = DepthwiseDouble(channels, 3)
         self.se = SqueezeExcite(2 * channels, 2 * channels // SE_RATIO_FINAL)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to (B, H, W, 2C)."""
-        return gelu(self.se(self.depthwise(x) + self.depthwise.bias))
+        return [gelu(self.se(join(self.depthwise(x)) + self.depthwise.bias))]
+
+
+def _alone(layer: Callable[[Strips], Strips], x: mx.array) -> mx.array:
+    """What a layer makes of undivided images."""
+    return join(layer([x]))
 
 
 class FastViT(nn.Module):
@@ -323,7 +342,13 @@ class FastViT(nn.Module):
         Returns:
             (B, S/stride, S/stride, features); sizes round up.
         """
-        x = by_items(self.stem, pixels.astype(self.stem.conv.weight.dtype))
-        for stage in self.stages:
-            x = stage(x)
-        return by_items(self.final_conv, x)
+        x = pixels.astype(self.stem.conv.weight.dtype)
+        layers = (self.stem, *self.stages, self.final_conv)
+        if enough_items(x):
+            for layer in layers:
+                x = by_items(partial(_alone, layer), x)
+            return x
+        strips = [x]
+        for layer in layers:
+            strips = layer(strips)
+        return join(strips)

@@ -104,7 +104,7 @@ def test_all_is_as_before_afterwards() -> None:
 )
 @pytest.mark.parametrize(
     ("function", "arrays"),
-    [(nn.gelu, 1), (gelu._bias_gelu, 2), (fastvit._add_biases, 3), (swiglu._fused, 2)],
+    [(nn.gelu, 1), (gelu._bias_gelu, 2), (fastvit._fused_biases, 3), (swiglu._fused, 2)],
 )
 def test_compiled_functions_become_one_kernel(function: Callable[..., object], arrays: int) -> None:
     """As MLX itself lists them; `gpu_graphs` takes it for granted."""

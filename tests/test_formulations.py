@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,8 +22,8 @@ from tolerances import relative_error
 from mlx_fastvlm.qwen2 import Embedding
 from mlx_fastvlm.swiglu import swiglu
 from mlx_mobileclip import attention, depthwise, device
-from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble
-from mlx_mobileclip.fastvit import Stem
+from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble, Then, join
+from mlx_mobileclip.fastvit import PRESETS, FastViT, Stem
 from mlx_mobileclip.gelu import bias_gelu, gelu
 from mlx_mobileclip.linear import Linear, add_product
 from mlx_mobileclip.quantization import MODES, Quantization
@@ -45,6 +45,13 @@ def graph_names(array: mx.array) -> list[str]:
     listing = io.StringIO()
     mx.export_to_dot(listing, array)
     return re.findall(r'label ="(\w+)"', listing.getvalue())
+
+
+def convolve(
+    layer: Depthwise | DepthwiseDouble, x: mx.array, *beside: mx.array, **then: Then
+) -> mx.array:
+    """Undivided images, to the result in one piece."""
+    return join(layer([x], *([array] for array in beside), **then))
 
 
 def exact(x: np.ndarray) -> np.ndarray:
@@ -91,9 +98,9 @@ def test_depthwise(
     layer.update(tree_map(lambda w: mx.random.normal(w.shape), layer.parameters()))
     x = mx.random.normal((*shape, 6))
     layer.train()  # the plain convolution, which has a gradient
-    plain = np.array(layer(x))
+    plain = np.array(convolve(layer, x))
     layer.eval()
-    assert relative_error(np.array(layer(x)), plain) < 1e-6
+    assert relative_error(np.array(convolve(layer, x)), plain) < 1e-6
 
 
 def test_depthwise_double_is_a_grouped_convolution() -> None:
@@ -102,7 +109,7 @@ def test_depthwise_double_is_a_grouped_convolution() -> None:
     weight = mx.stack([layer.even.weight, layer.odd.weight], axis=1).reshape(12, 7, 7, 1)
     x = mx.random.normal((2, 9, 13, 6))
     plain = mx.conv2d(x, weight, stride=2, padding=3, groups=6)
-    assert relative_error(np.array(layer(x)), np.array(plain)) < 1e-6
+    assert relative_error(np.array(convolve(layer, x)), np.array(plain)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     layer.weight = mx.random.normal(layer.weight.shape)
     layer.eval()
     x, qkv = mx.random.normal((4, 9, 13, 8)), mx.random.normal((2, 256, 3, 3, 32))
-    whole = layer(x), layer(x[:1]), attention.attend(qkv)
+    whole = convolve(layer, x), convolve(layer, x[:1]), attention.attend(qkv)
     mx.eval(whole)
     streams = [mx.new_stream(mx.cpu) for _ in range(cores)]
     monkeypatch.setattr(device, "_streams", lambda: streams)
@@ -219,12 +226,14 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     started: list[mx.Stream] = []
     stream = mx.stream
     monkeypatch.setattr(mx, "stream", lambda s: started.append(s) or stream(s))
-    divided = layer(x), layer(x[:1]), attention.attend(qkv)
+    divided = convolve(layer, x), convolve(layer, x[:1]), attention.attend(qkv)
     assert all(mx.array_equal(a, b).item() for a, b in zip(divided, whole, strict=True))
     rows, positions = streams[:3], [streams[i % cores] for i in range(cores)]
     assert started == rows + rows + positions
-    gradient = mx.grad(lambda x: (layer(x) ** 2).sum())(x)
-    assert relative_error(gradient, mx.grad(lambda x: (layer.train()(x) ** 2).sum())(x)) < 1e-5
+    gradient = mx.grad(lambda x: (convolve(layer, x) ** 2).sum())(x)
+    layer.train()
+    plain = mx.grad(lambda x: (convolve(layer, x) ** 2).sum())(x)
+    assert relative_error(gradient, plain) < 1e-5
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
@@ -253,11 +262,11 @@ def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "_handed_on", [])
     layer, x = Depthwise(8, 7).eval(), mx.random.normal((1, 9, 13, 8))
     layer.weight = mx.random.normal(layer.weight.shape)
-    here = np.array(layer(x))
+    here = np.array(convolve(layer, x))
     streams: list[list[mx.Stream]] = []
 
     def compute(_: int) -> np.ndarray:
-        result = np.array(layer(x))
+        result = np.array(convolve(layer, x))
         streams.append(device._streams()[1:])
         return result
 
@@ -326,11 +335,50 @@ def test_what_follows_a_depthwise_convolution(
         calls.append(y.shape)
         return mx.concatenate([2 * y, beside], axis=-1)
 
-    assert mx.array_equal(layer(x, beside, then=then), then(layer(x), beside)).item()
+    assert mx.array_equal(
+        convolve(layer, x, beside, then=then), then(convolve(layer, x), beside)
+    ).item()
     assert len(calls) - 1 == (3 if enough == 1 else 1)
-    fused = layer(x, beside, then=then)
+    fused = convolve(layer, x, beside, then=then)
     layer.train()
-    assert relative_error(np.array(layer(x, beside, then=then)), np.array(fused)) < 1e-6
+    assert relative_error(np.array(convolve(layer, x, beside, then=then)), np.array(fused)) < 1e-6
+
+
+@pytest.mark.parametrize("heights", [[9], [4, 5], [1, 7, 1], [2, 2, 2, 3]], ids=str)
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2)])
+def test_strips_are_convolved_as_if_joined(
+    kernel_size: int,
+    stride: int,
+    heights: list[int],
+    three_cores: list[mx.Stream],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever they are cut, and whatever stands beside them is."""
+    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
+    layer = Depthwise(6, kernel_size, stride).eval()
+    layer.weight = mx.random.normal(layer.weight.shape)
+    x = [mx.random.normal((2, height, 5, 6)) for height in heights]
+    y = layer(x)
+    assert len(y) == (-(-9 // stride) + 3) // 4
+    assert mx.array_equal(join(y), convolve(layer, join(x))).item()
+    plain = convolve(layer.train(), join(x))
+    assert relative_error(np.array(join(y)), np.array(plain)) < 1e-6
+    beside = [mx.random.normal(plain[:, rows].shape) for rows in (slice(2), slice(2, None))]
+    product = layer.eval()(x, beside, then=mx.multiply)
+    assert mx.array_equal(join(product), join(y) * join(beside)).item()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_image_tower_divided_among_cores(images: int, three_cores: list[mx.Stream]) -> None:
+    """In strips that are joined only where a layer needs all of an image, or by images."""
+    config = replace(PRESETS["mci0"], layers=(2, 2, 1, 1), embed_dims=(16, 32, 64, 128))
+    tower = FastViT(config).eval()
+    tower.update(tree_map(lambda w: 0.1 * mx.random.normal(w.shape), tower.parameters()))
+    pixels = mx.random.uniform(shape=(images, 128, 96, 3))
+    divided = tower(pixels)
+    assert three_cores
+    tower.train()  # nothing of which is divided but the stem and the linear layers
+    assert relative_error(np.array(divided), np.array(tower(pixels))) < 1e-5
 
 
 @pytest.mark.parametrize("side", [(1, 1), (5, 8), (9, 33)], ids=str)
@@ -338,10 +386,11 @@ def test_stem_divided_among_cores(side: tuple[int, int], three_cores: list[mx.St
     stem = Stem(16).eval()
     stem.update(tree_map(lambda w: mx.random.normal(w.shape), stem.parameters()))
     pixels = mx.random.normal((2, *side, 3))
-    found = np.array(stem(pixels))
+    found = np.array(join(stem([pixels])))
     assert three_cores
     plain = bias_gelu(stem.conv(pixels), stem.conv_bias)
-    plain = gelu(stem.pointwise(bias_gelu(stem.depthwise(plain), stem.depthwise_bias)))
+    plain = bias_gelu(convolve(stem.depthwise, plain), stem.depthwise_bias)
+    plain = gelu(stem.pointwise(plain))
     assert relative_error(found, np.array(plain)) < 1e-6
 
 
@@ -386,9 +435,9 @@ def test_depthwise_notices_another_kernel() -> None:
     layer = Depthwise(6, 3)
     layer.eval()
     x = mx.random.normal((1, 5, 5, 6))
-    assert not layer(x).any().item()
+    assert not convolve(layer, x).any().item()
     layer.weight = mx.ones(layer.weight.shape)
-    assert layer(x).any().item()
+    assert convolve(layer, x).any().item()
 
 
 def test_depthwise_has_the_gradient_of_the_plain_convolution() -> None:
@@ -397,7 +446,7 @@ def test_depthwise_has_the_gradient_of_the_plain_convolution() -> None:
 
     def loss(kernel: mx.array, x: mx.array) -> mx.array:
         layer.weight = kernel
-        return (layer(x) ** 2).sum()
+        return (convolve(layer, x) ** 2).sum()
 
     layer.train()
     plain = mx.grad(loss, argnums=(0, 1))(kernel, x)
@@ -411,7 +460,7 @@ def test_depthwise_has_the_gradient_of_the_plain_convolution() -> None:
 def test_depthwise_keeps_its_banded_matrix_out_of_the_parameters() -> None:
     layer = Depthwise(6, 3)
     layer.eval()
-    mx.eval(layer(mx.zeros((1, 5, 5, 6))))
+    mx.eval(convolve(layer, mx.zeros((1, 5, 5, 6))))
     assert list(layer.parameters()) == ["weight"]
 
 

@@ -25,6 +25,7 @@ from mlx_fastvlm.cache import KVCache, QuantizedKVCache
 from mlx_fastvlm.config import Qwen2Config, projector_depth
 from mlx_fastvlm.model import IMAGE_TOKEN
 from mlx_fastvlm.qwen2 import Qwen2
+from mlx_mobileclip.depthwise import join
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,11 +39,12 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 def stages(model: FastVLM, pixels: mx.array) -> dict[str, mx.array]:
     """Outputs of the tower's parts in order, and of the projector."""
-    x = model.vision_tower.stem(pixels)
-    outputs = {"stem": x}
+    x = model.vision_tower.stem([pixels])
+    outputs = {"stem": join(x)}
     for i, stage in enumerate(model.vision_tower.stages):
-        x = outputs[f"stages.{i}"] = stage(x)
-    outputs["final_conv"] = model.vision_tower.final_conv(x)
+        x = stage(x)
+        outputs[f"stages.{i}"] = join(x)
+    outputs["final_conv"] = join(model.vision_tower.final_conv(x))
     outputs["projector"] = model.encode_image(pixels)
     return outputs
 

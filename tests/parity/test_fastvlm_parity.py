@@ -17,6 +17,7 @@ from tolerances import STAGE_FLOAT32, relative_error
 
 from mlx_fastvlm import FastVLM, Processor, generate, load
 from mlx_mobileclip.checkpoint import named_parameters
+from mlx_mobileclip.depthwise import join
 
 pytest.importorskip("torch", reason="needs the parity extra")
 import oracle
@@ -65,12 +66,13 @@ def write_full(
 
 def our_stages(model: FastVLM, pixels: mx.array) -> dict[str, mx.array]:
     tower = model.vision_tower
-    outputs = {"stem": tower.stem(pixels)}
-    x = outputs["stem"]
+    x = tower.stem([pixels])
+    outputs = {"stem": join(x)}
     for i, stage in enumerate(tower.stages):
-        x = outputs[f"stages.{i}"] = stage(x)
-        mx.eval(x)
-    outputs["final_conv"] = tower.final_conv(x)
+        x = stage(x)
+        outputs[f"stages.{i}"] = join(x)
+        mx.eval(x, outputs)
+    outputs["final_conv"] = join(tower.final_conv(x))
     outputs["projector"] = model.encode_image(pixels)
     return outputs
 

@@ -19,6 +19,7 @@ from tolerances import STAGE_FLOAT32, relative_error
 
 from convert.mobileclip import LAYOUTS, canonical_tensors
 from mlx_mobileclip import MobileCLIP, Processor, tokenizer
+from mlx_mobileclip.depthwise import join
 from mlx_mobileclip.fastvit import FinalConv, Stage, Stem
 from mlx_mobileclip.tokenizer import clip_tokenizer
 from mlx_mobileclip.transformer import TransformerLayer
@@ -63,9 +64,10 @@ def kept(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
     outputs: dict[int, list[mx.array]] = {}
 
     def keeping(call: Any) -> Any:
-        def inner(self: Any, *arguments: Any, **named: Any) -> mx.array:
+        def inner(self: Any, *arguments: Any, **named: Any) -> Any:
             output = call(self, *arguments, **named)
-            outputs.setdefault(id(self), []).append(output)
+            whole = output if isinstance(output, mx.array) else join(output)
+            outputs.setdefault(id(self), []).append(whole)
             return output
 
         return inner
