@@ -176,7 +176,7 @@ def depthwise(setting: Setting) -> Figures:
 
 
 def attention(setting: Setting) -> Figures:
-    """Attention with heads of 32 as they are, and padded to 64: decides `PAD_HEADS_FROM`."""
+    """Attention with heads of 32 as they are, and padded to 64."""
     width = 32
 
     def attend(qkv: mx.array) -> mx.array:

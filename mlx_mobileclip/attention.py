@@ -1,13 +1,13 @@
 """Attention, in the form that is fast on the device at hand."""
 
+import os
+
 import mlx.core as mx
 
 from .device import on_all_cores, on_cpu, on_metal
+from .errors import ModelError
 
-# Metal's fused attention takes heads of 64 but none of 32. From so many positions on it is worth
-# padding them: scores that stay out of memory outweigh twice the products (an estimate from
-# bytes and FLOPs; `python -m bench mac` measures it).
-PAD_HEADS_FROM = 512
+PAD_HEADS_FROM = 512  # estimated from bytes and FLOPs; `python -m bench mac` measures it
 E2, E3, E4 = 0.50002435, 0.16602886, 0.04612296  # fitted: the power makes much of what is left out
 
 
@@ -22,11 +22,34 @@ def attend(qkv: mx.array, causal: bool = False) -> mx.array:
         (B, N, K * D).
     """
     B, N, _, K, D = qkv.shape
-    if D == 32 and N >= PAD_HEADS_FROM and on_metal():
+    if D == 32 and on_metal() and pad_heads_from() <= N:
         qkv = mx.pad(qkv, [(0, 0)] * 4 + [(0, 32)])
     queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, D), or padded
     y = attend_to(queries, keys, values, D**-0.5, causal)
     return y[..., :D].transpose(0, 2, 1, 3).reshape(B, N, K * D)
+
+
+def pad_heads_from() -> int:
+    """From how many positions on heads of 32 are padded to 64 on Metal.
+
+    Its fused attention takes heads of 64 but none of 32. For long inputs, scores that stay out of
+    memory outweigh twice the products.
+
+    Returns:
+        $MLX_MOBILECLIP_PAD_HEADS_FROM if it is set, or 512.
+
+    Raises:
+        ModelError: it is not a number.
+    """
+    chosen = os.environ.get("MLX_MOBILECLIP_PAD_HEADS_FROM")
+    if not chosen:
+        return PAD_HEADS_FROM
+    if not chosen.isdecimal() or len(chosen) > 9:
+        raise ModelError(
+            f"MLX_MOBILECLIP_PAD_HEADS_FROM is {chosen[:20]!r}; set it to a number of positions, "
+            f"such as {PAD_HEADS_FROM}, or not at all"
+        )
+    return int(chosen)
 
 
 def attend_to(

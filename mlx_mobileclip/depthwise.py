@@ -50,8 +50,8 @@ class Depthwise(nn.Module):
 
         Returns:
             (B, H/s, W/s, C) in all, sizes rounded up; or what `then` makes of each strip of that.
-            On a CPU they may be several, which lie where a layer on images of that size divides
-            them again, so that its cores need not wait for the strips to be joined.
+            On a CPU there may be several, each made by one core. Strips may be cut anywhere: a
+            part waits only for those that hold its rows, not until all are joined.
         """
         return _convolve(x, [self], beside, then)
 
@@ -163,10 +163,10 @@ def _rows_of_tiles(
     height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
     top = start * ROWS * s - k // 2
     padded = mx.zeros((B, height, C, width), x[0].dtype)
-    row = max(-top, 0)
+    at = max(-top, 0)
     for strip in _between(x, max(top, 0), top + height):
-        padded[:, row : row + strip.shape[1], :, k // 2 : k // 2 + W] = strip.swapaxes(2, 3)
-        row += strip.shape[1]
+        padded[:, at : at + strip.shape[1], :, k // 2 : k // 2 + W] = strip.swapaxes(2, 3)
+        at += strip.shape[1]
     ordered = mx.as_strided(
         padded,
         (B, C, height, wide, tiles_across),

@@ -2,7 +2,8 @@
 
 Everything linear that training keeps apart is already folded into the weights: parallel
 branches, BatchNorm, layer scale, and each depthwise bias that a 1x1 layer follows. Arrays are
-NHWC throughout and every 1x1 convolution is a `Linear`.
+NHWC throughout and every 1x1 convolution is a `Linear`. Layers hand each other lists of strips,
+which are several only on a CPU: see `Depthwise`.
 
 Papers: FastViT (arXiv:2303.14189), MobileCLIP (arXiv:2311.17049, section 4), FastVLM
 (arXiv:2412.13303, section 3). Reference code: apple/ml-fastvlm 592b4ad
@@ -117,7 +118,8 @@ def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.ar
     return x, x + next_bias
 
 
-_fused_biases = mx.compile(_add_biases, shapeless=True)  # one kernel, slow on a CPU
+# One kernel on a GPU; on a CPU slower than the two sums.
+_fused_biases = mx.compile(_add_biases, shapeless=True)
 
 
 class SqueezeExcite(nn.Module):
@@ -202,7 +204,7 @@ class RepMixer(nn.Module):
         self.bias = mx.zeros((channels,))
 
     def __call__(self, x: Strips, then: Then) -> list[Any]:
-        """What `then` makes of (B, H, W, C), the same shape without the bias: the block adds it."""
+        """(B, H, W, C) to what `then` makes of the same shape, mixed, still without the bias."""
         return self.conv(x, then=then)
 
 
@@ -218,7 +220,7 @@ class Attention(nn.Module):
         self.bias = mx.zeros((channels,))  # of proj
 
     def __call__(self, strips: Strips, then: Then) -> list[Any]:
-        """What `then` makes of (B, H, W, C), the same shape without the bias: the block adds it."""
+        """(B, H, W, C) to what `then` makes of the same shape, mixed, still without the bias."""
         x = join(strips)
         B, H, W, C = x.shape
         y = x if self.norm is None else self.norm(x)
@@ -237,7 +239,7 @@ class ConvFFN(nn.Module):
         self.fc2 = Linear(hidden, channels)
 
     def __call__(self, x: Strips, residual: Strips) -> Strips:
-        """(B, H, W, C) all three; `residual` already holds fc2's bias."""
+        """Inputs and result are (B, H, W, C); `residual` already holds fc2's bias."""
         return self.conv(x, residual, then=self._after)
 
     def _after(self, x: mx.array, residual: mx.array) -> mx.array:
@@ -257,10 +259,10 @@ class Block(nn.Module):
 
     def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to the same shape."""
-        both = self.token_mixer(x, then=self._add_biases)
+        both = self.token_mixer(x, then=self._with_biases)
         return self.mlp([mixed for mixed, _ in both], [residual for _, residual in both])
 
-    def _add_biases(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def _with_biases(self, x: mx.array) -> tuple[mx.array, mx.array]:
         add = _add_biases if on_cpu() else _fused_biases
         return add(x, self.token_mixer.bias, self.mlp.fc2.bias)
 
@@ -316,7 +318,10 @@ class FinalConv(nn.Module):
 
     def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to (B, H, W, 2C)."""
-        return [gelu(self.se(join(self.depthwise(x)) + self.depthwise.bias))]
+        return [gelu(self.se(join(self.depthwise(x, then=self._add_bias))))]
+
+    def _add_bias(self, x: mx.array) -> mx.array:
+        return x + self.depthwise.bias
 
 
 def _alone(layer: Callable[[Strips], Strips], x: mx.array) -> mx.array:

@@ -23,6 +23,7 @@ from mlx_fastvlm.qwen2 import Embedding
 from mlx_fastvlm.swiglu import swiglu
 from mlx_mobileclip import attention, depthwise, device
 from mlx_mobileclip.depthwise import Depthwise, DepthwiseDouble, Then, join
+from mlx_mobileclip.errors import ModelError
 from mlx_mobileclip.fastvit import PRESETS, FastViT, Stem
 from mlx_mobileclip.gelu import bias_gelu, gelu
 from mlx_mobileclip.linear import Linear, add_product
@@ -345,7 +346,7 @@ def test_what_follows_a_depthwise_convolution(
 
 
 @pytest.mark.parametrize("heights", [[9], [4, 5], [1, 7, 1], [2, 2, 2, 3]], ids=str)
-@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2)])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2), (3, 2)])
 def test_strips_are_convolved_as_if_joined(
     kernel_size: int,
     stride: int,
@@ -353,7 +354,7 @@ def test_strips_are_convolved_as_if_joined(
     three_cores: list[mx.Stream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever they are cut, and whatever stands beside them is."""
+    """Wherever they, and what stands beside them, are cut."""
     monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
     layer = Depthwise(6, kernel_size, stride).eval()
     layer.weight = mx.random.normal(layer.weight.shape)
@@ -366,18 +367,34 @@ def test_strips_are_convolved_as_if_joined(
     beside = [mx.random.normal(plain[:, rows].shape) for rows in (slice(2), slice(2, None))]
     product = layer.eval()(x, beside, then=mx.multiply)
     assert mx.array_equal(join(product), join(y) * join(beside)).item()
+    gradients = mx.grad(lambda x: (join(layer(x)) ** 2).sum())(x)
+    layer.train()
+    plain_gradients = mx.grad(lambda x: (join(layer(x)) ** 2).sum())(x)
+    assert relative_error(np.array(join(gradients)), np.array(join(plain_gradients))) < 1e-5
+    layer.eval().set_dtype(mx.float16)
+    half = layer([strip.astype(mx.float16) for strip in x])
+    assert relative_error(np.array(join(half), np.float32), np.array(plain)) < 0.01
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_image_tower_divided_among_cores(images: int, three_cores: list[mx.Stream]) -> None:
-    """In strips that are joined only where a layer needs all of an image, or by images."""
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_image_tower_divided_among_cores(
+    images: int, three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strips that stay apart from layer to layer; or by images, several parts for a core."""
+    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
+    monkeypatch.setattr(device, "LARGEST_PART", 1 << 16)
     config = replace(PRESETS["mci0"], layers=(2, 2, 1, 1), embed_dims=(16, 32, 64, 128))
     tower = FastViT(config).eval()
     tower.update(tree_map(lambda w: 0.1 * mx.random.normal(w.shape), tower.parameters()))
-    pixels = mx.random.uniform(shape=(images, 128, 96, 3))
+    pixels = mx.random.uniform(shape=(images, 288, 160, 3))
+    strips = [pixels]
+    for layer in (tower.stem, *tower.stages[:2]):
+        strips = layer(strips)
+        assert len(strips) >= 3
     divided = tower(pixels)
-    assert three_cores
-    tower.train()  # nothing of which is divided but the stem and the linear layers
+    assert len(set(map(str, three_cores))) == 3
+    assert ("Depends" in graph_names(divided)) == (images == 7)
+    monkeypatch.setattr(device, "PARALLEL_FROM", 1 << 60)
     assert relative_error(np.array(divided), np.array(tower(pixels))) < 1e-5
 
 
@@ -529,10 +546,24 @@ def test_attention_with_heads_padded_as_for_metal(monkeypatch: pytest.MonkeyPatc
         return attend(queries, *rest, scale=scale, mask=mask)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
-    monkeypatch.setattr(attention, "PAD_HEADS_FROM", 15)
+    monkeypatch.setenv("MLX_MOBILECLIP_PAD_HEADS_FROM", "15")
     monkeypatch.setattr(attention, "on_cpu", lambda: False)
     attention.attend(qkv)  # not on this device
     monkeypatch.setattr(attention, "on_metal", lambda: True)
     assert relative_error(np.array(attention.attend(qkv)), attended(qkv)) < 1e-6
     attention.attend(qkv[:, :14])  # too few positions
     assert [shape[-1] for shape in shapes] == [32, 64, 32]
+    monkeypatch.delenv("MLX_MOBILECLIP_PAD_HEADS_FROM")
+    attention.attend(mx.zeros((1, 511, 3, 1, 32)))
+    attention.attend(mx.zeros((1, 512, 3, 1, 32)))
+    assert [shape[-1] for shape in shapes[3:]] == [32, 64]
+
+
+@pytest.mark.parametrize("chosen", ["-1", "many", "9" * 5000])
+def test_a_length_to_pad_from_that_is_no_number(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_MOBILECLIP_PAD_HEADS_FROM", chosen)
+    monkeypatch.setattr(attention, "on_metal", lambda: True)
+    with pytest.raises(ModelError, match=r"^MLX_MOBILECLIP_PAD_HEADS_FROM is '.{0,20}'; set it to"):
+        attention.attend(mx.zeros((1, 2, 3, 1, 32)))
