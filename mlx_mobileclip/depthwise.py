@@ -73,6 +73,10 @@ class DepthwiseDouble(nn.Module):
         """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias: what follows fuses it."""
         return _convolve(x, [self.even, self.odd], (), then)
 
+    def add_bias(self, x: mx.array) -> mx.array:
+        """The result with the bias, for a `then` that nothing else follows."""
+        return x + self.bias
+
 
 def _convolve(
     x: Strips, layers: list[Depthwise], beside: tuple[Strips, ...], then: Then | None

@@ -185,11 +185,8 @@ class Downsample(nn.Module):
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
         if self.se is None:
             return self.depthwise(x, then=self._after)
-        y = join(self.depthwise(x, then=self._add_bias))
+        y = join(self.depthwise(x, then=self.depthwise.add_bias))
         return [gelu(self.pointwise(gelu(self.se(y))))]
-
-    def _add_bias(self, x: mx.array) -> mx.array:
-        return x + self.depthwise.bias
 
     def _after(self, x: mx.array) -> mx.array:
         return gelu(self.pointwise(bias_gelu(x, self.depthwise.bias)))
@@ -318,10 +315,7 @@ class FinalConv(nn.Module):
 
     def __call__(self, x: Strips) -> Strips:
         """(B, H, W, C) to (B, H, W, 2C)."""
-        return [gelu(self.se(join(self.depthwise(x, then=self._add_bias))))]
-
-    def _add_bias(self, x: mx.array) -> mx.array:
-        return x + self.depthwise.bias
+        return [gelu(self.se(join(self.depthwise(x, then=self.depthwise.add_bias))))]
 
 
 def _alone(layer: Callable[[Strips], Strips], x: mx.array) -> mx.array:
