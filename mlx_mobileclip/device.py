@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .errors import ConfigError
 
-PARALLEL_FROM = 1 << 18  # elements; of fewer, a thread takes longer to hear than to work
+PARALLEL_FROM = 1 << 17  # elements; of fewer, a thread takes longer to hear than to work
 LARGEST_PART = 1 << 22  # elements; with a quarter FastViTHD takes 150 MB less, and a ninth longer
 WIDENED = 4  # times its input, the largest array of a block of the towers, attention aside
 # Of glibc's mallopt, from malloc.h.

@@ -34,15 +34,15 @@ def multiply(x: mx.array, weight: mx.array) -> mx.array:
 def _on_cpu(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
     """X W^T plus what is added, a bias (K,) or as many rows (N, K), each core doing some of K."""
     outputs, inputs = weight.shape
-    rows = x.reshape(-1, inputs)
-    most = UNCOPIED // max(1, rows.size)
+    if x.ndim != 2:  # MLX takes time even for a reshape that changes nothing
+        y = _on_cpu(x.reshape(-1, inputs), weight, added)
+        return y.reshape(*x.shape[:-1], outputs)
+    most = UNCOPIED // max(1, x.size)
     block = next((n for n in BLOCKS if n <= most and outputs % n == 0), None)
     if block is None:
-        y = _in_stripes(rows, weight, added)
-    else:
-        y = _in_blocks(rows, weight, block)
-        y = y if added is None else y + added
-    return y.reshape(*x.shape[:-1], outputs)
+        return _in_stripes(x, weight, added)
+    y = _in_blocks(x, weight, block)
+    return y if added is None else y + added
 
 
 def _in_blocks(x: mx.array, weight: mx.array, block: int) -> mx.array:
@@ -68,10 +68,9 @@ def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.arr
         part = weight[start:stop].T
         if added is None:
             return x @ part
-        to = added[..., start:stop]
-        if to.ndim == 1:  # MLX would spread it one number at a time; `take` copies it whole
-            to = mx.take(to[None], mx.zeros(len(x), mx.uint32), axis=0)
-        return mx.addmm(to, x, part)
+        if added.ndim == 1:  # addmm would spread it one number at a time
+            return x @ part + added[start:stop]
+        return mx.addmm(added[:, start:stop], x, part)
 
     # Little is made of much: 16 multiplications weigh as an element elsewhere.
     makes = min(x.size * len(weight) // 16, PARALLEL_FROM)
