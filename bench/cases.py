@@ -23,7 +23,7 @@ class Case:
             megapixels to pixels), "photo" (the same from a JPEG),
             "decode" (token after token), "image" or "text" (MobileCLIP's towers).
         contenders: Who does it; "ours" first.
-        size: Of the checkpoint, as in tests/synthetic.py.
+        size: Of the checkpoint, as in tests/support/synthetic.py.
         resolution: Of images, px.
         images: In a prompt.
         tokens: Of a prompt, those of images aside; or generated, if decoding.

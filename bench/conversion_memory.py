@@ -23,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "support"))
 
 import synthetic  # noqa: E402
 
@@ -91,7 +91,7 @@ def main() -> None:
         converting = peak_of(*convert, *(args.options or ["-q"]))
         stored = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         loading = peak_of("-c", LOAD, str(target))
-        idle = peak_of("-c", "import mlx_fastvlm.loader, mlx_fastvlm.model")
+        idle = peak_of("-c", "import mlx_fastvlm.loader, mlx_fastvlm.models.fastvlm")
         record = {
             "size": args.size,
             "machine": f"{platform.system()} {platform.machine()}",

@@ -84,7 +84,7 @@ def count_ours(graphs: Graphs, size: str) -> Counts:
     tower, block = model.vision_tower, model.vision_tower.stages[STAGE].blocks[0]
     counts = {
         VISION: graphs.kernels(lambda: tower(pixels)),
-        BLOCK: graphs.kernels(lambda: block([leaf(mx.zeros(BLOCK_INPUT, mx.float16))])[0]),
+        BLOCK: graphs.kernels(lambda: block(leaf(mx.zeros(BLOCK_INPUT, mx.float16)))),
     }
     for weights in WEIGHTS:
         if weights == "4-bit":

@@ -1,4 +1,4 @@
-"""FastVLM of this package and of mlx-vlm, at any size of tests/synthetic.py."""
+"""FastVLM of this package and of mlx-vlm, at any size of tests/support/synthetic.py."""
 
 import importlib.util
 import sys
@@ -8,8 +8,8 @@ from typing import Any
 import synthetic
 
 from mlx_fastvlm import FastVLM
-from mlx_fastvlm.config import FastVLMConfig, Qwen2Config
-from mlx_mobileclip.fastvit import PRESETS
+from mlx_fastvlm.models.config import FastVLMConfig, Qwen2Config
+from mlx_mobileclip.models.fastvit import PRESETS
 
 SIZES = ("0.5b", "1.5b", "7b")
 RESOLUTION = 1024  # px

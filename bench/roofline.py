@@ -68,8 +68,8 @@ def read_stages(graphs: Graphs, size: str, resolution: int) -> dict[str, list[Ke
     parts: dict[str, Any] = {"stem": tower.stem}
     parts |= {f"stage {i}": stage for i, stage in enumerate(tower.stages, start=1)}
     for name, part in (parts | {"final convolution": tower.final_conv}).items():
-        stages[name] = graphs.kernels(partial(part, [x]))
-        x = leaf(part([x])[0])
+        stages[name] = graphs.kernels(partial(part, x))
+        x = leaf(part(x))
     whole = Counter(graphs.kernels(lambda: model.encode_image(pixels)))
     tower_alone = Counter(kernel for kernels in stages.values() for kernel in kernels)
     stages["projector"] = list((whole - tower_alone).elements())

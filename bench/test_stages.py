@@ -17,8 +17,8 @@ from bench import inputs, models
 from mlx_fastvlm import FastVLM, Processor, load, stream_generate
 from mlx_mobileclip import MobileCLIP
 from mlx_mobileclip.device import default_dtype
-from mlx_mobileclip.image import open_image, resize_crop, resize_pad, to_array
-from mlx_mobileclip.variants import VARIANTS
+from mlx_mobileclip.models.variants import VARIANTS
+from mlx_mobileclip.preprocess.image import open_image, resize_crop, resize_pad, to_array
 
 PROMPT = models.IMAGE_TOKENS + models.QUESTION_TOKENS
 TOKENS = 16  # of an answer

@@ -1,7 +1,7 @@
-"""What a quantised model is compared on: pictures drawn here, and what is asked of them.
+"""Samples that a quantised model is measured on: images with a question and an answer.
 
-Drawn, so that converting needs no data and no licence; `--calibration DIR` takes one's own
-pictures, which tell more about one's own use.
+By default the images are drawn here, so that converting needs no data and no licence. Images of
+the intended use, given with `--calibration DIR`, are more representative.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mlx_mobileclip.errors import DataError
-from mlx_mobileclip.image import open_image
+from mlx_mobileclip.preprocess.image import open_image
 
-MOST_IMAGES = 32
+MAX_IMAGES = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-# Question and the beginning of an answer; both are read, and the token after each is compared.
+# A question and the beginning of an answer. The model reads both, and its distribution of the next
+# token is compared at every position.
 CONVERSATIONS = (
     ("Describe the image.", "The image shows a colourful scene with several objects in it."),
     ("What is written in the image?", "The text in the image says HELLO and 42."),
@@ -35,34 +36,38 @@ LABELS = tuple(
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what is said about it."""
+    """An image, a question about it and an answer."""
 
     image: Image.Image
     question: str
     answer: str
 
 
-def samples(directory: Path | None) -> list[Sample]:
-    """Pictures of a directory, or drawn ones, each with one of the conversations.
+def calibration_samples(directory: Path | None) -> list[Sample]:
+    """Images, each with one of CONVERSATIONS.
+
+    Args:
+        directory: Whose images to take, MAX_IMAGES at most; None for drawn ones.
 
     Raises:
-        DataError: the directory holds no picture that can be read.
+        DataError: there is no such directory, or it holds no image.
+        ImageError: an image cannot be read.
     """
-    images = drawn() if directory is None else _pictures(directory)
+    images = drawn_images() if directory is None else _read_images(directory)
     return [Sample(image, *CONVERSATIONS[i % len(CONVERSATIONS)]) for i, image in enumerate(images)]
 
 
-def _pictures(directory: Path) -> list[Image.Image]:
+def _read_images(directory: Path) -> list[Image.Image]:
     if not directory.is_dir():
         raise DataError(f"{directory}: is no directory; give one with pictures as --calibration")
-    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)[:MOST_IMAGES]
+    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)[:MAX_IMAGES]
     if not paths:
         raise DataError(f"{directory}: holds no picture; give a directory with some")
     return [open_image(path) for path in paths]
 
 
-def drawn(count: int = len(CONVERSATIONS)) -> list[Image.Image]:
-    """Pictures of shaded grounds, shapes, letters and noise, the same on every machine."""
+def drawn_images(count: int = len(CONVERSATIONS)) -> list[Image.Image]:
+    """Images of shapes and words on shaded backgrounds with noise, the same on every machine."""
     rng = np.random.default_rng(0)
     return [_draw(rng) for _ in range(count)]
 

@@ -3,12 +3,16 @@
 import shlex
 from pathlib import Path
 
+from mlx_mobileclip.checkpoints.hub import is_repository
 from mlx_mobileclip.errors import CheckpointError, ConfigError
-from mlx_mobileclip.hub import is_repository
 
 
 def check_repository(name: str) -> None:
-    """Before any work: raises ConfigError if the upload is bound to fail."""
+    """Check before the conversion what would make the upload fail.
+
+    Raises:
+        ConfigError: it is not the name of a repository, or there is no token of Hugging Face.
+    """
     from huggingface_hub import get_token
 
     if not is_repository(name):
@@ -28,7 +32,7 @@ def upload(directory: Path, name: str) -> str:
         The address of the commit.
 
     Raises:
-        CheckpointError: it was not pushed; the directory is left as it is.
+        CheckpointError: the upload has failed; the directory is complete.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,16 +1,23 @@
-"""Write a canonical checkpoint directory, completely or not at all."""
+"""Write the files of a checkpoint directory, completely or not at all."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
-from mlx_mobileclip.checkpoint import write_tensors
+from mlx_mobileclip.checkpoints.safetensors import STORED_DTYPES
+from mlx_mobileclip.checkpoints.weights import FLOATS, is_finite, not_finite
 from mlx_mobileclip.errors import CheckpointError
 
+MAX_SHARD_BYTES = 5 << 30
+CHUNK = 1 << 24  # values that are checked at a time while writing
 LICENCE_NAME = re.compile(r"LICEN[CS]E[\w-]*(\.(md|txt|rst|pdf))?", re.IGNORECASE)
 NOTICE = """This directory holds model weights converted by mlx-fastvlm from: {source}
 {change}
@@ -21,22 +28,18 @@ or quantised copy is a derivative of them: keep this notice and the licence file
 """
 
 
-def write_checkpoint(
-    target: Path,
-    config: dict[str, object],
-    tensors: dict[str, mx.array],
-    write_other_files: Callable[[Path], None],
-) -> None:
-    """Write config.json, the tensors and what the callback adds; all of it, or nothing.
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Create a directory that appears only if the block ends without an error.
 
-    Everything goes to a directory beside the target, which takes its name only when complete. A
-    directory left by a killed conversion is replaced by the next one.
+    The block writes to a temporary directory beside the target, which is renamed at the end, and
+    removed on an error. One that was left by a killed process is replaced.
 
     Args:
         target: Directory to create; it must not exist yet, or be empty.
-        config: Contents of config.json.
-        tensors: Tensors by name; emptied on the way.
-        write_other_files: Called with the unfinished directory.
+
+    Yields:
+        The temporary directory.
 
     Raises:
         CheckpointError: the target is in use, or the disk is full.
@@ -46,9 +49,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_tensors(partial, tensors)
-        write_json(partial / "config.json", config)
-        write_other_files(partial)
+        yield partial
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
@@ -61,7 +62,11 @@ def write_checkpoint(
 
 
 def check_target(target: Path) -> None:
-    """Raise CheckpointError if writing to the target would destroy something."""
+    """Check that nothing would be overwritten.
+
+    Raises:
+        CheckpointError: the target exists and is not an empty directory, or cannot be read.
+    """
     try:
         in_use = target.exists() and (not target.is_dir() or any(target.iterdir()))
     except OSError as error:
@@ -74,26 +79,102 @@ def check_target(target: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    """Write one object, for people to read too."""
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def file_states(source: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file of a checkpoint, to see later whether one changed."""
-    paths = source.iterdir() if source.is_dir() else [source]
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
-
-
 def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
-    """Copy the source's licence files and write a notice.
+    """Copy the source's licence files and write NOTICE.
 
-    A link is followed only within the source, or from a snapshot of the Hub's cache to the files
-    of its repository: a planted one would publish whatever file of the user's it points to.
+    A symbolic link is followed only within the source, or from a snapshot in the Hub's cache to
+    the files of its repository, so that a link in the source cannot publish a file of the user's.
+
+    Args:
+        source: Directory or file of the checkpoint. What is beside a single file is not copied.
+        target: Directory to write to.
+        name: Of the source, for the notice.
+        change: How the weights were changed, for the notice.
     """
     home = source.parent.parent if source.parent.name == "snapshots" else source
-    # What lies beside a single file may belong to another.
     for path in sorted(source.iterdir()) if source.is_dir() else ():
         inside = path.resolve().is_relative_to(home.resolve())
         if LICENCE_NAME.fullmatch(path.name) and path.is_file() and inside:
             shutil.copyfile(path, target / path.name)
     (target / "NOTICE").write_text(NOTICE.format(source=name, change=change))
+
+
+def write_tensors(
+    directory: Path, tensors: dict[str, mx.array], shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write model.safetensors, or numbered shards and their index.
+
+    Lazy tensors are evaluated, written and released one by one, so that memory is needed for the
+    largest of them only.
+
+    Args:
+        directory: Where to write.
+        tensors: By name; emptied on the way.
+        shard_bytes: Of tensors in a file at most, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    groups = _shards(tensors, shard_bytes)
+    weight_map = {}
+    for i, names in enumerate(groups):
+        last = f"-{i + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        file = f"model{last}.safetensors"
+        with (directory / file).open("wb") as shard:
+            shard.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                shard.write(_data(tensors.pop(name), name))
+        weight_map.update(dict.fromkeys(names, file))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2))
+
+
+def _shards(tensors: dict[str, mx.array], limit_bytes: int) -> list[list[str]]:
+    """Split the sorted names into groups of at most `limit_bytes`, or of one larger tensor."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(tensors):
+        if groups[-1] and size + tensors[name].nbytes > limit_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensors[name].nbytes
+    return groups
+
+
+def _header(tensors: dict[str, mx.array]) -> bytes:
+    """Header of a safetensors file: length and JSON, padded to 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        entries[name] = {
+            "dtype": STORED_DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _data(tensor: mx.array, name: str) -> memoryview:
+    """Evaluate a tensor, check that its values are finite, and return its bytes."""
+    mx.eval(tensor)
+    if tensor.dtype in FLOATS:
+        flat = tensor.reshape(-1)
+        chunks = (flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))
+        if not all(is_finite(chunk).item() for chunk in chunks):
+            raise not_finite([name], tensor.dtype, "the weights")
+    if tensor.dtype == mx.bfloat16:  # which NumPy does not have
+        tensor = tensor.view(mx.uint16)
+    data: NDArray[Any] = np.ascontiguousarray(np.asarray(tensor)).reshape(-1)
+    return data.view(np.uint8).data

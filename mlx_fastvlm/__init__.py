@@ -3,78 +3,32 @@
 from mlx_fastvlm import load, generate
 model, processor = load("apple/FastVLM-0.5B")
 print(generate(model, processor, "What is this?", images="cat.jpg").text)
+
+The public names are listed in `api.py`, which is imported when one of them is first asked for, so
+that commands start quickly.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_mobileclip import __version__
+from mlx_mobileclip import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mlx_mobileclip.errors import (
-        CheckpointError,
-        ConfigError,
-        ImageError,
-        ModelError,
-        PromptError,
-    )
-    from mlx_mobileclip.quantization import Quantization
+    from .api import *
+else:  # generate/__init__.py says why
+    from . import generate
 
-    from .generate import Chunk, Result, Stats, generate, stream_generate
-    from .image_cache import ImageCache
-    from .loader import load
-    from .model import FastVLM
-    from .processor import Inputs, Processor
-    from .prompt_cache import PromptCache
-
-__all__ = [
-    "CheckpointError",
-    "Chunk",
-    "ConfigError",
-    "FastVLM",
-    "ImageCache",
-    "ImageError",
-    "Inputs",
-    "ModelError",
-    "Processor",
-    "PromptCache",
-    "PromptError",
-    "Quantization",
-    "Result",
-    "Stats",
-    "__version__",
-    "generate",
-    "load",
-    "stream_generate",
-]
-
-_MODULES = {
-    "load": ".loader",
-    "FastVLM": ".model",
-    "ImageCache": ".image_cache",
-    "Quantization": "mlx_mobileclip.quantization",
-    "Inputs": ".processor",
-    "Processor": ".processor",
-    "PromptCache": ".prompt_cache",
-    **dict.fromkeys(("Chunk", "Result", "Stats", "generate", "stream_generate"), ".generate"),
-    **dict.fromkeys(
-        ("CheckpointError", "ConfigError", "ImageError", "ModelError", "PromptError"),
-        "mlx_mobileclip.errors",
-    ),
-}
+    del generate
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for, so that `import mlx_fastvlm` is cheap."""
-    if name not in _MODULES:
+    names = vars(import_module(".api", __name__))
+    if name == "__all__":
+        return [name for name in names if not name.startswith("_")]
+    if name.startswith("_") or name not in names:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    module = import_module(_MODULES[name], __name__)
-    if _MODULES[name] == ".generate":  # the import has put the module under the function's name
-        globals()["generate"] = module.generate
-    value = globals()[name] = getattr(module, name)
-    return value
+    return names[name]
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(__getattr__("__all__"))

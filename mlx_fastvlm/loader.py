@@ -4,20 +4,23 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 
-from mlx_mobileclip.checkpoint import assign, read_json, read_tensors
-from mlx_mobileclip.device import keep_freed_memory, parse_dtype
+from mlx_mobileclip.checkpoints.hub import DEMO, Checkpoint, resolve
+from mlx_mobileclip.checkpoints.safetensors import read_tensors
+from mlx_mobileclip.checkpoints.weights import assign
+from mlx_mobileclip.cpu import process
+from mlx_mobileclip.device import parse_dtype
 from mlx_mobileclip.errors import CheckpointError, ConfigError
-from mlx_mobileclip.hub import DEMO, Checkpoint, resolve
+from mlx_mobileclip.json_fields import read_json
 from mlx_mobileclip.quantization import Quantization, quantize_parts
 
-from . import tokenizer
-from .config import MODEL_TYPE, FastVLMConfig
-from .model import PARTS, FastVLM
-from .processor import Processor
+from .checkpoints.fastvlm import read_foreign
+from .models.config import MODEL_TYPE, FastVLMConfig
+from .models.fastvlm import PARTS, FastVLM
+from .preprocess import tokenizer
+from .preprocess.processor import Processor
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEMO_DIRECTORY = Path(__file__).parent / DEMO
@@ -76,7 +79,7 @@ def load_checkpoint(
     with ThreadPoolExecutor(1) as beside:  # half a second for 152k tokens; MLX lets it run
         words = beside.submit(read_tokenizer, checkpoint, config)
         assign(model, tensors, parse_dtype(dtype), checkpoint.name)
-    keep_freed_memory()
+    process.configure()
     return model, Processor(words.result(), config)
 
 
@@ -87,11 +90,8 @@ def read_canonical(
     path = checkpoint.path / "config.json"
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
-        from mlx_mobileclip.loader import import_converter
-
         vision = None if vision_from is None else find_checkpoint(vision_from)
-        convert = import_converter("fastvlm").convert_fastvlm
-        return cast(Canonical, convert(checkpoint, values, vision))
+        return read_foreign(checkpoint, values, vision)
     if vision_from is not None:
         raise CheckpointError(
             f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"

@@ -2,21 +2,22 @@
 
 import os
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
 
 import mlx.core as mx
 
-from .checkpoint import assign, read_json, read_tensors
-from .clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig
-from .device import keep_freed_memory, parse_dtype
+from .checkpoints.hub import Checkpoint, resolve_file
+from .checkpoints.mobileclip import read_foreign
+from .checkpoints.safetensors import read_tensors
+from .checkpoints.weights import assign
+from .cpu import process
+from .defaults import DEFAULT_MODEL
+from .device import parse_dtype
 from .errors import ConfigError
-from .hub import Checkpoint, resolve_file
-from .processor import Processor
+from .json_fields import read_json
+from .models.clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig
+from .preprocess.processor import Processor
+from .preprocess.tokenizer import CONTEXT_LENGTH, Tokenizer, clip_tokenizer, read_merges
 from .quantization import Quantization, quantize_parts
-from .tokenizer import CONTEXT_LENGTH, Tokenizer, clip_tokenizer, read_merges
-
-DEFAULT_MODEL = "apple/MobileCLIP2-S0"
 
 
 def load(
@@ -63,7 +64,7 @@ def load_checkpoint(
     model = MobileCLIP(config)
     model.eval()
     assign(model, tensors, parse_dtype(dtype), checkpoint.name)
-    keep_freed_memory()
+    process.configure()
     return model, Processor(config.preprocess, words)
 
 
@@ -74,8 +75,7 @@ def read_canonical(
     path = checkpoint.path / "config.json"
     values = read_json(path) if path.is_file() else {}
     if values.get("model_type") != MODEL_TYPE:
-        config, tensors = import_converter("mobileclip").convert_mobileclip(checkpoint, variant)
-        return config, tensors
+        return read_foreign(checkpoint, variant)
     if variant is not None:
         raise ConfigError(f"{checkpoint.name}: is converted and says what it is; leave out variant")
     return MobileCLIPConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
@@ -90,14 +90,3 @@ def read_tokenizer(checkpoint: Checkpoint, config: MobileCLIPConfig) -> Tokenize
     if merges is not None:
         return Tokenizer(merges, text.context_length)
     return None if text.context_length == CONTEXT_LENGTH else clip_tokenizer(text.context_length)
-
-
-def import_converter(name: str) -> Any:
-    """The converter's module of that name: the one place where the runtime looks upward.
-
-    Imported only when a checkpoint is met that is not in canonical form.
-    """
-    try:
-        return import_module(f"mlx_fastvlm.convert.{name}")
-    except ModuleNotFoundError:  # a checkout that is not installed
-        return import_module(f"convert.{name}")

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .checkpoint import Fields
 from .errors import ConfigError
+from .json_fields import Fields
 
 MODES = {  # mode: (bits, group sizes) that MLX implements, the usual ones first
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
@@ -75,6 +75,19 @@ class Quantization:
 
 
 Packed = dict[str, Quantization]  # by the layer's path in the model
+
+
+def unpack(layer: dict[str, mx.array], packing: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The weight of a packed layer, floats (rows, width)."""
+    return mx.dequantize(
+        layer["weight"],
+        layer["scales"],
+        layer.get("biases"),
+        group_size=packing.group_size,
+        bits=packing.bits,
+        mode=packing.mode,
+        dtype=dtype,
+    )
 
 
 def read_packed(fields: Fields) -> Packed:
@@ -146,6 +159,7 @@ def pack(model: nn.Module, packed: Packed, *, evaluate: bool = False) -> None:
                 f"group_size {packing.group_size}"
             )
         quantized = layer.to_quantized(**asdict(packing))
+        quantized.train(layer.training)
         if evaluate:
             mx.eval(quantized.parameters())
         model.update_modules(tree_unflatten([(path, quantized)]))

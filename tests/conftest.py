@@ -14,7 +14,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     tempfile.tempdir = None
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLX_ENABLE_TF32"] = "0"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("support", "parity")]
 sys.path.append(str(Path(__file__).parent / "demo"))  # last: its modules have everyday names
 
 import mlx.core as mx  # noqa: E402

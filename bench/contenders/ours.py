@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx_fastvlm
 import mlx_mobileclip
 from mlx_mobileclip.device import DTYPES
-from mlx_mobileclip.image import open_image, resize_pad, to_array
+from mlx_mobileclip.preprocess.image import open_image, resize_pad, to_array
 
 from .. import inputs
 from ..cases import DECODE_PROMPT, Case

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 from torch import Tensor
 from world import COLOURS, KINDS, Scene, Shape, scene
 
-from mlx_fastvlm import tokenizer as runtime
-from mlx_fastvlm.model import IMAGE_TOKEN
-from mlx_fastvlm.prompt import SYSTEM_PROMPT, Control, Image, encode, render
+from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
+from mlx_fastvlm.preprocess import tokenizer as runtime
+from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT, Control, Image, encode, render
 
 VOCABULARY = 512
 ORDINALS = ("first", "second", "third")

@@ -11,20 +11,20 @@ from reference import FastVLM, MobileCLIP
 from safetensors.numpy import save_file
 from torch import nn
 
-from convert.apple import apple_tower_name, network_indices
-from convert.mobileclip import LAYOUTS, canonical_tensors
-from convert.write import write_checkpoint
+from convert.write import new_directory, write_json, write_tensors
 from mlx_fastvlm import loader
-from mlx_fastvlm.model import FastVLM as MLXFastVLM
-from mlx_mobileclip.checkpoint import assign, named_parameters
-from mlx_mobileclip.clip import MobileCLIP as MLXMobileCLIP
-from mlx_mobileclip.clip import MobileCLIPConfig, PreprocessConfig
-from mlx_mobileclip.fastvit import PRESETS, FastViTConfig
-from mlx_mobileclip.hub import Checkpoint
-from mlx_mobileclip.text import TextConfig
+from mlx_fastvlm.models.fastvlm import FastVLM as MLXFastVLM
+from mlx_mobileclip.checkpoints.apple_names import apple_tower_name, network_indices
+from mlx_mobileclip.checkpoints.hub import Checkpoint
+from mlx_mobileclip.checkpoints.mobileclip import MOBILECLIP_LAYOUTS, canonical_tensors
+from mlx_mobileclip.checkpoints.weights import assign, named_parameters
+from mlx_mobileclip.models.clip import MobileCLIP as MLXMobileCLIP
+from mlx_mobileclip.models.clip import MobileCLIPConfig, PreprocessConfig
+from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
+from mlx_mobileclip.models.text import TextConfig
 
 VISION = "model.vision_tower.vision_tower.model."
-OPEN_CLIP = next(layout for layout in LAYOUTS if layout.name == "open_clip")
+OPEN_CLIP = next(layout for layout in MOBILECLIP_LAYOUTS if layout.name == "open_clip")
 
 
 def tower_config(preset: str, shape: dict[str, Any]) -> FastViTConfig:
@@ -74,12 +74,10 @@ def convert_fastvlm(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     model = MLXFastVLM(config)
     assign(model, tensors, mx.float16, checkpoint.name)
-    write_checkpoint(
-        target,
-        config.to_json(),
-        named_parameters(model),
-        lambda directory: words.save(directory / "tokenizer.json"),
-    )
+    with new_directory(target) as directory:
+        write_tensors(directory, named_parameters(model))
+        write_json(directory / "config.json", config.to_json())
+        words.save(directory / "tokenizer.json")
 
 
 def convert_mobileclip(
@@ -106,9 +104,7 @@ def convert_mobileclip(
     assign(model, canonical_tensors(arrays, config, OPEN_CLIP, name), mx.float16, name)
     merges = (target.parent / "merges.txt").read_bytes()
     shutil.rmtree(target, ignore_errors=True)
-    write_checkpoint(
-        target,
-        config.to_json(),
-        named_parameters(model),
-        lambda directory: (directory / "merges.txt").write_bytes(merges),
-    )
+    with new_directory(target) as directory:
+        write_tensors(directory, named_parameters(model))
+        write_json(directory / "config.json", config.to_json())
+        (directory / "merges.txt").write_bytes(merges)

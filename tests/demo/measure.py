@@ -31,8 +31,8 @@ from world import HELD_OUT, Scene, render, scene
 import mlx_fastvlm
 import mlx_mobileclip
 from convert import __main__ as convert
-from mlx_fastvlm.model import PARTS
-from mlx_fastvlm.tokenizer import TURN_END
+from mlx_fastvlm.models.fastvlm import PARTS
+from mlx_fastvlm.preprocess.tokenizer import TURN_END
 from mlx_mobileclip import recall, top_k_accuracy
 
 ASKED = tuple(TASKS)

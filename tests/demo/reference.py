@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from world import COLOURS, KINDS, SIZES, Scene
 
-from mlx_fastvlm.model import IMAGE_TOKEN
+from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LONGEST_TEXT = 5

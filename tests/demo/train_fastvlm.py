@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from training import train
 from world import Scene, scene
 
-from mlx_fastvlm.tokenizer import Tokenizer
-from mlx_mobileclip.image import resize_pad
+from mlx_fastvlm.preprocess.tokenizer import Tokenizer
+from mlx_mobileclip.preprocess.image import resize_pad
 
 SIDE = 256
 SCENES, FEATURES = 60_000, 24_000  # the decoder learns from the latter

@@ -29,8 +29,14 @@ from torch import Tensor, nn
 from training import train
 from world import Scene, scene
 
-from mlx_mobileclip.processor import _resize_crop
-from mlx_mobileclip.tokenizer import WORD_END, WORD_PATTERN, Tokenizer, clean, write_merges
+from mlx_mobileclip.preprocess.processor import _resize_crop
+from mlx_mobileclip.preprocess.tokenizer import (
+    WORD_END,
+    WORD_PATTERN,
+    Tokenizer,
+    clean,
+    write_merges,
+)
 
 SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
 TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 3}

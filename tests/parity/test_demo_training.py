@@ -18,7 +18,7 @@ from world import HELD_OUT, render, scene
 
 import mlx_fastvlm
 import mlx_mobileclip
-from mlx_mobileclip.image import resize_pad
+from mlx_mobileclip.preprocess.image import resize_pad
 
 pytestmark = pytest.mark.parity
 ROUNDED = 1e-2  # weights stored in float16, twice: as the source's and as ours

@@ -16,8 +16,8 @@ import synthetic
 from tolerances import STAGE_FLOAT32, relative_error
 
 from mlx_fastvlm import FastVLM, Processor, generate, load
-from mlx_mobileclip.checkpoint import named_parameters
-from mlx_mobileclip.depthwise import join
+from mlx_mobileclip.checkpoints.weights import named_parameters
+from mlx_mobileclip.layers import whole
 
 pytest.importorskip("torch", reason="needs the parity extra")
 import oracle
@@ -66,13 +66,13 @@ def write_full(
 
 def our_stages(model: FastVLM, pixels: mx.array) -> dict[str, mx.array]:
     tower = model.vision_tower
-    x = tower.stem([pixels])
-    outputs = {"stem": join(x)}
+    x = tower.stem(pixels)
+    outputs = {"stem": whole(x)}
     for i, stage in enumerate(tower.stages):
         x = stage(x)
-        outputs[f"stages.{i}"] = join(x)
-        mx.eval(x, outputs)
-    outputs["final_conv"] = join(tower.final_conv(x))
+        outputs[f"stages.{i}"] = whole(x)
+        mx.eval(outputs)
+    outputs["final_conv"] = tower.final_conv(x)
     outputs["projector"] = model.encode_image(pixels)
     return outputs
 

@@ -12,8 +12,8 @@ import torch
 from synthetic_clip import listing, values
 from test_mobileclip_parity import ours, photos, reference
 
-from mlx_mobileclip.tokenizer import clip_tokenizer
-from mlx_mobileclip.variants import VARIANTS
+from mlx_mobileclip.models.variants import VARIANTS
+from mlx_mobileclip.preprocess.tokenizer import clip_tokenizer
 
 pytestmark = pytest.mark.parity
 COSINE = 0.999

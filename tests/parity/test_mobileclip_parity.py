@@ -17,20 +17,21 @@ from PIL import Image
 from synthetic_clip import PUBLISHED, listing, values
 from tolerances import STAGE_FLOAT32, relative_error
 
-from convert.mobileclip import LAYOUTS, canonical_tensors
-from mlx_mobileclip import MobileCLIP, Processor, tokenizer
-from mlx_mobileclip.depthwise import join
-from mlx_mobileclip.fastvit import FinalConv, Stage, Stem
-from mlx_mobileclip.tokenizer import clip_tokenizer
-from mlx_mobileclip.transformer import TransformerLayer
-from mlx_mobileclip.variants import VARIANTS
+from mlx_mobileclip import MobileCLIP, Processor
+from mlx_mobileclip.checkpoints.mobileclip import MOBILECLIP_LAYOUTS, canonical_tensors
+from mlx_mobileclip.layers import whole
+from mlx_mobileclip.models.fastvit import FinalConv, Stage, Stem
+from mlx_mobileclip.models.transformer import TransformerLayer
+from mlx_mobileclip.models.variants import VARIANTS
+from mlx_mobileclip.preprocess import tokenizer
+from mlx_mobileclip.preprocess.tokenizer import clip_tokenizer
 
 import open_clip  # isort: skip (after oracle, which makes torchvision importable)
 from timm.utils.model import reparameterize_model  # isort: skip
 
 pytestmark = pytest.mark.parity
 
-APPLE, OPEN_CLIP, TIMM = LAYOUTS
+APPLE, OPEN_CLIP, TIMM = MOBILECLIP_LAYOUTS
 COSINE = 0.99999
 # Every architecture that open_clip builds; the other variants differ from one in name alone.
 BUILT = {
@@ -66,8 +67,7 @@ def kept(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
     def keeping(call: Any) -> Any:
         def inner(self: Any, *arguments: Any, **named: Any) -> Any:
             output = call(self, *arguments, **named)
-            whole = output if isinstance(output, mx.array) else join(output)
-            outputs.setdefault(id(self), []).append(whole)
+            outputs.setdefault(id(self), []).append(whole(output))
             return output
 
         return inner

@@ -1,0 +1,1 @@
+"""Write a FastVLM in the layouts of other runtimes."""

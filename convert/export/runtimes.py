@@ -1,0 +1,238 @@
+"""A FastVLM in the layout of mlx-vlm or of transformers.
+
+Source of the configs: mlx-vlm 0.7.10 `models/fastvlm`, transformers 5.23 `models/fast_vlm` and
+`models/llava/processing_llava.py`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_fastvlm.checkpoints.layouts import FASTVLM_LAYOUTS, source_name
+from mlx_fastvlm.models.config import FastVLMConfig
+from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT
+from mlx_fastvlm.preprocess.tokenizer import TURN_END, Tokenizer
+from mlx_mobileclip.checkpoints.layout import Layout
+from mlx_mobileclip.checkpoints.source import Tensors
+from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.quantization import Packed
+
+from ..write import write_json
+from .unfold import source_paths, unfold
+
+TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # runtime: name of its layout
+IMAGE_TOKEN = "<image>"  # in the text of a prompt; both runtimes replace it by the image
+IMAGE_TOKEN_ID = 151646  # in transformers; an unused row of Qwen2's vocabulary
+HEAD_WIDTH = 768  # of a classification head that mlx-vlm requires
+EXTRA_ROWS = 64  # added to a vocabulary that has no unused row for IMAGE_TOKEN
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    + SYSTEM_PROMPT
+    + "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def check_packing(target: str, packed: Packed) -> None:
+    """Check that a layout can hold quantised layers.
+
+    Args:
+        target: One of TARGETS.
+        packed: Packing of each quantised layer.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if packed and target == "transformers":
+        raise ConfigError(
+            "transformers loads no weights that MLX has packed; leave out -q, or --dequantize"
+        )
+    if any(path.startswith("vision_tower.") for path in packed):
+        raise ConfigError("mlx-vlm loads no packed image tower; leave it out of --q-parts")
+
+
+def to_layout(
+    config: FastVLMConfig, tensors: Tensors, target: str, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], Tensors]:
+    """Turn a canonical checkpoint into the layout of another runtime.
+
+    Args:
+        config: Of the canonical checkpoint.
+        tensors: Its lazy tensors.
+        target: One of TARGETS.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Contents of config.json, and lazy tensors.
+
+    Raises:
+        ConfigError: the layout cannot hold the quantised layers.
+    """
+    check_packing(target, config.quantization)
+    layout = next(layout for layout in FASTVLM_LAYOUTS if layout.name == TARGETS[target])
+    name = source_name(layout, config.vision, config.projector_type)
+    common = unfold(config, tensors)
+    rows = config.text.vocab_size
+    if target == "transformers" and image_token_id(config, tokenizer) >= rows:
+        rows += EXTRA_ROWS
+        for key in {"model.embed_tokens.weight", "lm_head.weight"} & common.keys():
+            table = common[key]
+            empty = mx.zeros((EXTRA_ROWS, table.shape[1]), table.dtype)
+            common[key] = mx.concatenate([table, empty])
+    renamed = {name(key): _with_axes(layout, key, value) for key, value in common.items()}
+    renamed |= _unused_tensors(config, target, renamed)
+    text = asdict(config.text) | {"vocab_size": rows, "hidden_act": "silu"}
+    if target == "transformers":
+        return _transformers_config(config, text, image_token_id(config, tokenizer)), renamed
+    return _mlx_vlm_config(config, text) | _quantization_entry(config, name), renamed
+
+
+def _unused_tensors(config: FastVLMConfig, target: str, tensors: Tensors) -> Tensors:
+    """Tensors that the runtime does not compute with, but warns or fails about if missing."""
+    if target == "transformers":
+        counter = ".num_batches_tracked"
+        norms = [name for name in tensors if name.endswith(".running_var")]
+        return {name.replace(".running_var", counter): mx.array(0, mx.int64) for name in norms}
+    head = mx.zeros((config.vision.features, HEAD_WIDTH), mx.float16)
+    return {"vision_tower.vision_model.head.proj": head}
+
+
+def image_token_id(config: FastVLMConfig, tokenizer: Tokenizer) -> int:
+    """Id of IMAGE_TOKEN in transformers' layout: the tokenizer's, or one that it does not use."""
+    if IMAGE_TOKEN in tokenizer.added:
+        return tokenizer.added[IMAGE_TOKEN]
+    unused = tokenizer.size <= IMAGE_TOKEN_ID < config.text.vocab_size
+    return IMAGE_TOKEN_ID if unused else tokenizer.size
+
+
+def _with_axes(layout: Layout, common: str, tensor: mx.array) -> mx.array:
+    """Convolutions and layer scales in the layout's order of axes."""
+    if not layout.nhwc or not common.startswith("vision."):
+        return tensor
+    if tensor.ndim == 4:
+        return tensor.transpose(0, 2, 3, 1)
+    return tensor.reshape(1, 1, -1) if "layer_scale" in common else tensor
+
+
+def _tower_shape(config: FastVLMConfig) -> dict[str, Any]:
+    values = config.vision.to_json()
+    return {key: values[key] for key in ("layers", "embed_dims", "mlp_ratios")}
+
+
+def _mlx_vlm_config(config: FastVLMConfig, text: dict[str, Any]) -> dict[str, Any]:
+    return text | {
+        "model_type": "llava_qwen2",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "image_aspect_ratio": "pad" if config.image_mode == "pad" else "square",
+        "image_token_index": -200,
+        "mm_hidden_size": config.vision.features,
+        "mm_projector_type": config.projector_type,
+        "mm_vision_tower": f"mobileclip_l_{config.image_size}",
+        "tokenizer_model_max_length": config.max_length,
+        "vision_config": {"image_size": config.image_size} | _tower_shape(config),
+    }
+
+
+def _quantization_entry(config: FastVLMConfig, name: Callable[[str], str]) -> dict[str, Any]:
+    """mlx-lm's `quantization` entry: the most common packing, and that of each layer by path."""
+    if not config.quantization:
+        return {}
+    most_common, _ = Counter(config.quantization.values()).most_common(1)[0]
+    paths = {
+        name(f"{part}.weight").removesuffix(".weight"): asdict(packing)
+        for path, packing in config.quantization.items()
+        for part in source_paths(path)
+    }
+    return {"quantization": asdict(most_common) | paths}
+
+
+def _transformers_config(
+    config: FastVLMConfig, text: dict[str, Any], image_token: int
+) -> dict[str, Any]:
+    theta = text.pop("rope_theta")
+    tied = text["tie_word_embeddings"]
+    return {
+        "model_type": "fast_vlm",
+        "architectures": ["FastVlmForConditionalGeneration"],
+        "image_token_index": image_token,
+        "image_seq_length": (config.image_size // config.vision.stride) ** 2,
+        "tie_word_embeddings": tied,
+        "text_config": text
+        | {
+            "model_type": "qwen2",
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        },
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": config.vision.features,
+            "model_args": {"inference_mode": True} | _tower_shape(config),
+        },
+    }
+
+
+def write_tokenizer(
+    directory: Path, config: FastVLMConfig, target: str, tokenizer: Tokenizer
+) -> None:
+    """Write the files of the tokenizer and of the preprocessing.
+
+    Args:
+        directory: Where to write.
+        config: Of the canonical checkpoint.
+        target: One of TARGETS.
+        tokenizer: Of the checkpoint.
+    """
+    path = directory / "tokenizer.json"
+    tokenizer.save(path)
+    tokenizer_config: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": TURN_END,
+        "pad_token": "<|endoftext|>",
+        "model_max_length": config.max_length,
+    }
+    if target == "transformers":
+        if IMAGE_TOKEN not in tokenizer.added:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            image = {"id": image_token_id(config, tokenizer), "content": IMAGE_TOKEN}
+            data["added_tokens"].append(data["added_tokens"][0] | image)
+            path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        tokenizer_config["extra_special_tokens"] = {"image_token": IMAGE_TOKEN}
+        processor_config = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": config.vision.stride,
+            "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": "full",
+            "image_token": IMAGE_TOKEN,
+        }
+        write_json(directory / "processor_config.json", processor_config)
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    side = config.image_size
+    image_processor = {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": config.image_mode == "pad",
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+    }
+    write_json(directory / "preprocessor_config.json", image_processor)

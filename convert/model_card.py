@@ -1,0 +1,128 @@
+"""The model card: README.md of a converted checkpoint."""
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_mobileclip import __version__
+from mlx_mobileclip.quantization import Packed
+
+from .quantize.quality import Agreement, Closeness, Size
+
+CARD = """---
+library_name: mlx
+license: other
+license_name: see-LICENSE-and-NOTICE
+{base}tags:
+- mlx
+- {kind}
+---
+
+# {name}
+
+{made} by mlx-fastvlm {version} from {source}.
+
+{packing}
+
+{quality}
+
+```sh
+{use}
+```
+
+The command that made it:
+
+```sh
+{command}
+```
+
+The weights remain under the licence of their source: see NOTICE, and the licence file if there is
+one. Apple's are licensed for research purposes only (Apple Machine Learning Research Model
+License), and so are copies that are converted or quantised.
+"""
+USE = {
+    "fastvlm": 'mlx-fastvlm generate --model {name} --image photo.jpg --prompt "What is this?"',
+    "mobileclip": 'mlx-mobileclip classify --model {name} --image photo.jpg --labels "cat,dog"',
+}
+
+
+def packing_summary(packed: Packed, dtype: str) -> str:
+    """A sentence on how many layers are quantised to how many bits.
+
+    Args:
+        packed: Packing of each quantised layer.
+        dtype: Name of the dtype of all other weights.
+    """
+    if not packed:
+        return f"All weights are {dtype}."
+    kinds = Counter(packed.values())
+    parts = [
+        f"{number} layers in {kind.bits} bits ({kind.mode}, groups of {kind.group_size})"
+        for kind, number in kinds.most_common()
+    ]
+    return f"Quantised: {', '.join(parts)}. All other weights are {dtype}."
+
+
+def quality_table(size: Size, quality: Agreement | Closeness) -> str:
+    """Markdown table of a quantised checkpoint's size and of its quality as measured."""
+    rows = [
+        ("bits per weight, all weights", f"{size.bits_per_weight:.2f}"),
+        ("bytes on disk", f"{size.disk_bytes:,}"),
+    ]
+    if isinstance(quality, Agreement):
+        rows += [
+            ("bytes read per token of an answer", f"{size.per_token_bytes:,}"),
+            (f"KL divergence, mean of {quality.positions} tokens", f"{quality.kl:.3g} nats"),
+            ("same likeliest token", f"{100 * quality.top_1:.1f} %"),
+        ]
+    else:
+        rows.append(("cosine of image embeddings, mean", f"{quality.image:.5f}"))
+        if quality.text is not None and quality.top_1 is not None:
+            rows.append(("cosine of text embeddings, mean", f"{quality.text:.5f}"))
+            rows.append(("same likeliest of 48 labels", f"{100 * quality.top_1:.1f} %"))
+    body = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"| against the unquantised model | |\n|---|---|\n{body}"
+
+
+def model_card(
+    *,
+    name: str,
+    kind: str,
+    source: str,
+    base_model: str | None,
+    packed: Packed,
+    dtype: str,
+    quality: str,
+    command_line: Sequence[str],
+) -> str:
+    """The text of README.md.
+
+    Args:
+        name: Of the directory.
+        kind: "fastvlm" or "mobileclip".
+        source: Name of the source, and its commit if it is a repository.
+        base_model: The source if it is a repository.
+        packed: Packing of each quantised layer.
+        dtype: Name of the dtype of all other weights.
+        quality: Table of `quality_table`; empty if nothing was quantised by this conversion.
+        command_line: Arguments of `python -m convert` that repeat the conversion.
+    """
+    return CARD.format(
+        base=f"base_model: {base_model}\n" if base_model else "",
+        kind=kind,
+        name=name,
+        made="Quantised" if packed else "Converted",
+        version=__version__,
+        source=source,
+        packing=packing_summary(packed, dtype),
+        quality=quality or "Nothing was quantised.",
+        use=USE[kind].format(name=shlex.quote(name)),
+        command=f"python -m convert {shlex.join(map(_without_folders, command_line))}",
+    )
+
+
+def _without_folders(argument: str) -> str:
+    """Without the parent directories if it is a path: they may tell private names."""
+    path = Path(argument).expanduser()
+    return path.name if path.parent != Path() and path.parent.is_dir() else argument

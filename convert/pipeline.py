@@ -1,0 +1,214 @@
+"""The conversion: read, choose what to quantise, write, verify, measure, upload."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_mobileclip.checkpoints.hub import is_repository
+from mlx_mobileclip.checkpoints.source import Tensors
+from mlx_mobileclip.checkpoints.weights import named_parameters
+from mlx_mobileclip.device import DTYPES
+from mlx_mobileclip.errors import CheckpointError, name_some
+from mlx_mobileclip.quantization import Packed, Quantization, choose
+from mlx_mobileclip.terminal import Bar, progress
+
+from .calibration import Sample, calibration_samples
+from .export.runtimes import check_packing
+from .model_card import model_card, packing_summary, quality_table
+from .options import ConvertOptions, parse_size
+from .quantize.mixed import BITS, bit_budget, group_by_module, mixed_packing, sensitivities
+from .quantize.quality import Size, checkpoint_size
+from .quantize.stored import as_stored, dequantized
+from .sources import ModelSource, check_unchanged, find_source
+from .upload import check_repository, upload
+from .verify.compare import check_errors, check_written, stage_errors, verify_report
+from .write import check_target, copy_licence, new_directory, write_json, write_tensors
+
+
+def convert(
+    model: str | os.PathLike[str],
+    mlx_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str = "float16",
+    variant: str | None = None,
+    vision_from: str | os.PathLike[str] | None = None,
+    layout: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
+    q_parts: Sequence[str] | None = None,
+    q_mixed: bool = False,
+    max_size: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    dequantize: bool = False,
+    verify: bool = False,
+    upload_repo: str | None = None,
+    quiet: bool = False,
+) -> None:
+    """Convert a FastVLM or MobileCLIP checkpoint of any known layout.
+
+    The arguments are those of `python -m convert`, and are named like those of mlx_lm.convert.
+
+    Args:
+        model: Repository (`org/name`), directory, "demo" for the FastVLM that comes with the
+            package, or, for MobileCLIP, a .pt, .bin or .safetensors file.
+        mlx_path: Directory to create. It appears when it is complete.
+        revision: Branch, tag or commit of the repository.
+        dtype: "float16", "bfloat16" or "float32", of the weights that are not quantised.
+        variant: MobileCLIP: the published model it is built like, where its name does not tell.
+        vision_from: FastVLM: checkpoint to take the image tower from, for app exports.
+        layout: FastVLM: "mlx-vlm" or "transformers" to write what that runtime loads.
+        quantize: Quantise Linear and Embedding layers.
+        q_bits: Bits per weight; by default those of the mode, 4 for "affine".
+        q_group_size: Weights that share a scale; by default that of the mode, 64 for "affine".
+        q_mode: "affine" (the default), "mxfp4", "mxfp8" or "nvfp4".
+        q_parts: What to quantise: of FastVLM any of "decoder" (the default), "projector" and
+            "vision", of MobileCLIP any of "image" and "text" (both by default).
+        q_mixed: More bits for the layers that need them most.
+        max_size: Of the weights, such as "400MB": the best mixture of bits that fits.
+        calibration: Directory of images to measure the quantised model on, instead of drawn ones.
+        dequantize: Write a quantised checkpoint as floats.
+        verify: Read back what was written and compare every stage of the model with the source.
+        upload_repo: Repository on the Hugging Face Hub to push the directory to.
+        quiet: Print neither progress nor reports.
+
+    Raises:
+        ModelError: or one of its subclasses, such as ConfigError for options that exclude each
+            other. Nothing is left behind, unless only the upload has failed.
+    """
+    mlx_path, calibration = Path(mlx_path), None if calibration is None else Path(calibration)
+    options = ConvertOptions(**locals())  # whose fields are these parameters
+    run(options, options.command_line())
+
+
+def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
+    """Convert a checkpoint as the options say.
+
+    Args:
+        options: What to convert, and how.
+        command_line: The arguments of `python -m convert` to show in the model card.
+
+    Raises:
+        ModelError: see `convert`.
+    """
+    samples: list[Sample] = []
+    if options.quantize or options.verify:
+        samples = calibration_samples(options.calibration)
+    if options.upload_repo:
+        check_repository(options.upload_repo)
+    check_target(options.mlx_path)
+    source_class, checkpoint = find_source(options)
+    with progress(f"reading {options.model}", quiet=options.quiet) as tell:
+        source = source_class(checkpoint, options)
+        tell(f"read {options.model}, {source.description}")
+    packed, skipped = _choose_packing(source, options, samples) if options.quantize else ({}, [])
+    with progress(f"writing {options.mlx_path}", quiet=options.quiet) as tell:
+        try:
+            with new_directory(options.mlx_path) as directory:
+                size, reports = _write(directory, source, options, packed, samples, command_line)
+                check_unchanged(source)
+        except CheckpointError:
+            check_unchanged(source)  # a change would be the reason
+            raise
+        tell(f"wrote {options.mlx_path}: {size.disk_bytes / 1e6:,.1f} MB of weights")
+    if skipped:
+        names = name_some(skipped)
+        reports.append(f"not quantised, as their width is no multiple of the group size: {names}")
+    if reports and not options.quiet:
+        print(*reports, sep="\n", file=sys.stderr)
+    if options.upload_repo:
+        with progress(f"uploading to {options.upload_repo}", quiet=options.quiet) as tell:
+            tell(f"uploaded: {upload(options.mlx_path, options.upload_repo)}")
+
+
+def _choose_packing(
+    source: ModelSource, options: ConvertOptions, samples: list[Sample]
+) -> tuple[Packed, list[str]]:
+    """The packing of each layer to quantise, and the layers whose width no group divides."""
+    fewest = BITS[0] if options.max_size else None
+    bits = fewest if options.q_bits is None else options.q_bits
+    packing = Quantization.of(options.q_mode or "affine", bits, options.q_group_size)
+    parts = options.q_parts or source.default_parts
+    packed, skipped = choose(source.model, source.parts, parts, packing)
+    if options.layout:
+        check_packing(options.layout, packed)  # before the measurements, which take long
+    if options.mixed:
+        dtype = DTYPES[options.dtype]
+        max_bytes = None if options.max_size is None else parse_size(options.max_size)
+        budget = bit_budget(source.model, packed, dtype, max_bytes)
+        with Bar(len(group_by_module(packed)), "units measured", quiet=options.quiet) as bar:
+            costs = sensitivities(source.run_stages, source.read, packed, samples, bar)
+        packed = mixed_packing(source.model, packed, dtype, costs, budget)
+    return packed, skipped
+
+
+def _write(
+    directory: Path,
+    source: ModelSource,
+    options: ConvertOptions,
+    packed: Packed,
+    samples: list[Sample],
+    command_line: Sequence[str],
+) -> tuple[Size, list[str]]:
+    """Write, verify and measure the checkpoint; returns its size and what to tell the user."""
+    config, tensors = _stored(source, options, packed)
+    weights = sum(parameter.size for parameter in named_parameters(source.model).values())
+    size = checkpoint_size(weights, tensors, config)
+    values, tensors = source.to_target_layout(config, tensors)
+    write_tensors(directory, tensors)
+    write_json(directory / "config.json", values)
+    source.write_tokenizer(directory)
+    name, revision = source.checkpoint.name, source.checkpoint.revision
+    origin = f"{name}, commit {revision}" if revision else name
+    change = _change(config.source.get("vision_from"), options, bool(packed))
+    copy_licence(source.checkpoint.path, directory, origin, change)
+    reports, quality = list[str](), ""
+    read_converted = partial(source.read_converted, directory)
+    if options.verify:
+        _, expected = source.to_target_layout(*_stored(source, options, packed))
+        count = check_written(directory, expected)
+        errors = stage_errors(source.run_stages, source.read, read_converted, samples[0])
+        quantized = bool(config.quantization)
+        check_errors(errors, DTYPES[options.dtype], quantized, options.mlx_path)
+        reports.append(f"{verify_report(count, errors)}\n")
+    if packed:
+        cost = source.quality(source.run_stages, source.read, read_converted, samples)
+        quality = quality_table(size, cost)
+        reports.append(f"{packing_summary(packed, options.dtype)}\n\n{quality}")
+    card = model_card(
+        name=options.mlx_path.name,
+        kind=source.kind,
+        source=origin,
+        base_model=name if is_repository(options.model) else None,
+        packed=config.quantization,
+        dtype=options.dtype,
+        quality=quality,
+        command_line=command_line,
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    return size, reports
+
+
+def _stored(source: ModelSource, options: ConvertOptions, packed: Packed) -> tuple[Any, Tensors]:
+    """Canonical config and lazy tensors in the dtype and packing that are to be written."""
+    config, tensors = source.read()
+    if options.dequantize:
+        tensors = dequantized(tensors, config.quantization)
+        config = replace(config, quantization={})
+    if packed:
+        config = replace(config, quantization=packed)
+    return config, as_stored(tensors, DTYPES[options.dtype], packed)
+
+
+def _change(vision_from: str | None, options: ConvertOptions, quantized: bool) -> str:
+    """What the notice says of how the weights were changed."""
+    tower = f"Image tower taken from: {vision_from}\n" if vision_from else ""
+    form = f"{options.layout}'s layout" if options.layout else "MLX"
+    packing = ", quantised" if quantized else ""
+    return f"{tower}Changes: folded and re-arranged for {form}, stored as {options.dtype}{packing}."

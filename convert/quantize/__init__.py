@@ -1,0 +1,1 @@
+"""Quantise layers: which, to how many bits, and what it costs."""

@@ -1,0 +1,180 @@
+"""Mixed quantisation: more bits for the layers whose rounding changes the outputs most.
+
+The layers of one module, such as a decoder layer's attention, get the same number of bits. Each
+such group is rounded alone and the outputs are compared with the original's on calibration
+samples. Bits are then added one step at a time where the gain per bit is largest, until the budget
+is spent.
+"""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mobileclip.checkpoints.weights import named_parameters
+from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.quantization import MODES, Packed, Quantization
+from mlx_mobileclip.terminal import Bar
+
+from ..calibration import Sample
+from ..verify.stages import IMAGES, LOGITS, TEXTS, UNROUNDED, Read, RunStages, Units
+from .quality import divergence
+
+FLOAT = 16  # stands for "not quantised" among numbers of bits
+BITS = (*sorted(MODES["affine"][0]), FLOAT)
+TRIAL_BITS = 4  # to which layers are rounded to measure how sensitive they are
+EXTRA_BITS = 0.5  # per weight, that a mixture may have more than uniform quantisation
+HEADER_BYTES = 256  # of a safetensors file for each tensor in it, at most
+
+
+def group_by_module(packed: Packed) -> Units:
+    """Layers grouped by the module that holds them."""
+    units: Units = defaultdict(dict)
+    for path, packing in packed.items():
+        units[path.rpartition(".")[0]][path] = packing
+    return dict(units)
+
+
+def sensitivities(
+    run_stages: RunStages, read: Read, packed: Packed, samples: list[Sample], bar: Bar
+) -> dict[str, float]:
+    """How much the model's outputs change when one group of layers is rounded to TRIAL_BITS.
+
+    Args:
+        run_stages: Runs a model of this architecture.
+        read: Reads the source.
+        packed: Layers that are to be quantised.
+        samples: To measure it on.
+        bar: Advanced by one for each group.
+
+    Returns:
+        By group, for FastVLM the mean Kullback-Leibler divergence of the next token in nats, for
+        MobileCLIP the mean of 1 - cosine over images and texts.
+    """
+    units = group_by_module({path: replace(how, bits=TRIAL_BITS) for path, how in packed.items()})
+    references: dict[str, list[mx.array]] = defaultdict(list)
+    changes: dict[str, list[float]] = {}
+    compared: Counter[tuple[str, str]] = Counter()
+    for stage, unit, value in run_stages(read, units, samples):
+        if unit != UNROUNDED and unit not in changes:
+            changes[unit] = []
+            bar.advance(1)
+        if stage not in (LOGITS, IMAGES, TEXTS):
+            continue
+        if unit == UNROUNDED:
+            references[stage].append(value)
+            continue
+        reference = references[stage][compared[stage, unit]]
+        compared[stage, unit] += 1
+        if stage == LOGITS:
+            change = divergence(reference, value)
+        else:
+            change = 1 - mx.sum(reference * value, axis=-1)
+        changes[unit].append(float(np.array(mx.mean(change))))
+    return {unit: max(0.0, sum(values) / len(values)) for unit, values in changes.items()}
+
+
+def allocate_bits(
+    costs: dict[str, float],
+    weights: dict[str, int],
+    packing: Quantization,
+    budget: float,
+    dtype: mx.Dtype,
+) -> dict[str, int]:
+    """Choose the bits of each group of layers, at least those of `packing`.
+
+    Rounding errors are proportional to the step between two values, and the divergence to their
+    square: one more bit halves the steps and leaves a quarter of the divergence.
+
+    Args:
+        costs: What rounding each group to TRIAL_BITS costs.
+        weights: Number of weights of each group.
+        packing: Of all groups at first.
+        budget: Bits that may be added.
+        dtype: Of weights that are not quantised, and of scales.
+
+    Returns:
+        One of BITS for each group.
+    """
+
+    def stored(bits: int) -> float:
+        if bits == FLOAT:
+            return 8 * dtype.size
+        return replace(packing, bits=bits).stored_bits(dtype)
+
+    def cost(unit: str, bits: int) -> float:
+        if bits == FLOAT:
+            return 0
+        return costs[unit] * ((2**TRIAL_BITS - 1) / (2**bits - 1)) ** 2
+
+    bits = dict.fromkeys(costs, packing.bits)
+    while True:
+        gains = {}
+        for unit, now in bits.items():
+            if now == FLOAT:
+                continue
+            higher = BITS[BITS.index(now) + 1]
+            price = weights[unit] * (stored(higher) - stored(now))
+            if price <= budget:
+                gains[unit] = ((cost(unit, now) - cost(unit, higher)) / price, higher, price)
+        if not gains:
+            return bits
+        best = max(gains, key=lambda unit: gains[unit][0])
+        _, bits[best], price = gains[best]
+        budget -= price
+
+
+def bit_budget(model: Any, packed: Packed, dtype: mx.Dtype, max_bytes: int | None) -> float:
+    """Bits that may be added to a packing with the fewest bits.
+
+    Args:
+        model: Not quantised; its weights are never read.
+        packed: Layers to quantise, with the fewest bits that they may have.
+        dtype: Of all other weights.
+        max_bytes: Largest size of the files of weights; None for EXTRA_BITS per weight.
+
+    Raises:
+        ConfigError: the weights are larger even with the fewest bits.
+    """
+    sizes = {name: array.size for name, array in named_parameters(model).items()}
+    inside = {path: sizes.pop(f"{path}.weight") for path in packed}
+    if max_bytes is None:
+        return EXTRA_BITS * sum(inside.values())
+    least = sum(packed[path].stored_bits(dtype) * size for path, size in inside.items())
+    least += 8 * (dtype.size * sum(sizes.values()) + HEADER_BYTES * (len(sizes) + 3 * len(inside)))
+    if least > 8 * max_bytes:
+        raise ConfigError(
+            f"--max-size {max_bytes / 1e6:.1f}MB: the weights take {least / 8e6:.1f} MB even at "
+            f"{min(how.bits for how in packed.values())} bits; allow more, or fewer --q-bits or "
+            "more --q-parts"
+        )
+    return 8 * max_bytes - least
+
+
+def mixed_packing(
+    model: Any, packed: Packed, dtype: mx.Dtype, costs: dict[str, float], budget: float
+) -> Packed:
+    """Distribute a budget of bits over the layers.
+
+    Args:
+        model: Not quantised; its weights are never read.
+        packed: Layers to quantise, all with the fewest bits.
+        dtype: Of all other weights.
+        costs: As of `sensitivities`.
+        budget: As of `bit_budget`.
+
+    Returns:
+        Packing of each layer; layers that stay floats are left out.
+    """
+    units = group_by_module(packed)
+    sizes = {name: array.size for name, array in named_parameters(model).items()}
+    weights = {unit: sum(sizes[f"{path}.weight"] for path in units[unit]) for unit in units}
+    bits = allocate_bits(costs, weights, next(iter(packed.values())), budget, dtype)
+    return {
+        path: replace(how, bits=bits[unit])
+        for unit, layers in units.items()
+        for path, how in layers.items()
+        if bits[unit] != FLOAT
+    }

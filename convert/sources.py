@@ -1,0 +1,186 @@
+"""Checkpoints to convert: what depends on whether the model is a FastVLM or a MobileCLIP."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_fastvlm.loader import find_checkpoint
+from mlx_fastvlm.loader import read_canonical as read_fastvlm
+from mlx_fastvlm.loader import read_tokenizer as read_fastvlm_tokenizer
+from mlx_fastvlm.models.config import FastVLMConfig
+from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
+from mlx_fastvlm.models.fastvlm import FastVLM
+from mlx_fastvlm.preprocess.processor import Processor as FastVLMProcessor
+from mlx_mobileclip.checkpoints.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
+from mlx_mobileclip.checkpoints.published_names import published_variant
+from mlx_mobileclip.checkpoints.source import Tensors
+from mlx_mobileclip.checkpoints.weights import check_fit
+from mlx_mobileclip.errors import CheckpointError, ConfigError
+from mlx_mobileclip.json_fields import read_json
+from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.loader import read_tokenizer as read_mobileclip_tokenizer
+from mlx_mobileclip.models.clip import MODEL_TYPE as MOBILECLIP_TYPE
+from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
+from mlx_mobileclip.models.clip import MobileCLIP, MobileCLIPConfig
+from mlx_mobileclip.preprocess.processor import Processor as MobileCLIPProcessor
+from mlx_mobileclip.preprocess.tokenizer import read_merges, write_merges
+
+from .calibration import Sample
+from .export import runtimes
+from .options import ConvertOptions
+from .quantize.quality import agreement, closeness
+from .verify.stages import Read, StageOutput, Units, run_fastvlm, run_mobileclip
+
+
+class FastVLMSource:
+    """A FastVLM to convert, in any layout that the loader reads.
+
+    Attributes:
+        kind: Name of the architecture, a tag of the model card.
+        parts: Prefix of the tensors of each part that can be quantised.
+        quality: Measures a quantised checkpoint against the source.
+        checkpoint: Where the source is.
+        files: Size and modification time of its files before any was read.
+        default_parts: The parts that are quantised if the options name none.
+        model: Built from the source's config, for the names and shapes of its parameters; their
+            values are never read.
+        description: Layout of the source, and for MobileCLIP its variant.
+    """
+
+    kind, parts, quality = "fastvlm", FASTVLM_PARTS, staticmethod(agreement)
+
+    def __init__(self, checkpoint: Checkpoint, options: ConvertOptions):
+        self.checkpoint, self.files = checkpoint, file_states(checkpoint.path)
+        self.default_parts = tuple(self.parts) if options.max_size else ("decoder",)
+        self._layout, self._vision_from = options.layout, options.vision_from
+        self._config, tensors = self.read()
+        self._tokenizer = read_fastvlm_tokenizer(checkpoint, self._config)
+        self.model = FastVLM(self._config)
+        check_fit(self.model, tensors, checkpoint.name)
+        self.description = f"layout {self._config.source.get('layout', 'canonical')}"
+
+    def read(self) -> tuple[FastVLMConfig, Tensors]:
+        """Read config and lazy canonical tensors of the source, anew at each call."""
+        return read_fastvlm(self.checkpoint, self._vision_from)
+
+    @staticmethod
+    def read_converted(directory: Path) -> tuple[FastVLMConfig, Tensors]:
+        """Read config and lazy canonical tensors of the checkpoint that was written."""
+        return read_fastvlm(Checkpoint(directory, str(directory)))
+
+    def to_target_layout(
+        self, config: FastVLMConfig, tensors: Tensors
+    ) -> tuple[dict[str, Any], Tensors]:
+        """Contents of config.json and lazy tensors in the layout that the options ask for."""
+        if self._layout:
+            return runtimes.to_layout(config, tensors, self._layout, self._tokenizer)
+        return config.to_json(), tensors
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Write tokenizer.json, and what else the runtime of the layout needs."""
+        if self._layout:
+            runtimes.write_tokenizer(directory, self._config, self._layout, self._tokenizer)
+        else:
+            self._tokenizer.save(directory / "tokenizer.json")
+
+    def run_stages(self, read: Read, units: Units, samples: list[Sample]) -> Iterator[StageOutput]:
+        """Run the checkpoint that `read` reads on samples, as `run_fastvlm`."""
+        return run_fastvlm(read, units, samples, FastVLMProcessor(self._tokenizer, self._config))
+
+
+class MobileCLIPSource:
+    """A MobileCLIP to convert; attributes and methods are those of FastVLMSource."""
+
+    kind, parts, quality = "mobileclip", MOBILECLIP_PARTS, staticmethod(closeness)
+    default_parts = tuple(parts)
+
+    def __init__(self, checkpoint: Checkpoint, options: ConvertOptions):
+        self.checkpoint, self.files = checkpoint, file_states(checkpoint.path)
+        self._variant = options.variant
+        self._config, tensors = self.read()
+        text = self._config.text
+        self._merges = None if text is None else read_merges(checkpoint.path, text.vocab_size)
+        self.model = MobileCLIP(self._config)
+        check_fit(self.model, tensors, checkpoint.name)
+        layout = self._config.source.get("layout", "canonical")
+        self.description = f"{self._config.variant}, layout {layout}"
+
+    def read(self) -> tuple[MobileCLIPConfig, Tensors]:
+        """Read config and lazy canonical tensors of the source, anew at each call."""
+        return read_mobileclip(self.checkpoint, self._variant)
+
+    @staticmethod
+    def read_converted(directory: Path) -> tuple[MobileCLIPConfig, Tensors]:
+        """Read config and lazy canonical tensors of the checkpoint that was written."""
+        return read_mobileclip(Checkpoint(directory, str(directory)))
+
+    def to_target_layout(
+        self, config: MobileCLIPConfig, tensors: Tensors
+    ) -> tuple[dict[str, Any], Tensors]:
+        """Contents of config.json and lazy tensors, canonical as there is no other layout."""
+        return config.to_json(), tensors
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Write merges.txt, unless the vocabulary is CLIP's."""
+        if self._merges is not None:
+            write_merges(directory, self._merges)
+
+    def run_stages(self, read: Read, units: Units, samples: list[Sample]) -> Iterator[StageOutput]:
+        """Run the checkpoint that `read` reads on samples, as `run_mobileclip`."""
+        tokenizer = read_mobileclip_tokenizer(self.checkpoint, self._config)
+        processor = MobileCLIPProcessor(self._config.preprocess, tokenizer)
+        return run_mobileclip(read, units, samples, processor)
+
+
+ModelSource = FastVLMSource | MobileCLIPSource
+
+
+def file_states(source: Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and modification time in ns of each file of a checkpoint."""
+    paths = source.iterdir() if source.is_dir() else [source]
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def check_unchanged(source: ModelSource) -> None:
+    """Check that the source is still as it was before it was read.
+
+    Raises:
+        CheckpointError: a file has changed or is gone.
+    """
+    checkpoint, now = source.checkpoint, file_states(source.checkpoint.path)
+    if changed := [name for name, state in source.files.items() if now.get(name) != state]:
+        raise CheckpointError(
+            f"{checkpoint.name}: {changed[0]} was changed while it was read; convert again"
+        )
+
+
+def find_source(options: ConvertOptions) -> tuple[type[ModelSource], Checkpoint]:
+    """Find the checkpoint, download it if need be, and tell which architecture it is of.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ConfigError: an option is for the other architecture.
+    """
+    if not _is_mobileclip(options):
+        return FastVLMSource, find_checkpoint(options.model, options.revision)
+    for option, value in (("--vision-from", options.vision_from), ("--layout", options.layout)):
+        if value:
+            raise ConfigError(f"{option} is for FastVLM; leave it out for a MobileCLIP checkpoint")
+    return MobileCLIPSource, resolve_file(options.model, options.revision)
+
+
+def _is_mobileclip(options: ConvertOptions) -> bool:
+    """By its name, as a single file, or by a config.json that names no other model."""
+    name = os.fspath(options.model)
+    if options.variant is not None or published_variant(name) is not None:
+        return True
+    if options.model == DEMO:
+        return False
+    path, is_directory, is_file = look(name)
+    if is_file:
+        return path.suffix in WEIGHT_SUFFIXES
+    config = path / "config.json"
+    if not is_directory:
+        return False
+    return not config.is_file() or read_json(config).get("model_type") in (None, MOBILECLIP_TYPE)

@@ -1,0 +1,1 @@
+"""Run a checkpoint stage by stage, and compare what was written with its source."""

@@ -1,0 +1,33 @@
+"""The console script `mlx-fastvlm`, with a subcommand for each command of the package."""
+
+import argparse
+import sys
+
+from mlx_mobileclip import __version__
+
+from .cli import generate
+
+COMMANDS = {"generate": (generate.main, "answer a question about images")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        run, _ = COMMANDS[argv[0]]
+        return run(argv[1:], prog=f"mlx-fastvlm {argv[0]}")
+    parser = argparse.ArgumentParser(
+        prog="mlx-fastvlm", description="Apple's FastVLM, natively in MLX."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (_, what) in COMMANDS.items():
+        commands.add_parser(name, help=what)
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        parser.error(f"a command comes first, such as: mlx-fastvlm generate {argv[0]}")
+    parser.parse_args(argv[:1])  # ends the process: help, the version or a usage error
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Take FastVLM's decoder and projector out of a source checkpoint, float or quantised."""
+
+import warnings
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoints.source import Source
+from mlx_mobileclip.errors import CheckpointError
+from mlx_mobileclip.json_fields import Fields
+from mlx_mobileclip.quantization import Quantization, unpack
+
+from ..models.config import FastVLMConfig
+
+
+class Packings:
+    """What the config says of quantised layers; mlx-lm's form, with overrides by path."""
+
+    def __init__(self, fields: Fields):
+        """Find the entry in a config.json."""
+        key = next((k for k in ("quantization", "quantization_config") if fields.has(k)), None)
+        self._fields = fields.object(key) if key else None
+
+    def of(self, path: str) -> Quantization:
+        """The packing of the layer that the source calls `path`."""
+        if self._fields is None:
+            raise CheckpointError(
+                f"{path} has scales, but config.json says nothing of quantization; "
+                'add "quantization": {"group_size": ..., "bits": ...}'
+            )
+        override = self._fields.values.get(path)
+        values = {k: self._fields.values.get(k) for k in ("bits", "group_size", "mode")}
+        if isinstance(override, dict):
+            values |= override
+        return Quantization.from_json(Fields(values, f"{self._fields.where}: {path}"))
+
+
+class Decoder:
+    """Takes decoder and projector out of a source; notes how each layer is packed."""
+
+    def __init__(self, source: Source, config: FastVLMConfig, packings: Packings):
+        """Take from `source` the decoder and projector that `config` describes."""
+        self.source = source
+        self.config = config.text
+        self.features, self.projector_depth = config.vision.features, config.projector_depth
+        self.packings = packings
+        self.packed: dict[str, Quantization] = {}
+        self._head: dict[str, mx.array] = {}
+        self._embedding: dict[str, mx.array] = {}
+
+    def layers(self) -> dict[str, mx.array]:
+        """Canonical tensors of the decoder's layers and final norm."""
+        c, out = self.config, dict[str, mx.array]()
+        D, kv_width = c.hidden_size, c.num_key_value_heads * c.head_dim
+        for i in range(c.num_hidden_layers):
+            widths = (D, kv_width, kv_width)
+            src, dst = f"model.layers.{i}", f"language_model.layers.{i}"
+            qkv = [(f"{src}.self_attn.{n}_proj", w) for n, w in zip("qkv", widths, strict=True)]
+            out |= self._linear(f"{dst}.self_attn.qkv_proj", qkv, D, bias=True)
+            out |= self._linear(f"{dst}.self_attn.o_proj", [(f"{src}.self_attn.o_proj", D)], D)
+            gate_up = [(f"{src}.mlp.{n}_proj", c.intermediate_size) for n in ("gate", "up")]
+            out |= self._linear(f"{dst}.mlp.gate_up_proj", gate_up, D)
+            down = [(f"{src}.mlp.down_proj", D)]
+            out |= self._linear(f"{dst}.mlp.down_proj", down, c.intermediate_size)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                out[f"{dst}.{norm}.weight"] = self.source.take(f"{src}.{norm}.weight", (D,))
+        out["language_model.norm.weight"] = self.source.take("model.norm.weight", (D,))
+        return out
+
+    def vocabulary(self, stored: int) -> dict[str, mx.array]:
+        """Embedding and output layer, cut back from the rows stored to the real vocabulary."""
+        rows, D = self.config.vocab_size, self.config.hidden_size
+        embedding = self._linear("language_model.embed_tokens", [("model.embed_tokens", stored)], D)
+        head: dict[str, mx.array] = {}
+        if not self.config.tie_word_embeddings:
+            head = self._linear("language_model.lm_head", [("lm_head", stored)], D)
+        elif self.source.has("lm_head.weight"):
+            self._head = self._linear("lm_head", [("lm_head", stored)], D)
+            self._embedding = embedding
+            self.packed.pop("lm_head", None)
+        return {name: tensor[:rows] for name, tensor in (embedding | head).items()}
+
+    def compare_tied(self) -> None:
+        """Warn if the config ties the output layer to the embedding, yet the file has another.
+
+        This reads data, so it comes after `Source.finish`: stand-ins for missing tensors have
+        whatever size the config claims.
+        """
+        head, embedding = self._head, self._embedding
+        pairs = list(zip(head.values(), embedding.values(), strict=False))
+        same = len(head) == len(embedding) and all(a.shape == b.shape for a, b in pairs)
+        if not same or not all(mx.array_equal(a, b).item() for a, b in pairs):
+            warnings.warn(
+                f"{self.source.where}: lm_head differs from embed_tokens, but config.json ties "
+                "them; lm_head is ignored. Set tie_word_embeddings to false to use it",
+                stacklevel=2,
+            )
+
+    def projector(self) -> dict[str, mx.array]:
+        """Canonical tensors of the projector."""
+        out: dict[str, mx.array] = {}
+        width, inputs = self.config.hidden_size, self.features
+        for i in range(self.projector_depth):
+            out |= self._linear(f"projector.{i}", [(f"projector.{i}", width)], inputs, bias=True)
+            inputs = width
+        return out
+
+    def _linear(
+        self, dst: str, parts: list[tuple[str, int]], inputs: int, *, bias: bool = False
+    ) -> dict[str, mx.array]:
+        """One layer out of one or more that share their input, each (name, rows)."""
+        packings = [
+            self.packings.of(self.source.key(f"{name}.scales").removesuffix(".scales"))
+            if self.source.has(f"{name}.scales")
+            else None
+            for name, _ in parts
+        ]
+        if len(set(packings)) == 1 and packings[0] is not None:
+            self.packed[dst] = packings[0]
+            packed = [self._packed(name, n, inputs, packings[0]) for name, n in parts]
+            out = {f"{dst}.{k}": mx.concatenate([p[k] for p in packed]) for k in packed[0]}
+        else:  # parts packed unlike each other cannot be one packed layer: unpack them
+            floats = [
+                self.source.take(f"{name}.weight", (n, inputs))
+                if packing is None
+                else unpack(self._packed(name, n, inputs, packing), packing, mx.float32)
+                for (name, n), packing in zip(parts, packings, strict=True)
+            ]
+            out = {f"{dst}.weight": mx.concatenate(floats)}
+        if bias:
+            biases = [self.source.take(f"{name}.bias", (n,)) for name, n in parts]
+            out[f"{dst}.bias"] = mx.concatenate(biases)
+        return out
+
+    def _packed(
+        self, name: str, rows: int, inputs: int, packing: Quantization
+    ) -> dict[str, mx.array]:
+        if inputs % packing.group_size:
+            raise CheckpointError(
+                f"{self.source.where}: {name} is {inputs} wide, no multiple of the group_size "
+                f"{packing.group_size} that config.json gives"
+            )
+        words, groups = inputs * packing.bits // 32, inputs // packing.group_size
+        affine = packing.mode == "affine"
+        scale_dtypes = {} if affine else {"dtypes": (mx.uint8,)}
+        out = {
+            "weight": self.source.take(f"{name}.weight", (rows, words), (mx.uint32,)),
+            "scales": self.source.take(f"{name}.scales", (rows, groups), **scale_dtypes),
+        }
+        if affine:
+            out["biases"] = self.source.take(f"{name}.biases", (rows, groups))
+        return out

@@ -1,0 +1,211 @@
+"""FastVLM checkpoints of every known layout, read as canonical config and tensors.
+
+What a layout's config.json says is first put in canonical form and checked; then the tensors are
+taken by the names and shapes that config implies.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoints.hub import Checkpoint
+from mlx_mobileclip.checkpoints.reparameterize import fold_fastvit
+from mlx_mobileclip.checkpoints.safetensors import read_tensors
+from mlx_mobileclip.checkpoints.source import without_prefixes
+from mlx_mobileclip.errors import CheckpointError, ConfigError
+from mlx_mobileclip.json_fields import Fields, read_json
+from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
+
+from ..models.config import FORMAT_VERSION, MODEL_TYPE, FastVLMConfig, Qwen2Config
+from .decoder import Decoder, Packings
+from .layouts import detect, fastvlm_source, tower_keys
+
+ROPE_THETA = 1e6  # every FastVLM's; transformers' default of 10000 would be wrong
+MAX_POSITIONS = 32768
+MAX_LENGTH = 8192
+IMAGE_SIZE = 1024
+# transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
+PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of PEFT and of training
+NEVER_USED = r"\.num_batches_tracked$|\.rotary_emb\.inv_freq$|\.head\.(proj|fc\.weight|fc\.bias)$"
+
+
+def read_foreign(
+    checkpoint: Checkpoint, values: dict[str, Any], vision_from: Checkpoint | None = None
+) -> tuple[FastVLMConfig, dict[str, mx.array]]:
+    """Read a source checkpoint as canonical config and lazy canonical tensors.
+
+    Args:
+        checkpoint: Where it lies.
+        values: Its config.json.
+        vision_from: Checkpoint to take the image tower from, if it has none itself.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, misshapen or packed unlike the config.
+        ConfigError: the config describes no FastVLM.
+    """
+    fields = Fields(values, str(checkpoint.path / "config.json"))
+    _check_kind(fields)
+    tensors = without_prefixes(read_tensors(checkpoint.path), WRAPPERS)
+    layout = detect(tensors, checkpoint.name)
+    has_tower = bool(tower_keys(tensors, layout))
+    if has_tower == (vision_from is not None):
+        raise CheckpointError(_tower_advice(checkpoint.name, has_tower))
+    if vision_from is None:
+        vision, tower = _vision_config(fields), None
+    else:
+        vision, tower = _read_tower(vision_from)
+    path = checkpoint.path / "preprocessor_config.json"
+    if layout.name.startswith("fast_vlm") and path.is_file():  # config.json does not say
+        said = _image_fields(Fields(read_json(path), str(path)))
+        fields = Fields(said | values, fields.where)
+    config = _config(fields, vision)
+    source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
+    if tower is None:
+        tower = fold_fastvit(source, vision, "vision.")
+    decoder = Decoder(source, config, Packings(fields))
+    canonical = {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
+    canonical |= decoder.projector() | decoder.layers() | decoder.vocabulary(_stored_rows(fields))
+    source.drop(NEVER_USED)
+    source.finish()
+    decoder.compare_tied()
+    record: dict[str, str | None] = {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "layout": layout.name,
+    }
+    if vision_from is not None:
+        commit = f", commit {vision_from.revision}" if vision_from.revision else ""
+        record["vision_from"] = vision_from.name + commit
+    return replace(config, quantization=decoder.packed, source=record), canonical
+
+
+def _check_kind(fields: Fields) -> None:
+    if fields.has("model_file"):
+        raise ConfigError(
+            f"{fields.where}: model_file: names code to run; code of a checkpoint is never run"
+        )
+    kind = fields.string("model_type", "")
+    if kind not in ("llava_qwen2", "fast_vlm", "fastvlm"):
+        raise ConfigError(
+            f"{fields.where}: model_type {kind[:40]!r} is not a FastVLM; "
+            "expected llava_qwen2 or fast_vlm, such as apple/FastVLM-0.5B"
+        )
+
+
+def _tower_advice(where: str, has_tower: bool) -> str:
+    if has_tower:
+        return f"{where}: has an image tower of its own; leave out --vision-from"
+    return (
+        f"{where}: carries no image tower (Apple's app exports keep it in Core ML); add "
+        "--vision-from with the original of the same size and stage, such as apple/FastVLM-0.5B"
+    )
+
+
+def _config(fields: Fields, vision: FastViTConfig) -> FastVLMConfig:
+    """The canonical config that a source's config.json amounts to."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "text_config": _text_config(fields),
+        "vision_config": vision.to_json(),
+        "projector_type": fields.string("mm_projector_type", "mlp2x_gelu"),
+        "image_size": _image_size(fields),
+        "image_mode": "pad" if fields.string("image_aspect_ratio", "pad") == "pad" else "crop",
+        "max_length": fields.integer("tokenizer_model_max_length", 1, 1 << 20, MAX_LENGTH),
+    }
+    return FastVLMConfig.from_json(values, fields.where)
+
+
+def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.array]]:
+    """The tower of another checkpoint, in whatever layout that is."""
+    path = checkpoint.path / "config.json"
+    values = read_json(path)
+    tensors = read_tensors(checkpoint.path)
+    if values.get("model_type") == MODEL_TYPE:
+        config = FastVLMConfig.from_json(values, str(path))
+        prefix = "vision_tower."
+        return config.vision, {
+            k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)
+        }
+    fields = Fields(values, str(path))
+    _check_kind(fields)
+    tensors = without_prefixes(tensors, WRAPPERS)
+    layout = detect(tensors, checkpoint.name)
+    vision = _vision_config(fields)
+    towers = {key: tensors[key] for key in tower_keys(tensors, layout)}
+    if not towers:
+        raise CheckpointError(f"{checkpoint.name}: given as --vision-from, but has no image tower")
+    source = fastvlm_source(towers, layout, vision, "identity", checkpoint.name)
+    tower = fold_fastvit(source, vision, "vision.")
+    source.drop(NEVER_USED)
+    source.finish()
+    return vision, tower
+
+
+def _text_fields(fields: Fields) -> Fields:
+    """The decoder's fields: at the top in LLaVA's form, under text_config in transformers'."""
+    if fields.has("text_config") and fields.object("text_config").has("hidden_size"):
+        return fields.object("text_config")
+    return fields
+
+
+def _stored_rows(fields: Fields) -> int:
+    """Rows of the vocabulary as stored, padding included."""
+    return _text_fields(fields).integer("vocab_size", 1, 1_000_000)
+
+
+def _text_config(fields: Fields) -> dict[str, Any]:
+    text = _text_fields(fields)
+    for key, only in (("use_sliding_window", False), ("hidden_act", "silu")):
+        if text.get(key, only) != only:
+            raise text.error(key, f"only {only} is supported")
+    rope = text.object("rope_parameters") if text.has("rope_parameters") else text
+    scaling = text.object("rope_scaling") if text.has("rope_scaling") else rope
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise text.error("rope_scaling", "only plain rotary positions are supported")
+    vocab_size = _stored_rows(fields)
+    if fields.get("model_type") == "fast_vlm":
+        vocab_size = PADDED_VOCABULARIES.get(vocab_size, vocab_size)
+    defaults = {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+    }
+    shape = Qwen2Config.__dataclass_fields__
+    values = defaults | {k: v for k, v in text.values.items() if k in shape and v is not None}
+    values["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", ROPE_THETA))
+    return {**values, "vocab_size": vocab_size}
+
+
+def _vision_config(fields: Fields) -> FastViTConfig:
+    """The tower's config: FastViTHD, or as vision_config spells it out."""
+    given = fields.object("vision_config") if fields.has("vision_config") else Fields({}, "")
+    tower = fields.string("mm_vision_tower", "mobileclip_l")
+    name = given.string("architecture", "fastvit_mci3").removeprefix("fastvit_")
+    if name not in PRESETS or not tower.startswith("mobileclip_l"):
+        raise fields.error("mm_vision_tower", f"{tower[:40]!r}, {name[:40]!r} is not FastViTHD")
+    if given.has("model_args"):
+        given = given.object("model_args")
+    values = PRESETS[name].to_json()
+    values |= {key: value for key, value in given.values.items() if key in values}
+    if given.has("layers"):
+        stages = len(given.integers("layers", 1, 64, most=8))
+        if stages != len(values["se_downsamples"]):
+            values["se_downsamples"] = [False] * stages
+    return FastViTConfig.from_json(Fields(values, given.where or fields.where))
+
+
+def _image_fields(pixels: Fields) -> dict[str, str]:
+    """What transformers' preprocessor_config.json says of images, in Apple's terms."""
+    size = pixels.object("crop_size") if pixels.has("crop_size") else Fields({}, pixels.where)
+    side = size.integer("height", 1, 1 << 14, IMAGE_SIZE)
+    mode = "pad" if pixels.get("do_pad", True) is not False else "square"
+    return {"mm_vision_tower": f"mobileclip_l_{side}", "image_aspect_ratio": mode}
+
+
+def _image_size(fields: Fields) -> int:
+    """Input side in pixels: the integer after the last "_" of the tower's name."""
+    suffix = fields.string("mm_vision_tower", "").rpartition("_")[2]
+    return int(suffix) if re.fullmatch(r"[0-9]{1,5}", suffix) else IMAGE_SIZE

@@ -1,0 +1,141 @@
+"""What `mlx-fastvlm generate` does once its options are read.
+
+stdout carries the answer (or one JSON object) and nothing else; all the rest is on stderr.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_mobileclip.checkpoints.hub import is_repository
+from mlx_mobileclip.errors import PromptError
+from mlx_mobileclip.preprocess.image import find_image
+from mlx_mobileclip.terminal import printable, progress
+
+from ..generation.answer import Result, Stats, join
+from ..generation.image_cache import ImageCache
+from ..generation.prompt_cache import PromptCache
+from ..generation.sampling import Sampling
+from ..generation.stream import stream_generate
+from ..loader import find_checkpoint, load_checkpoint
+from ..preprocess.processor import check_resolution
+from .presets import DEFAULT_PROMPT, PRESETS
+
+# MLX keeps freed memory for reuse, by default all that it ever had: after an image of 1024 px that
+# is much for a Mac of 8 GB.
+FREED_BYTES = 1 << 30
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and answer; options as `generate.build_parser` reads them."""
+    prompt = PRESETS[args.preset] if args.preset else args.prompt
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if is_repository(args.model):
+        _check(args, prompt)  # before anything is downloaded
+    checkpoint = find_checkpoint(args.model, args.revision)
+    _check(args, prompt)
+    mx.set_cache_limit(FREED_BYTES)
+    started = time.perf_counter()
+    with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
+        model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
+        commit = f" at {checkpoint.revision[:12]}" if checkpoint.revision else ""
+        set_status(f"loaded {args.model}{commit}")
+    load_s = time.perf_counter() - started
+    options = _options(args)
+    messages: list[dict[str, str]] = []
+    for question in _questions(prompt, chat=args.chat):
+        messages.append({"role": "user", "content": question})
+        chunks = []
+        for chunk in stream_generate(model, processor, messages, args.image, **options):
+            chunks.append(chunk)
+            if not args.json:
+                print(_shown(chunk.text), end="", flush=True)
+        result = join(chunks, processor)
+        messages.append({"role": "assistant", "content": result.text})
+        if args.json:
+            print(json.dumps(_report(args.model, result, load_s)), flush=True)
+            continue
+        print(flush=True)
+        if not args.quiet:
+            print(_summary(result.stats), file=sys.stderr)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `stream_generate`; its caches are shared by all questions of a chat."""
+    names = (
+        *("system", "resolution", "image_mode", "max_tokens", "top_p", "top_k", "min_p"),
+        *("repetition_penalty", "seed", "stop", "kv_bits"),
+    )
+    return {
+        **{name: getattr(args, name) for name in names},
+        "temperature": args.temp,
+        "prompt_cache": PromptCache(),
+        "image_cache": ImageCache(directory=args.image_cache),
+    }
+
+
+def _questions(prompt: str | None, *, chat: bool) -> Iterator[str]:
+    """The question given; in a chat then one a line from stdin, up to its end."""
+    if not chat:
+        yield DEFAULT_PROMPT if prompt is None else prompt
+        return
+    if prompt is not None:
+        yield prompt
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _check(args: argparse.Namespace, prompt: str | None) -> None:
+    """Find what is wrong with the options before the model is loaded."""
+    if args.resolution is not None:
+        check_resolution(args.resolution)
+    if not args.image and prompt is None and not args.chat:
+        raise PromptError("there is nothing to answer; give --image, --prompt or both")
+    for path in args.image:
+        find_image(path)
+    Sampling(args.repetition_penalty, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+
+
+def _summary(stats: Stats) -> str:
+    return (
+        f"prompt {stats.prompt_tokens} tokens ({stats.image_tokens} image), first token after "
+        f"{stats.ttft_s:.2f} s (preprocess {stats.preprocess_s:.2f}, vision {stats.vision_s:.2f}, "
+        f"prefill {stats.prefill_s:.2f}); {stats.generated_tokens} tokens at "
+        f"{stats.decode_tokens_per_s:.1f} tokens/s; "
+        f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def _report(model: str, result: Result, load_s: float) -> dict[str, Any]:
+    """The object that --json prints."""
+    stats = asdict(result.stats)
+    counts = ("image_tokens", "prompt_tokens", "generated_tokens")
+    times = ("preprocess_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "model": model,
+        **{name: stats[name] for name in counts},
+        "timings": {"load_s": load_s, **{name: stats[name] for name in times}},
+        "peak_memory_bytes": stats["peak_memory_bytes"],
+    }
+
+
+def _shown(text: str) -> str:
+    """An answer as a terminal may be given it; elsewhere it stays as it is."""
+    return printable(text, keep="\n\t") if sys.stdout.isatty() else text

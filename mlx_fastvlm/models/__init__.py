@@ -1,0 +1,1 @@
+"""FastVLM: the decoder, its KV cache, and the whole model."""

@@ -1,0 +1,1 @@
+"""From a conversation and its images to the arrays that the model reads."""

@@ -1,0 +1,161 @@
+"""FastVLM's conversation format (`qwen_2`), rendered from typed parts.
+
+A prompt is never searched for markers: images are parts of their own, and control tokens come
+only from here. Source: apple/ml-fastvlm 592b4ad `llava/conversation.py` conv_qwen_2.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_mobileclip.errors import PromptError
+from mlx_mobileclip.preprocess.image import ImageSource
+
+from ..models.fastvlm import IMAGE_TOKEN
+from .tokenizer import TURN_END, TURN_START, Tokenizer
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+CHARACTERS_PER_TOKEN = 8
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The place of one image in a prompt; `source` is None where it comes from `images=`."""
+
+    source: ImageSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token, by name."""
+
+    token: str
+
+
+Part = str | Image | Control
+
+
+def render(
+    prompt: str | Sequence[Message], image_count: int = 0, system: str | None = None
+) -> list[Part]:
+    """Lay a prompt out as the model was trained to read it, up to where its answer begins.
+
+    Args:
+        prompt: A question; or messages, each {"role": "system" | "user" | "assistant",
+            "content": text, or a list of {"type": "text", "text": ...} and {"type": "image"}}.
+            An image part may carry its own "image".
+        image_count: Images given beside the prompt. They fill the image parts in order; a prompt
+            without image parts gets them before its first user text, each on its own line.
+        system: System prompt, unless the messages bring one.
+
+    Returns:
+        Texts, image places and control tokens, in order, no two texts adjacent.
+
+    Raises:
+        PromptError: a malformed message, or another number of image parts than images.
+    """
+    if not isinstance(prompt, (str, list, tuple)):
+        raise PromptError("a prompt must be a question or a list of messages")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [_turn(message) for message in messages]
+    if not turns or turns[-1][0] != "user":
+        raise PromptError("the last message must be the user's; add one to be answered")
+    if any(role == "system" for role, _ in turns[1:]):
+        raise PromptError("a system message can only come first; move it to the front")
+    if turns[0][0] != "system":
+        turns.insert(0, ("system", [SYSTEM_PROMPT if system is None else system]))
+    elif system is not None:
+        raise PromptError("system= is given and the messages bring a system message; give one")
+    _place_images(turns, image_count)
+    parts: list[Part] = []
+    for role, content in turns:
+        parts += [Control(TURN_START), f"{role}\n", *content, Control(TURN_END), "\n"]
+    return _join_texts([*parts, Control(TURN_START), "assistant\n"])
+
+
+def _turn(message: Message) -> tuple[str, list[Part]]:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise PromptError(f"a message must be a dict whose role is one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        return message["role"], [content]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise PromptError("a message's content must be a text or a list of parts")
+    parts: list[Part] = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "text" and isinstance(item.get("text"), str):
+            parts.append(item["text"])
+        elif kind == "image":
+            parts.append(Image(item.get("image")))
+        else:
+            raise PromptError(
+                'a part must be {"type": "text", "text": ...} or {"type": "image"}, '
+                f"not {str(item)[:60]}"
+            )
+    return message["role"], parts
+
+
+def _place_images(turns: list[tuple[str, list[Part]]], image_count: int) -> None:
+    places = [part for _, parts in turns for part in parts if isinstance(part, Image)]
+    open_places = sum(place.source is None for place in places)
+    if not places and image_count:
+        first = next(parts for role, parts in turns if role == "user")
+        first[:0] = [Image(), "\n"] * image_count
+    elif open_places != image_count:
+        raise PromptError(
+            f"the messages have places for {open_places} images but {image_count} are given"
+        )
+
+
+def _join_texts(parts: list[Part]) -> list[Part]:
+    """Join neighbouring texts: the tokenizer may merge across the seam, as in the reference."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
+def encode(
+    parts: list[Part], tokenizer: Tokenizer, tokens_per_image: int, max_length: int
+) -> list[int]:
+    """Turn rendered parts into ids, each image into as many IMAGE_TOKEN as it has embeddings.
+
+    Raises:
+        PromptError: more than `max_length` tokens; or more than 8 characters for each of them, a
+            limit of its own that is checked first.
+    """
+    characters = sum(len(part) for part in parts if isinstance(part, str))
+    if characters > CHARACTERS_PER_TOKEN * max_length:
+        raise PromptError(
+            f"the prompt has {characters} characters; the model reads {max_length} tokens, "
+            "images included. Shorten it"
+        )
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, Image):
+            ids += [IMAGE_TOKEN] * tokens_per_image
+        elif isinstance(part, Control):
+            ids.append(tokenizer.added[part.token])
+        else:
+            ids += _encode_text(part, tokenizer)
+    if len(ids) > max_length:
+        raise PromptError(
+            f"the prompt has {len(ids)} tokens, {ids.count(IMAGE_TOKEN)} of them for images; the "
+            f"model reads {max_length}. Shorten it, give fewer images or a lower resolution"
+        )
+    return ids
+
+
+def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        text.encode()
+        return tokenizer.encode(text)
+    except UnicodeEncodeError as error:  # half a surrogate pair, as from undecodable arguments
+        raise PromptError(f"the prompt is not valid Unicode ({error.reason}); retype it") from error

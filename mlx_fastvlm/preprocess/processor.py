@@ -1,0 +1,170 @@
+"""From a prompt and images to the arrays the model reads."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_mobileclip.errors import ImageError
+from mlx_mobileclip.preprocess.image import (
+    ImageSource,
+    open_image,
+    read_image,
+    resize_crop,
+    resize_pad,
+    to_array,
+)
+
+from ..models.config import IMAGE_MODES, RESOLUTIONS, FastVLMConfig
+from ..preprocess import chat_format as chat
+from .tokenizer import Tokenizer
+
+Images = ImageSource | Sequence[ImageSource] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What `model(inputs.input_ids[None], pixels=inputs.pixels)` takes.
+
+    Attributes:
+        input_ids: (L,), int32; one IMAGE_TOKEN for each image embedding.
+        pixels: (n, S, S, 3), float32 in [0, 1]; None without images.
+    """
+
+    input_ids: mx.array
+    pixels: mx.array | None
+
+
+class Picture:
+    """One image of a prompt, read but not resized, nor decoded if it was a file or its bytes.
+
+    Attributes:
+        count: How many embeddings it becomes.
+    """
+
+    def __init__(self, source: ImageSource, size: int, mode: str, count: int):
+        """Read the image; raises ImageError if it cannot be.
+
+        Args:
+            source: Path, encoded bytes, PIL image or uint8 array.
+            size: Side to resize it to, px.
+            mode: "pad" or "crop".
+            count: How many embeddings it becomes.
+        """
+        self.count = count
+        self._name, self._size, self._mode = "image", size, mode
+        if isinstance(source, (str, os.PathLike)):
+            self._name, source = os.fspath(source), read_image(source)
+        elif not isinstance(source, (bytes, bytearray)):
+            source = open_image(source)
+        self._source = source
+
+    @cached_property
+    def key(self) -> str:
+        """What the pixels follow from, hashed: content, size and mode; 64 hexadecimal digits."""
+        kind, content = "file", self._source
+        if not isinstance(content, (bytes, bytearray)):
+            kind, content = f"{content.size}", content.tobytes()
+        digest = hashlib.sha256(f"{kind} {self._size} {self._mode}\n".encode())
+        digest.update(content)
+        return digest.hexdigest()
+
+    def pixels(self) -> NDArray[np.float32]:
+        """RGB in [0, 1], (S, S, 3); raises ImageError if the image is damaged."""
+        resize = resize_pad if self._mode == "pad" else resize_crop
+        return to_array(resize(open_image(self._source, self._name), self._size))
+
+
+class Processor:
+    """Tokenizer, conversation format and image preprocessing of one checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, config: FastVLMConfig):
+        """Keep the checkpoint's tokenizer and what its config says about images and length."""
+        self.tokenizer = tokenizer
+        self.image_size = config.image_size
+        self.image_mode = config.image_mode
+        self.max_length = config.max_length
+        self._stride = config.vision.stride
+
+    def __call__(
+        self,
+        prompt: str | Sequence[chat.Message],
+        images: Images = None,
+        *,
+        system: str | None = None,
+        resolution: int | None = None,
+        image_mode: str | None = None,
+    ) -> Inputs:
+        """Prepare a prompt and its images.
+
+        Args:
+            prompt: A question, or a list of messages (see `prompt.render`).
+            images: One image or several, in the order of their places in the prompt: paths,
+                encoded bytes, PIL images or uint8 arrays.
+            system: System prompt instead of "You are a helpful assistant.".
+            resolution: Side in pixels, 128 to 1536 in steps of 64; more detail for more tokens,
+                (S/64)^2 an image. Defaults to what the checkpoint was trained at.
+            image_mode: "pad" or "crop"; defaults to the checkpoint's.
+
+        Raises:
+            PromptError, ImageError: naming what cannot be used.
+        """
+        ids, pictures = self.prepare(
+            prompt, images, system=system, resolution=resolution, image_mode=image_mode
+        )
+        pixels = [picture.pixels() for picture in pictures]
+        return Inputs(mx.array(ids, mx.int32), mx.array(np.stack(pixels)) if pixels else None)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[chat.Message],
+        images: Images = None,
+        *,
+        system: str | None = None,
+        resolution: int | None = None,
+        image_mode: str | None = None,
+    ) -> tuple[list[int], list[Picture]]:
+        """The same up to the pixels: ids, and the images in the order of their places."""
+        given = _as_list(images)
+        size, mode = self._image_options(resolution, image_mode)
+        parts = chat.render(prompt, len(given), system)
+        count = (size // self._stride) ** 2
+        ids = chat.encode(parts, self.tokenizer, count, self.max_length)
+        beside = iter(given)
+        sources = [
+            next(beside) if part.source is None else part.source
+            for part in parts
+            if isinstance(part, chat.Image)
+        ]
+        return ids, [Picture(source, size, mode, count) for source in sources]
+
+    def _image_options(self, resolution: int | None, image_mode: str | None) -> tuple[int, str]:
+        size = self.image_size if resolution is None else resolution
+        mode = self.image_mode if image_mode is None else image_mode
+        check_resolution(size)
+        if mode not in IMAGE_MODES:
+            raise ImageError(f"image_mode {mode!r} is not one of {', '.join(IMAGE_MODES)}")
+        return size, mode
+
+
+def check_resolution(size: int) -> None:
+    """Raise ImageError unless images can be resized to this side, px."""
+    if isinstance(size, bool) or not isinstance(size, int) or size not in RESOLUTIONS:
+        raise ImageError(
+            f"resolution {size} is not one of {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} "
+            f"in steps of {RESOLUTIONS.step}"
+        )
+
+
+def _as_list(images: Images) -> list[ImageSource]:
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return [cast(ImageSource, images)]

@@ -1,0 +1,1 @@
+"""Results kept between calls and between runs."""

@@ -1,0 +1,101 @@
+"""Matrices kept on disk between runs, named by the content that they follow from.
+
+A cache must never be able to hurt: an entry that is damaged, renamed or of the wrong size counts
+as absent, a directory that cannot be written means no caching, and a file that is no entry is
+neither read nor removed.
+"""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from threading import get_ident
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+from ..json_fields import read_bounded
+
+SUFFIX = ".matrix"
+PARTIAL = ".matrix-partial"
+MAX_ENTRY_BYTES = 256 << 20
+STALE_SECONDS = 3600  # a partial entry this old was left by a run that was killed
+DIGEST_BYTES = 32
+NEW_AND_PRIVATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCache:
+    """A directory of matrices, the least recently used of which make room for new ones.
+
+    Attributes:
+        directory: Made when first written to.
+        max_bytes: Most that all entries take together.
+    """
+
+    directory: Path
+    max_bytes: int = 512 << 20
+
+    def read(self, key: str, rows: int) -> NDArray[np.float32] | None:
+        """The matrix stored under a key, or None.
+
+        Args:
+            key: Name of the entry, hexadecimal.
+            rows: How many rows it must have.
+
+        Returns:
+            float32 (rows, E), or None if there is no sound entry.
+        """
+        path = self._path(key)
+        try:
+            data = read_bounded(path, MAX_ENTRY_BYTES)
+            os.utime(path)  # recently used entries survive the longest
+        except (OSError, ConfigError):
+            return None
+        body = data[DIGEST_BYTES:]
+        if data[:DIGEST_BYTES] != _digest(key, body) or not body or len(body) % (4 * rows):
+            return None
+        return np.frombuffer(body, "<f4").reshape(rows, -1).astype(np.float32)
+
+    def write(self, key: str, matrix: NDArray[np.float32]) -> None:
+        """Store a matrix under a key, then drop the entries not used for longest."""
+        body = matrix.astype("<f4").tobytes()
+        if len(body) + DIGEST_BYTES > MAX_ENTRY_BYTES:
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            partial = self.directory / f"{key}-{os.getpid()}-{get_ident()}{PARTIAL}"
+            try:
+                with os.fdopen(os.open(partial, NEW_AND_PRIVATE, 0o600), "wb") as file:
+                    file.write(_digest(key, body) + body)
+                partial.replace(self._path(key))
+            finally:
+                partial.unlink(missing_ok=True)
+            self._prune()
+        except OSError:
+            return
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}{SUFFIX}"
+
+    def _prune(self) -> None:
+        found = [
+            (path.stat(), path)
+            for path in self.directory.iterdir()
+            if path.suffix in (SUFFIX, PARTIAL) and path.is_file()
+        ]
+        total = 0
+        for status, path in sorted(found, key=lambda entry: -entry[0].st_mtime):
+            if path.suffix == PARTIAL:
+                if time.time() - status.st_mtime > STALE_SECONDS:
+                    path.unlink(missing_ok=True)
+                continue
+            total += status.st_size
+            if total > self.max_bytes:
+                path.unlink(missing_ok=True)
+
+
+def _digest(key: str, body: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + body).digest()

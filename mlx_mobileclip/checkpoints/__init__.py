@@ -1,0 +1,1 @@
+"""Find checkpoints and read them, whatever their layout, as hostile input."""

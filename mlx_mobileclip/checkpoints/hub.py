@@ -1,0 +1,201 @@
+"""Find a checkpoint: packaged, a local directory, or a Hugging Face repository in its cache.
+
+Only named kinds of files are fetched, never Python or templates, and one commit is pinned for
+all of them. This is the only place that touches the network.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError, ModelError
+from ..json_fields import read_json
+from .safetensors import tensor_files
+
+DEMO = "demo"  # names the small model that comes with a package
+DEMO_DIRECTORY = Path(__file__).parents[1] / DEMO
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+# MobileCLIP's weights come under many names, often as both safetensors and PyTorch's pickles;
+# the latter are fetched only where there are none of the former.
+MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "merges.txt", "LICENSE*", "NOTICE*")
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+TORCH_FILES = ("*.pt", "*.bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a checkpoint lies and what it is.
+
+    Attributes:
+        path: Directory with the files; a single file where `resolve_file` was given one.
+        name: Repository id, "demo", or the path as given.
+        revision: Commit of the repository; None for a local directory.
+    """
+
+    path: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> Checkpoint:
+    """Turn what the user typed into a FastVLM checkpoint's directory.
+
+    Args:
+        model: `org/name` is always a repository on the Hub, and `demo` always the packaged model,
+            so that a directory planted under such a name is never picked up; anything else is a
+            local directory, `./demo` for one.
+        revision: Branch, tag or commit of the repository.
+        demo: Directory of the packaged model.
+
+    Raises:
+        CheckpointError: no such directory, or the repository is neither cached nor reachable.
+    """
+    if model == DEMO:
+        return _packaged(demo, revision)
+    name = os.fspath(model)
+    if is_repository(model):
+        return _fetch(name, revision, _download_fastvlm, demo)
+    path, is_directory, is_file = look(name)
+    if is_file and path.suffix == ".zip":
+        raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
+    if not is_directory:
+        what = "is a file, not a directory" if is_file else "no such directory"
+        raise CheckpointError(
+            f"{name}: {what}; give a checkpoint's directory or a repository such as "
+            "apple/FastVLM-0.5B"
+        )
+    return Checkpoint(path, name)
+
+
+def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Like `resolve`, for MobileCLIP: a single file of weights is a checkpoint as well.
+
+    Raises:
+        CheckpointError: no such file or directory, or the repository is neither cached nor
+            reachable.
+    """
+    if model == DEMO:
+        return _packaged(DEMO_DIRECTORY, revision)
+    name = os.fspath(model)
+    of_weights = Path(name).suffix in WEIGHT_SUFFIXES
+    if is_repository(model) and not of_weights:
+        return _fetch(name, revision, _download_mobileclip, DEMO_DIRECTORY)
+    path, is_directory, is_file = look(name)
+    if is_directory or (is_file and of_weights):
+        return Checkpoint(path, name)
+    what = f"is no {', '.join(WEIGHT_SUFFIXES)} file" if is_file else "no such file"
+    raise CheckpointError(
+        f"{name}: {what}; give a checkpoint's file or directory, or a repository such as "
+        "apple/MobileCLIP2-S0"
+    )
+
+
+def is_repository(model: str | os.PathLike[str]) -> bool:
+    """Whether this names a repository on the Hub rather than something local."""
+    return isinstance(model, str) and bool(REPOSITORY.fullmatch(model)) and model[0] != "."
+
+
+def look(name: str) -> tuple[Path, bool, bool]:
+    """A local path, whether it is a directory, and whether it is a file."""
+    try:
+        path = Path(name).expanduser()
+        return path, path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
+
+
+def _packaged(directory: Path, revision: str | None) -> Checkpoint:
+    if revision is not None:
+        raise CheckpointError(
+            f"{DEMO}: comes with this package in one revision; leave out --revision"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(f"{DEMO}: this installation has none ({directory} is missing)")
+    return Checkpoint(directory, DEMO)
+
+
+def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py", "*/*"]
+        )
+    )
+
+
+def _download_fastvlm(name: str, revision: str | None) -> Path:
+    path = _snapshot(name, revision, FILES)
+    # Without network this is whatever the cache holds, which may be half a download.
+    read_json(path / "config.json")
+    tensor_files(path)
+    return path
+
+
+def _download_mobileclip(name: str, revision: str | None) -> Path:
+    path = _snapshot(name, revision, (*MOBILECLIP_FILES, *SAFETENSORS))
+    if not any(path.glob("*.safetensors")):
+        path = _snapshot(name, path.name, TORCH_FILES)  # both halves from one commit
+    if not any(p.suffix in WEIGHT_SUFFIXES for p in path.iterdir()):
+        raise CheckpointError("it holds no weights")
+    return path
+
+
+def _fetch(
+    name: str, revision: str | None, download: Callable[[str, str | None], Path], demo: Path
+) -> Checkpoint:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        path = download(name, revision)
+    except GatedRepoError as error:
+        raise CheckpointError(f"{name}: gated; accept its terms on huggingface.co") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: no such repository, or a private one; check the name, or run: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: has no revision {revision!r}") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"{name}: not a valid repository name ({error})") from error
+    except LocalEntryNotFoundError as error:
+        offline = "; or try --model demo, a small model that comes with this package"
+        alternative = offline if demo.is_dir() else ""
+        local = f", or write ./{name} for the directory here" if Path(name).is_dir() else ""
+        raise CheckpointError(
+            f"{name}: not in the cache, and huggingface.co cannot be reached; "
+            f"connect and run the command again to download it{local}{alternative}"
+        ) from error
+    except ModelError as error:
+        raise CheckpointError(
+            f"{name}: holds no checkpoint that can be used ({str(error)[:200]}); choose another "
+            "repository, or if you are offline, connect and run the command again"
+        ) from error
+    except Exception as error:  # each release of the client has its own transport errors
+        raise CheckpointError(
+            f"{name}: the download is incomplete ({str(error)[:200]}); "
+            "connect and run the command again"
+        ) from error
+    return Checkpoint(path, name, path.name)

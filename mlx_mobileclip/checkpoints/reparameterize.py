@@ -1,0 +1,288 @@
+"""Fold towers into inference form: parallel branches, BatchNorm, layer scale, biases.
+
+All arithmetic is float64 and lazy. Source names are timm's; fused and multi-branch ("unfused")
+towers are both read, module by module.
+
+Formulas: MobileOne (arXiv:2206.04040), section 3.2; FastViT (arXiv:2303.14189), section 3.2;
+reference code: apple/ml-fastvlm 592b4ad `mobileclip/mci.py` `reparameterize` methods.
+"""
+
+import mlx.core as mx
+
+from ..models.fastvit import SE_RATIO_DOWNSAMPLE, SE_RATIO_FINAL, FastViTConfig
+from ..models.text import KERNEL_SIZE as TEXT_KERNEL_SIZE
+from .source import Source
+
+BATCH_NORM_EPS = 1e-5
+
+Affine = tuple[mx.array, mx.array]
+
+
+def fold_fastvit(source: Source, config: FastViTConfig, path: str = "") -> dict[str, mx.array]:
+    """Canonical float32 tensors of a tower.
+
+    Args:
+        source: Where the tensors are taken from.
+        config: Shape of the tower.
+        path: Common name of the tower, with a trailing dot; empty for a bare trunk.
+
+    Returns:
+        Tensors by their names in `FastViT`.
+    """
+    fold = _FastViT(source, config)
+    with mx.stream(mx.cpu):  # float64 exists on the CPU only
+        fold.stem(f"{path}stem")
+        for i, channels in enumerate(config.embed_dims):
+            stage = f"{path}stages.{i}"
+            if i:
+                fold.downsample(f"{stage}.downsample", f"stages.{i}.downsample", channels // 2, i)
+            if config.token_mixers[i] == "attention":
+                fold.position_encoding(f"{stage}.pos_emb", f"stages.{i}.pos_emb", channels)
+            for j in range(config.layers[i]):
+                fold.block(f"{stage}.blocks.{j}", f"stages.{i}.blocks.{j}", channels, i)
+        fold.final_conv(f"{path}final_conv", config.embed_dims[-1])
+        return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
+
+
+def fold_text_block(source: Source, src: str, channels: int) -> dict[str, mx.array]:
+    """Canonical float32 tensors of a RepMixer block along text.
+
+    Args:
+        source: Where the tensors are taken from.
+        src: Common name of the block.
+        channels: Its width.
+
+    Returns:
+        Tensors by their names in `RepMixerBlock`.
+    """
+    fold, shape = _Fold(source), (channels, 1, 1, TEXT_KERNEL_SIZE)
+    with mx.stream(mx.cpu):
+        # No "scale" branch: MobileOne has none for kernels of height 1.
+        weight, bias = fold.rep_mixer(f"{src}.token_mixer", shape, scale=False)
+        fold.tensors["mixer.weight"], fold.tensors["bias"] = _ohwi(weight)[:, 0], bias
+        gamma = source.scale(f"{src}.layer_scale.gamma", channels)
+        weight = fold.conv_ffn(f"{src}.mlp", "", shape, 4 * channels, gamma)
+        fold.tensors["conv.weight"] = _ohwi(weight)[:, 0]
+        return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
+
+
+def fold_conv_norm(
+    source: Source, conv: str, norm: str | None, shape: tuple[int, ...]
+) -> tuple[mx.array, mx.array]:
+    """Float32 weight (O, H, W, I) and bias of a convolution.
+
+    Args:
+        source: Where the tensors are taken from.
+        conv: Common name of the convolution.
+        norm: Common name of the BatchNorm after it; None if it has a bias instead.
+        shape: Of the weight, (O, I, H, W).
+    """
+    with mx.stream(mx.cpu):
+        weight = source.conv(f"{conv}.weight", shape)
+        if norm is None:
+            bias = source.vector(f"{conv}.bias", shape[0])
+        else:
+            gain, bias = _Fold(source).batch_norm(norm, shape[0])
+            weight = weight * gain[:, None, None, None]
+        return _ohwi(weight).astype(mx.float32), bias.astype(mx.float32)
+
+
+class _Fold:
+    """Tensors on their way; methods take a module at `src` and return it or put it at `dst`."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.tensors: dict[str, mx.array] = {}
+
+    # What the tensors of one affine map amount to.
+
+    def batch_norm(self, src: str, channels: int) -> Affine:
+        """Scale and shift of a BatchNorm with fixed statistics."""
+        gamma, beta, mean, variance = (
+            self.source.vector(f"{src}.{name}", channels)
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / mx.sqrt(variance + BATCH_NORM_EPS)
+        return scale, beta - mean * scale
+
+    def _conv_norm(self, src: str, shape: tuple[int, ...]) -> Affine:
+        weight = self.source.conv(f"{src}.conv.weight", shape)
+        scale, shift = self.batch_norm(f"{src}.bn", shape[0])
+        return weight * scale[:, None, None, None], shift
+
+    def _mobile_one(
+        self, src: str, shape: tuple[int, ...], *, scale: bool, identity: bool
+    ) -> Affine:
+        """A MobileOne block: k x k, 1x1 "scale" and identity branches in one kernel."""
+        if self.source.has(f"{src}.reparam_conv.weight"):
+            weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
+            return weight, self.source.vector(f"{src}.reparam_conv.bias", shape[0])
+        weight, bias = self._conv_norm(f"{src}.conv_kxk.0", shape)
+        branch = 1
+        while self.source.has(f"{src}.conv_kxk.{branch}.conv.weight"):
+            w, b = self._conv_norm(f"{src}.conv_kxk.{branch}", shape)
+            weight, bias, branch = weight + w, bias + b, branch + 1
+        if scale:
+            w, b = self._conv_norm(f"{src}.conv_scale", (*shape[:2], 1, 1))
+            weight, bias = weight + _centred(w, shape), bias + b
+        if identity:
+            gain, shift = self.batch_norm(f"{src}.identity", shape[0])
+            weight = weight + _identity(shape) * gain[:, None, None, None]
+            bias = bias + shift
+        return weight, bias
+
+    def _linear(self, src: str, outputs: int, inputs: int) -> Affine:
+        """A 1x1 convolution with bias, as a matrix."""
+        weight = self.source.conv(f"{src}.weight", (outputs, inputs, 1, 1))
+        return weight[:, :, 0, 0], self.source.vector(f"{src}.bias", outputs)
+
+    # Where they go.
+
+    def _put(self, dst: str, affine: Affine) -> None:
+        self.tensors[f"{dst}.weight"], self.tensors[f"{dst}.bias"] = affine
+
+    def _put_double(self, dst: str, weight: mx.array, bias: mx.array) -> None:
+        weight = _ohwi(weight)
+        self.tensors[f"{dst}.even.weight"] = weight[0::2]
+        self.tensors[f"{dst}.odd.weight"] = weight[1::2]
+        self.tensors[f"{dst}.bias"] = bias
+
+    def _squeeze_excite(self, src: str, dst: str, channels: int, hidden: int) -> None:
+        self._put(f"{dst}.fc1", self._linear(f"{src}.fc1", hidden, channels))
+        self._put(f"{dst}.fc2", self._linear(f"{src}.fc2", channels, hidden))
+
+    # The modules that image and text towers share.
+
+    def rep_mixer(self, src: str, shape: tuple[int, ...], *, scale: bool) -> Affine:
+        """Mixer, norm and residual, y = x + gamma * (mixer(x) - norm(x)), in one kernel."""
+        channels = shape[0]
+        if self.source.has(f"{src}.reparam_conv.weight"):
+            weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
+            return weight, self.source.vector(f"{src}.reparam_conv.bias", channels)
+        weight, bias = self._mobile_one(f"{src}.mixer", shape, scale=scale, identity=True)
+        gain, shift = self.batch_norm(f"{src}.norm.identity", channels)
+        gamma = self.source.scale(f"{src}.layer_scale.gamma", channels)
+        one = _identity(shape)
+        change = weight - one * gain[:, None, None, None]
+        return one + gamma[:, None, None, None] * change, gamma * (bias - shift)
+
+    def conv_ffn(
+        self, src: str, dst: str, shape: tuple[int, ...], hidden: int, gamma: mx.array
+    ) -> mx.array:
+        """Put fc1 and fc2 down, prefixed with `dst`; returns the depthwise kernel."""
+        channels = shape[0]
+        kernel, shift = self._conv_norm(f"{src}.conv", shape)
+        weight, bias = self._linear(f"{src}.fc1", hidden, channels)
+        self._put(f"{dst}fc1", (weight, bias + mx.sum(weight * shift, axis=1)))
+        weight, bias = self._linear(f"{src}.fc2", channels, hidden)
+        self._put(f"{dst}fc2", (weight * gamma[:, None], bias * gamma))
+        return kernel
+
+
+class _FastViT(_Fold):
+    """The modules of one image tower."""
+
+    def __init__(self, source: Source, config: FastViTConfig):
+        super().__init__(source)
+        self.config = config
+
+    def stem(self, src: str) -> None:
+        C = self.config.embed_dims[0]
+        # MCi0 to MCi2 have "scale" branches here, MCi3 and MCi4 do not; layer by layer below.
+        has_scale = [self.source.has(f"{src}.{i}.conv_scale.conv.weight") for i in range(2)]
+        weight, bias = self._mobile_one(
+            f"{src}.0", (C, 3, 3, 3), scale=has_scale[0], identity=False
+        )
+        self.tensors["stem.conv.weight"], self.tensors["stem.conv_bias"] = _ohwi(weight), bias
+        weight, bias = self._mobile_one(
+            f"{src}.1", (C, 1, 3, 3), scale=has_scale[1], identity=False
+        )
+        self.tensors["stem.depthwise.weight"] = _ohwi(weight)
+        self.tensors["stem.depthwise_bias"] = bias
+        weight, bias = self._mobile_one(f"{src}.2", (C, C, 1, 1), scale=False, identity=True)
+        self._put("stem.pointwise", (weight[:, :, 0, 0], bias))
+
+    def downsample(self, src: str, dst: str, channels: int, stage: int) -> None:
+        wide, large = 2 * channels, f"{src}.proj.0"
+        shape = (wide, 1, 7, 7)
+        if self.source.has(f"{large}.reparam_conv.weight"):
+            weight = self.source.conv(f"{large}.reparam_conv.weight", shape)
+            bias = self.source.vector(f"{large}.reparam_conv.bias", wide)
+        else:
+            weight, bias = self._conv_norm(f"{large}.large_conv", shape)
+            w, b = self._conv_norm(f"{large}.small_conv", (wide, 1, 3, 3))
+            weight, bias = weight + _centred(w, shape), bias + b
+        self._put_double(f"{dst}.depthwise", weight, bias)
+        if self.config.se_downsamples[stage]:
+            self._squeeze_excite(f"{large}.se", f"{dst}.se", wide, wide // SE_RATIO_DOWNSAMPLE)
+        weight, bias = self._mobile_one(
+            f"{src}.proj.1", (wide, wide, 1, 1), scale=False, identity=True
+        )
+        self._put(f"{dst}.pointwise", (weight[:, :, 0, 0], bias))
+
+    def position_encoding(self, src: str, dst: str, channels: int) -> None:
+        shape = (channels, 1, 7, 7)
+        if self.source.has(f"{src}.reparam_conv.weight"):
+            weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
+            bias = self.source.vector(f"{src}.reparam_conv.bias", channels)
+        else:
+            weight = self.source.conv(f"{src}.pos_enc.weight", shape) + _identity(shape)
+            bias = self.source.vector(f"{src}.pos_enc.bias", channels)
+        self.tensors[f"{dst}.conv.weight"], self.tensors[f"{dst}.bias"] = _ohwi(weight), bias
+
+    def block(self, src: str, dst: str, channels: int, stage: int) -> None:
+        attention = self.config.token_mixers[stage] == "attention"
+        if attention:
+            self._attention(src, dst, channels)
+        else:
+            weight, bias = self.rep_mixer(f"{src}.token_mixer", (channels, 1, 3, 3), scale=True)
+            self.tensors[f"{dst}.token_mixer.conv.weight"] = _ohwi(weight)
+            self.tensors[f"{dst}.token_mixer.bias"] = bias
+        gamma = self.source.scale(f"{src}.layer_scale{'_2' if attention else ''}.gamma", channels)
+        hidden = int(channels * self.config.mlp_ratios[stage])
+        kernel = self.conv_ffn(f"{src}.mlp", f"{dst}.mlp.", (channels, 1, 7, 7), hidden, gamma)
+        self.tensors[f"{dst}.mlp.conv.weight"] = _ohwi(kernel)
+
+    def _attention(self, src: str, dst: str, channels: int) -> None:
+        C = channels
+        qkv = self.source.take(f"{src}.token_mixer.qkv.weight", (3 * C, C)).astype(mx.float64)
+        if self.config.attention_norm == "layer":
+            self._put(
+                f"{dst}.token_mixer.norm",
+                (
+                    self.source.vector(f"{src}.norm.weight", C),
+                    self.source.vector(f"{src}.norm.bias", C),
+                ),
+            )
+            self.tensors[f"{dst}.token_mixer.qkv.weight"] = qkv
+        else:
+            gain, shift = self.batch_norm(f"{src}.norm", C)
+            self._put(f"{dst}.token_mixer.qkv", (qkv * gain, mx.sum(qkv * shift, axis=1)))
+        gamma = self.source.scale(f"{src}.layer_scale_1.gamma", C)
+        proj = self.source.take(f"{src}.token_mixer.proj.weight", (C, C)).astype(mx.float64)
+        bias = self.source.vector(f"{src}.token_mixer.proj.bias", C)
+        self.tensors[f"{dst}.token_mixer.proj.weight"] = proj * gamma[:, None]
+        self.tensors[f"{dst}.token_mixer.bias"] = bias * gamma
+
+    def final_conv(self, src: str, channels: int) -> None:
+        wide = 2 * channels
+        weight, bias = self._mobile_one(src, (wide, 1, 3, 3), scale=True, identity=False)
+        self._put_double("final_conv.depthwise", weight, bias)
+        self._squeeze_excite(f"{src}.se", "final_conv.se", wide, wide // SE_RATIO_FINAL)
+
+
+def _ohwi(weight: mx.array) -> mx.array:
+    return weight.transpose(0, 2, 3, 1)
+
+
+def _centred(weight: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """A smaller odd kernel in the middle of zeros, as large as `shape` says."""
+    margins = [(whole - part) // 2 for whole, part in zip(shape[2:], weight.shape[2:], strict=True)]
+    return mx.pad(weight, [(0, 0), (0, 0), *((margin, margin) for margin in margins)])
+
+
+def _identity(shape: tuple[int, ...]) -> mx.array:
+    """The kernel that returns its input: depthwise (C, 1, h, w) or dense (C, C, 1, 1)."""
+    outputs, inputs = shape[:2]
+    centre = mx.eye(outputs) if inputs > 1 else mx.ones((outputs, 1))
+    return _centred(centre.astype(mx.float64)[:, :, None, None], shape)

@@ -1,0 +1,114 @@
+"""Read safetensors files as hostile input.
+
+MLX's own reader accepts files whose shapes wrap around, overlap or are negative, so every header is
+first checked by the reference implementation (`safetensors.safe_open`).
+"""
+
+import re
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError, name_some
+from ..json_fields import read_json
+
+MAX_INDEX_BYTES = 16 << 20
+MAX_DIMENSIONS = 4
+MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+# Weights, packed or float; uint8 are mxfp scales, int64 BatchNorm's step counters.
+STORED_DTYPES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int64: "I64",
+    mx.uint8: "U8",
+}
+
+
+def tensor_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or all there are.
+
+    Raises:
+        CheckpointError: there are none, or the index names a file that is missing or outside.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(f"{index}: has no weight_map; download the file again")
+        for name in names.values():
+            if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+                shown = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+                raise CheckpointError(f"{index}: {shown} is not the name of a shard beside it")
+        files = sorted(set(names.values()))
+        for name in files:
+            if not (directory / name).is_file():
+                raise CheckpointError(
+                    f"{directory / name}: the index names this shard but it is not there; "
+                    "download it again"
+                )
+        return [directory / name for name in files]
+    # Hidden files are not weights: macOS leaves a "._model.safetensors" beside each unpacked file.
+    names = sorted(
+        p.name
+        for p in directory.iterdir()
+        if SHARD_NAME.fullmatch(p.name) and p.name[0] != "." and p.is_file()
+    )
+    if not names:
+        raise CheckpointError(
+            f"{directory}: holds no .safetensors file; give the directory of a checkpoint"
+        )
+    return [directory / name for name in names]
+
+
+def _check_header(path: Path) -> None:
+    """Reject what MLX's reader would take on trust; reads the header only."""
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: a header of {header_bytes} bytes; download it again")
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                if len(shape) > MAX_DIMENSIONS or any(n < 1 for n in shape):
+                    raise CheckpointError(f"{path}: {name[:200]} has the shape {shape[:8]}")
+                if dtype not in STORED_DTYPES.values():
+                    known = ", ".join(sorted(STORED_DTYPES.values()))
+                    raise CheckpointError(f"{path}: {name[:200]} is {dtype}, not one of {known}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a sound safetensors file ({str(error)[:200]}); download it again"
+        ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, mx.array]:
+    """All tensors of one file by name, lazily: data is read when first used.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    _check_header(path)
+    loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def read_tensors(directory: Path) -> dict[str, mx.array]:
+    """All tensors of a checkpoint by name, lazily: data is read when first used.
+
+    Raises:
+        CheckpointError: a file is damaged, or two files hold the same tensor.
+    """
+    tensors: dict[str, mx.array] = {}
+    for path in tensor_files(directory):
+        loaded = read_safetensors(path)
+        twice = sorted(tensors.keys() & loaded.keys())
+        if twice:
+            raise CheckpointError(f"{path}: also holds {name_some(twice)} of another shard")
+        tensors.update(loaded)
+    return tensors

@@ -1,0 +1,82 @@
+"""`embed`: write the embeddings of images or texts to a file."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ..embedding.files import find_images, read_lines
+from ..errors import DataError
+from ..terminal import printable
+from .loading import load_model
+from .options import add_batch_size_argument, add_model_arguments
+
+HELP = "write embeddings of images or texts to a file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_model_arguments(parser)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument(
+        "--images",
+        nargs="+",
+        metavar="SRC",
+        help="directory (searched recursively), glob, image, or file with a path a line",
+    )
+    inputs.add_argument("--texts", type=Path, metavar="FILE", help="file with a text a line")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="X", help=".safetensors, .npz or .parquet"
+    )
+    add_batch_size_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embed the images or texts and write the file.
+
+    Raises:
+        DataError: an input was skipped (the others are in the file), or nothing was written.
+        ModelError: the model cannot be used.
+    """
+    from ..embedding.embed_to_file import embed_images, embed_texts
+    from ..embedding.writers import check_names, check_output
+
+    unreadable: set[str] = set()
+
+    def skip(folder: str, reason: str) -> None:
+        if folder not in unreadable:
+            print(printable(f"skipped {folder}: {reason}"), file=sys.stderr)
+        unreadable.add(folder)
+
+    check_output(args.output)
+    if args.images:
+        items = [path for source in args.images for path in find_images(source, skip)]
+    else:
+        items = read_lines(args.texts)
+        if not items:
+            raise DataError(f"{args.texts}: holds no text; write one a line")
+    check_names(args.output, items)
+    model, processor = load_model(args)
+    started = time.perf_counter()
+    embed = embed_images if args.images else embed_texts
+    try:
+        summary = embed(
+            model,
+            processor,
+            items,
+            args.output,
+            name=args.model,
+            batch_size=args.batch_size,
+            quiet=args.quiet,
+        )
+    except KeyboardInterrupt:
+        print("run the same command again to go on from there", file=sys.stderr)
+        raise
+    unit = "images" if args.images else "texts"
+    result = f"embedded {summary.embedded} of {summary.total} {unit} into {args.output}"
+    if skipped := len(summary.skipped) + len(unreadable):
+        raise DataError(f"{result}; skipped the {skipped} named above")
+    if not args.quiet:
+        seconds = time.perf_counter() - started
+        rate = (summary.embedded - summary.resumed) / seconds
+        print(f"{result} ({seconds:.1f} s, {rate:.1f} {unit}/s)", file=sys.stderr)

@@ -1,0 +1,72 @@
+"""`evaluate`: measure zero-shot accuracy on ImageNet, or retrieval on COCO or Flickr30k."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import DataError
+from .loading import embed_labels, load_model
+from .options import (
+    add_batch_size_argument,
+    add_model_arguments,
+    add_template_arguments,
+    templates,
+)
+
+HELP = "measure accuracy on a data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_model_arguments(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--imagenet",
+        type=Path,
+        metavar="DIR",
+        help="validation images in one directory a class, 1000 in the order of their WordNet ids",
+    )
+    data.add_argument(
+        "--captions",
+        type=Path,
+        metavar="JSON",
+        help="Karpathy's dataset_coco.json or dataset_flickr30k.json; its test split is used",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the captions' images")
+    add_template_arguments(parser)
+    add_batch_size_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate the model and print the results.
+
+    Raises:
+        ModelError: an option, the data set, or the model cannot be used.
+    """
+    if args.captions and (args.template or args.templates):
+        raise DataError("--captions takes no --template and no --templates; leave them out")
+    if args.imagenet and args.images:
+        raise DataError("--imagenet takes no --images; its DIR holds the images")
+    if args.captions and args.images is None:
+        raise DataError("--captions needs --images DIR, the directory of the images")
+    from ..eval.benchmarks import evaluate_imagenet, evaluate_retrieval
+    from ..eval.datasets import imagenet_images, karpathy_test
+    from ..eval.zero_shot import imagenet_classes
+
+    options = {"batch_size": args.batch_size, "quiet": args.quiet}
+    if args.imagenet:
+        paths, targets = imagenet_images(args.imagenet)
+        prompts, labels = templates(args), list(imagenet_classes())
+        model, processor = load_model(args)
+        texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
+        results = evaluate_imagenet(model, processor, paths, targets, texts, **options)
+    else:
+        paths, captions, owners = karpathy_test(args.captions, args.images)
+        model, processor = load_model(args)
+        results = evaluate_retrieval(model, processor, paths, captions, owners, **options)
+    if args.json:
+        print(json.dumps({"model": args.model, **results}))
+        return
+    for name, value in results.items():
+        print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")

@@ -1,0 +1,43 @@
+"""Load the model and embed the labels that the options name, with progress on stderr."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from ..terminal import Bar, progress
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from ..models.clip import MobileCLIP
+    from ..preprocess.processor import Processor
+
+BAR_FROM_PROMPTS = 512  # fewer are embedded in a moment
+
+
+def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
+    """Load the model that the options name."""
+    if args.quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
+        from .. import load
+
+        loaded = load(args.model, variant=args.variant, revision=args.revision, dtype=args.dtype)
+        set_status(f"loaded {args.model}")
+    return loaded
+
+
+def embed_labels(
+    model: "MobileCLIP",
+    processor: "Processor",
+    labels: list[str],
+    templates: tuple[str, ...],
+    *,
+    quiet: bool,
+) -> "mx.array":
+    """`text_matrix` of K labels, float32 (K, E), with a bar if there are many prompts."""
+    from ..eval.zero_shot import text_matrix
+
+    few = len(labels) * len(templates) < BAR_FROM_PROMPTS
+    with Bar(len(labels), "labels", quiet=quiet or few) as bar:
+        return text_matrix(model, processor, labels, templates, on_progress=bar.advance)

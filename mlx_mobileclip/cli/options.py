@@ -1,0 +1,58 @@
+"""Options that several commands share."""
+
+import argparse
+
+from ..defaults import DEFAULT_MODEL
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the model, and --quiet and --debug."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="M",
+        help="repository on Hugging Face, checkpoint directory or file, or demo, the small model "
+        "that comes with this package (default: %(default)s)",
+    )
+    parser.add_argument("--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not tell")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="default: float16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prompts that labels are put into."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="T",
+        help='prompt with {} for the label; again for more, which are averaged (default: "a photo '
+        'of a {}."; for ImageNet the 80 of --templates openai)',
+    )
+    group.add_argument(
+        "--templates", choices=("openai", "simple"), help="a published set of prompts"
+    )
+
+
+def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --batch-size."""
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="default: %(default)s"
+    )
+
+
+def templates(args: argparse.Namespace) -> tuple[str, ...]:
+    """The prompts that the options select."""
+    from ..eval.zero_shot import PLAIN_TEMPLATE, template_set
+
+    if args.template:
+        return tuple(args.template)
+    if args.templates or args.imagenet:
+        return template_set(args.templates or "openai")
+    return PLAIN_TEMPLATE

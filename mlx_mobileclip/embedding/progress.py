@@ -1,0 +1,49 @@
+"""Consume a stream of embeddings, with errors and progress on stderr."""
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..terminal import Bar, printable
+from .pipeline import Embedded
+
+MAX_NAME = 200  # characters of a name in a message
+
+
+def consume(
+    results: Generator[Embedded, None, None],
+    batch_size: int,
+    bar: Bar,
+    store: Callable[[list[str], NDArray[np.float32]], None],
+) -> dict[str, str]:
+    """Store all embeddings batch by batch; report inputs without one and continue.
+
+    Args:
+        results: From `iter_embeddings` or `iter_text_embeddings`; closed in any case.
+        batch_size: The batch size given there.
+        bar: Shows the progress; on Ctrl-C how much was done.
+        store: Called once per batch with its names (N) and their embeddings (N, E), N > 0.
+
+    Returns:
+        Error messages by name.
+    """
+    errors = {}
+    try:
+        with closing(results):
+            while batch := list(islice(results, batch_size)):
+                rows = {item.name: item.row for item in batch if item.row is not None}
+                if rows:
+                    store(list(rows), np.stack(list(rows.values())))
+                for item in batch:
+                    if item.error is not None:
+                        message = errors[item.name] = str(item.error)
+                        where = "" if item.name in message else f"{item.name[:MAX_NAME]}: "
+                        bar.say(printable(f"skipped {where}{message}"))
+                bar.advance(len(batch))
+    except KeyboardInterrupt:
+        bar.say(f"{bar.done} of {bar.total} {bar.unit} are done")
+        raise
+    return errors

@@ -1,0 +1,127 @@
+"""The finished rows of a run that has not ended, so that an interrupted run can be resumed.
+
+Rows are appended batch by batch, each batch with a checksum. An incomplete or damaged tail, as a
+killed process leaves it, is truncated when the file is opened again.
+"""
+
+import fcntl
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+
+Key = tuple[str, str]
+# Magic, lengths in bytes of the keys (JSON) and of the rows (float32), CRC of keys and rows.
+RECORD = struct.Struct("<4sIII")
+MAGIC = b"MCE1"
+
+
+class ResumeLog:
+    """Rows by key (name and stamp) in `<output>.partial`.
+
+    A context manager that holds a lock on the file, where the file system has locks.
+
+    Attributes:
+        path: The log file.
+        about: The header.
+        rows: Embeddings, float32 (E,), by key.
+    """
+
+    def __init__(self, output: Path, about: Mapping[str, str]):
+        """Choose the file; it is opened on entry.
+
+        Args:
+            output: The file that the run will write.
+            about: Everything that all rows depend on; a log with another header is discarded.
+        """
+        self.path = output.with_name(output.name + ".partial")
+        self.about = dict(about)
+        self.rows: dict[Key, NDArray[np.float32]] = {}
+        self._file: BinaryIO
+
+    def __enter__(self) -> "ResumeLog":
+        try:
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --output"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise DataError(
+                f"{self.path}: another run is writing it; wait for that, or choose another --output"
+            ) from error
+        except OSError:
+            pass  # network file systems without locks
+        self._file.seek(0)
+        end = self._replay()
+        self._file.truncate(end)
+        if not end:
+            self.rows.clear()
+            self._append(json.dumps(self.about).encode(), b"")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, keys: Sequence[Key], rows: NDArray[np.float32]) -> None:
+        """Add the rows of a batch; they survive a killed process once this returns.
+
+        Args:
+            keys: N keys.
+            rows: Their embeddings (N, E).
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        self._append(json.dumps(list(keys)).encode(), rows.astype("<f4").tobytes())
+        self.rows.update(zip(keys, rows, strict=True))
+
+    def remove(self) -> None:
+        """Delete the file, once its rows are in the output."""
+        self.path.unlink(missing_ok=True)
+
+    def _replay(self) -> int:
+        """Read the rows of an earlier run; returns the length of the intact part in bytes."""
+        header = self._next()
+        if header is None or header[0] != json.dumps(self.about).encode():
+            return 0
+        end = self._file.tell()
+        while (record := self._next()) is not None:
+            keys = [(str(name), str(stamp)) for name, stamp in json.loads(record[0])]
+            rows = np.frombuffer(record[1], "<f4").reshape(len(keys), -1)
+            self.rows.update(zip(keys, rows, strict=True))
+            end = self._file.tell()
+        return end
+
+    def _next(self) -> tuple[bytes, bytes] | None:
+        """The keys and rows of the next record; None at the end or if it is damaged."""
+        head = self._file.read(RECORD.size)
+        if len(head) < RECORD.size:
+            return None
+        magic, keys_bytes, rows_bytes, checksum = RECORD.unpack(head)
+        left = self.path.stat().st_size - self._file.tell()
+        if magic != MAGIC or keys_bytes + rows_bytes > left:
+            return None
+        keys, rows = self._file.read(keys_bytes), self._file.read(rows_bytes)
+        return (keys, rows) if zlib.crc32(rows, zlib.crc32(keys)) == checksum else None
+
+    def _append(self, keys: bytes, rows: bytes) -> None:
+        checksum = zlib.crc32(rows, zlib.crc32(keys))
+        try:
+            self._file.write(RECORD.pack(MAGIC, len(keys), len(rows), checksum) + keys + rows)
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space and run the "
+                "same command again"
+            ) from error

@@ -1,0 +1,1 @@
+"""Zero-shot classification, metrics, and the published evaluations."""

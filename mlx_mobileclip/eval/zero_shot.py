@@ -1,0 +1,218 @@
+"""Zero-shot classification: find the label whose text embedding is nearest to the image.
+
+A label is inserted into every template of a set; the embeddings of the prompts are normalised,
+averaged and normalised again, as in the evaluation behind the published results (open_clip 3.3.0,
+zero_shot_classifier.py).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..caching.disk_cache import DiskCache
+from ..embedding.identity import text_identity
+from ..embedding.pipeline import text_tower
+from ..errors import DataError, ModelError
+from ..models.clip import MobileCLIP
+from ..preprocess.image import ImageSource
+from ..preprocess.processor import Processor
+
+PLAIN_TEMPLATE = ("a photo of a {}.",)
+TEMPLATE_SETS = ("openai", "simple")
+PROMPTS_PER_BATCH = 128
+MAX_LOGIT_SCALE = 100.0  # as in training
+CACHE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One label of an image.
+
+    Attributes:
+        label: The label as given.
+        index: Its index in the list of labels, from 0.
+        probability: Softmax of the scaled similarities over all labels, 0 to 1.
+        similarity: Cosine similarity of image and label, -1 to 1.
+    """
+
+    label: str
+    index: int
+    probability: float
+    similarity: float
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """OpenAI's names of the 1000 ImageNet classes, in the order of the sorted WordNet ids."""
+    return tuple(_data("imagenet_classes.json")["classes"])
+
+
+def template_set(name: str) -> tuple[str, ...]:
+    """A published set of prompt templates, in which `{}` stands for the label.
+
+    Args:
+        name: "openai" (80 templates) or "simple" (7).
+
+    Raises:
+        DataError: there is no such set.
+    """
+    if name not in TEMPLATE_SETS:
+        raise DataError(f"templates {name!r} are not known; choose {' or '.join(TEMPLATE_SETS)}")
+    return tuple(_data("imagenet_templates.json")[name])
+
+
+def _data(name: str) -> dict[str, Any]:
+    file = resources.files("mlx_mobileclip").joinpath("data", name)
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def text_matrix(
+    model: MobileCLIP,
+    processor: Processor,
+    labels: Sequence[str],
+    templates: Sequence[str] = PLAIN_TEMPLATE,
+    *,
+    cache: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> mx.array:
+    """Embed each label, averaged over the templates.
+
+    Args:
+        model: Model with a text tower.
+        processor: The model's processor.
+        labels: K labels.
+        templates: Prompts in which `{}` stands for the label.
+        cache: Keep the result on disk, and reuse it for the same text tower, tokenizer, labels
+            and templates.
+        on_progress: Called with the number of labels just embedded.
+
+    Returns:
+        float32 (K, E), unit rows.
+
+    Raises:
+        DataError: no labels, no templates, or a template without `{}`.
+        ModelError: the model has no text tower, or an embedding is not finite.
+    """
+    if isinstance(labels, str) or not labels:
+        raise DataError("there are no labels; give at least one, as a list")
+    if isinstance(templates, str) or not templates:
+        raise DataError("there are no templates; give at least one, as a list")
+    for template in templates:
+        if "{}" not in template:
+            raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
+    text_tower(model)
+    key = _cache_key(model, processor, labels, templates) if cache else ""
+    if cache and (stored := DiskCache(cache_directory()).read(key, len(labels))) is not None:
+        return mx.array(stored)
+    step = max(1, PROMPTS_PER_BATCH // len(templates))
+    rows = []
+    for start in range(0, len(labels), step):
+        group = labels[start : start + step]
+        rows.append(_embed_labels(model, processor, group, templates))
+        mx.eval(rows[-1])
+        if on_progress:
+            on_progress(len(group))
+    matrix = mx.concatenate(rows)
+    if not mx.isfinite(matrix.sum()).item():
+        raise ModelError("the labels' embeddings are not finite; try --dtype float32")
+    if cache:
+        DiskCache(cache_directory()).write(key, np.asarray(matrix))
+    return matrix
+
+
+def _embed_labels(
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
+) -> mx.array:
+    # Not str.format: a label or a template may hold other braces.
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    parts = [
+        model.encode_text(
+            processor.texts(prompts[start : start + PROMPTS_PER_BATCH]), normalize=True
+        ).astype(mx.float32)
+        for start in range(0, len(prompts), PROMPTS_PER_BATCH)
+    ]
+    embeddings = mx.concatenate(parts).reshape(len(labels), len(templates), -1)
+    mean = embeddings.mean(axis=1)
+    return mean / mx.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def cache_directory() -> Path:
+    """Directory of cached text matrices: $MLX_MOBILECLIP_CACHE, or in the user's cache."""
+    if chosen := os.environ.get("MLX_MOBILECLIP_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "mlx-mobileclip"
+
+
+def _cache_key(
+    model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
+) -> str:
+    content = [CACHE_FORMAT, *text_identity(model, processor), list(templates), list(labels)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def classify(
+    model: MobileCLIP,
+    processor: Processor,
+    images: Sequence[ImageSource],
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str] = PLAIN_TEMPLATE,
+    texts: mx.array | None = None,
+    top_k: int = 5,
+    batch_size: int = 32,
+    cache: bool = True,
+) -> list[list[Prediction]]:
+    """Find the most similar labels of each image.
+
+    Args:
+        model: Model with both towers.
+        processor: The model's processor.
+        images: Paths, bytes, PIL images or arrays.
+        labels: K labels to choose from.
+        templates: Prompts in which `{}` stands for the label.
+        texts: The labels' embeddings (K, E) from `text_matrix`; computed if not given.
+        top_k: Number of labels to return per image, at most K.
+        batch_size: Images per forward pass.
+        cache: Keep the labels' embeddings on disk.
+
+    Returns:
+        Per image its best labels, most probable first; ties in the order of the labels.
+
+    Raises:
+        DataError: labels or templates cannot be used, or top_k is below 1.
+        ImageError: an image cannot be read.
+        ModelError: an embedding is not finite.
+    """
+    if top_k < 1:
+        raise DataError(f"top_k is {top_k}; ask for at least 1 label")
+    if texts is None:
+        texts = text_matrix(model, processor, labels, templates, cache=cache)
+    if texts.ndim != 2 or texts.shape[0] != len(labels):
+        raise DataError(f"texts has shape {texts.shape}, but there are {len(labels)} labels")
+    _, logit_scale = text_tower(model)
+    scale = mx.minimum(mx.exp(logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
+    results = []
+    for start in range(0, len(images), batch_size):
+        pixels = processor.images(images[start : start + batch_size])
+        embeddings = model.encode_image(pixels, normalize=True).astype(mx.float32)
+        similarities = embeddings @ texts.T
+        probabilities = mx.softmax(scale * similarities, axis=-1)
+        for cosines, chances in zip(
+            np.asarray(similarities), np.asarray(probabilities), strict=True
+        ):
+            if not np.isfinite(chances).all():
+                raise ModelError("an image's embedding is not finite; try --dtype float32")
+            best = np.argsort(-cosines, kind="stable")[:top_k]
+            results.append(
+                [Prediction(labels[i], int(i), float(chances[i]), float(cosines[i])) for i in best]
+            )
+    return results

@@ -1,0 +1,163 @@
+"""Small files and JSON objects of a checkpoint, read as hostile input: bounded and type-checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Fields:
+    """One JSON object of a checkpoint, read field by field with type and range checks."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values = values
+        self.where = where
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """The error for a field that cannot be used."""
+        return ConfigError(f"{self.where}: {key}: {problem}; the checkpoint cannot be used")
+
+    def get(self, key: str, default: Any = ...) -> Any:
+        """The raw value; a field that is absent or null takes the default or is an error."""
+        value = self.values.get(key)
+        if value is None:
+            if default is ...:
+                raise self.error(key, "is missing")
+            return default
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether the field is there and not null."""
+        return self.values.get(key) is not None
+
+    def object(self, key: str) -> "Fields":
+        """A nested object."""
+        value = self.get(key)
+        if not isinstance(value, dict):
+            raise self.error(key, "is not an object")
+        return Fields(value, f"{self.where}: {key}")
+
+    def check_version(self, known: int) -> None:
+        """Refuse a canonical config that is newer than this program."""
+        version = self.integer("format_version", 1, 1 << 20)
+        if version > known:
+            raise ConfigError(
+                f"{self.where}: format_version {version} is newer than this program knows "
+                f"({known}); update mlx-fastvlm, or convert the source again"
+            )
+
+    def _check(self, key: str, value: Any, kinds: Any, low: float, high: float) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            scalar = isinstance(value, (int, float, str)) and len(repr(value)) < 40
+            text = repr(value) if scalar else type(value).__name__
+            kind = "an integer" if kinds is int else "a number"
+            raise self.error(key, f"{text} is not {kind} from {low} to {high}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: Any = ...) -> int:
+        """An integer within [low, high]."""
+        return int(self._check(key, self.get(key, default), int, low, high))
+
+    def number(self, key: str, low: float, high: float, default: Any = ...) -> float:
+        """A finite number within [low, high]."""
+        return float(self._check(key, self.get(key, default), (int, float), low, high))
+
+    def boolean(self, key: str, default: Any = ...) -> bool:
+        """True or false, nothing else."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "is not true or false")
+        return value
+
+    def string(self, key: str, default: Any = ...) -> str:
+        """A string of at most 4096 printable characters."""
+        value = self.get(key, default)
+        if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+            raise self.error(key, "is not a string of at most 4096 printable characters")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: Any = ...) -> str:
+        """One of the allowed strings."""
+        value = self.string(key, default)
+        if value not in allowed:
+            raise self.error(key, f"{value[:40]!r} is not one of {', '.join(allowed)}")
+        return value
+
+    def _list(self, key: str, length: int | None, most: int) -> list[Any]:
+        value = self.get(key)
+        if not isinstance(value, (list, tuple)) or not value or len(value) > most:
+            raise self.error(key, f"is not a list of 1 to {most} entries")
+        if length is not None and len(value) != length:
+            raise self.error(key, f"has {len(value)} entries instead of {length}")
+        return list(value)
+
+    def integers(
+        self, key: str, low: int, high: int, length: int | None = None, most: int = 64
+    ) -> tuple[int, ...]:
+        """A list of integers, each within [low, high]."""
+        values = self._list(key, length, most)
+        return tuple(int(self._check(key, v, int, low, high)) for v in values)
+
+    def numbers(
+        self, key: str, low: float, high: float, length: int | None = None
+    ) -> tuple[float, ...]:
+        """A list of numbers, each within [low, high]."""
+        values = self._list(key, length, 64)
+        return tuple(float(self._check(key, v, (int, float), low, high)) for v in values)
+
+    def choices(self, key: str, allowed: tuple[str, ...], length: int) -> tuple[str, ...]:
+        """A list of strings, each one of the allowed."""
+        values = self._list(key, length, 64)
+        return tuple(Fields({key: v}, self.where).choice(key, allowed) for v in values)
+
+    def booleans(self, key: str, length: int) -> tuple[bool, ...]:
+        """A list of true and false."""
+        values = self._list(key, length, 64)
+        return tuple(Fields({key: v}, self.where).boolean(key) for v in values)
+
+
+def read_bounded(path: Path, limit_bytes: int, remark: str = "") -> bytes:
+    """Read a small file whole.
+
+    Raises:
+        ConfigError: it is no regular file, or larger than the limit, which `remark` explains.
+        OSError: it is missing or cannot be read.
+    """
+    if path.exists() and not path.is_file():  # a pipe would block, a device never end
+        raise ConfigError(f"{path}: is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise ConfigError(f"{path}: larger than {limit_bytes >> 20} MB{remark}")
+    return data
+
+
+def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object of bounded size.
+
+    Raises:
+        ConfigError: the file is missing, larger than the limit, not JSON, nested too deep, or
+            repeats a key (two readers could then see two different files).
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    try:
+        data = read_bounded(path, limit_bytes, "; this is no config file")
+        value = json.loads(data, object_pairs_hook=unique)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{path}: not valid JSON ({reason}); download the file again") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return value

@@ -1,0 +1,324 @@
+"""The layers that the models are made of, each in the form that is fast on the device in use.
+
+This is the only file of the models that asks for the device. On a GPU, in half precision and in
+training a layer is computed as it is defined. On a CPU in float32 `cpu/` computes it in another
+form, and a feature map may be an array or `Rows`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cpu import attention as cpu_attention
+from .cpu import depthwise, elementwise, executor, matmul, stem
+from .cpu.rows import FeatureMap as FeatureMap
+from .cpu.rows import Rows, map_rows, positionwise
+from .cpu.rows import whole as whole
+from .device import on_cpu, on_metal
+from .errors import ModelError
+
+PAD_HEADS_FROM = 512  # positions; estimated from bytes and FLOPs, measured by `bench mac`
+
+
+def _on_cpu_in_float32(x: FeatureMap, training: bool) -> bool:
+    return not training and x.dtype == mx.float32 and on_cpu()
+
+
+# Convolutions.
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise k x k convolution with "same" padding and no bias."""
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        """Create a kernel of zeros; the stride is 1 or 2."""
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
+        self.stride = stride
+        self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, their banded matrix
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
+        return _depthwise(x, [self])
+
+
+class DepthwiseConvDouble(nn.Module):
+    """Grouped k x k convolution with two outputs per channel; `__call__` leaves the bias out.
+
+    Stored as two depthwise convolutions, of the even and of the odd output channels, because MLX's
+    fast Metal kernel needs as many outputs as inputs.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1):
+        super().__init__()
+        self.even = DepthwiseConv(channels, kernel_size, stride)
+        self.odd = DepthwiseConv(channels, kernel_size, stride)
+        self.bias = mx.zeros((2 * channels,))
+
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias."""
+        return _depthwise(x, [self.even, self.odd])
+
+
+def _depthwise(x: FeatureMap, convs: list[DepthwiseConv]) -> FeatureMap:
+    """Apply depthwise convolutions of one shape; their outputs for a channel lie side by side."""
+    first, weights = convs[0], [conv.weight for conv in convs]
+    channels, kernel_size = first.weight.shape[:2]
+    if first.weight.dtype == mx.float32 and _on_cpu_in_float32(x, first.training):
+        kept = first._banded
+        if kept is None or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
+            kept = first._banded = weights, depthwise.banded_matrix(weights, first.stride)
+        return depthwise.depthwise_conv(x, kept[1], kernel_size, first.stride)
+    x = whole(x)
+    ys = [mx.conv2d(x, w, first.stride, kernel_size // 2, groups=channels) for w in weights]
+    return ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
+
+
+class StemConv(nn.Conv2d):
+    """3x3 convolution of RGB pixels with stride 2, padding 1 and no bias."""
+
+    def __init__(self, channels: int):
+        super().__init__(3, channels, 3, stride=2, padding=1, bias=False)
+
+    def __call__(self, pixels: mx.array) -> FeatureMap:
+        """(B, H, W, 3) to (B, H/2, W/2, C), sizes rounded up."""
+        if self.training or not on_cpu():
+            return super().__call__(pixels)
+        return stem.conv3x3_stride2(pixels, self.weight)
+
+
+# Matrix products.
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b."""
+
+    def __call__(self, x: Any) -> Any:
+        """(..., C) to (..., K)."""
+        if isinstance(x, Rows):
+            return map_rows(self, x)
+        if self.training or not on_cpu():
+            return super().__call__(x)
+        return matmul.linear(x, self.weight, self.get("bias"))
+
+    def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
+        """The quantised layer; arguments as those of `mx.quantize`."""
+        return QuantizedLinear.from_linear(self, *args, **kwargs)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """y = x W^T + b with quantised weights."""
+
+    def __call__(self, x: Any) -> Any:
+        """(..., C) to (..., K)."""
+        if isinstance(x, Rows):
+            return map_rows(self, x)
+        y = _quantized_product(x, self)
+        return y + self.bias if "bias" in self else y
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings; `as_linear` uses them as the output layer."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., L, D) to logits (..., L, V)."""
+        if self.training or not on_cpu():
+            return x @ self.weight.T
+        return matmul.linear(x, self.weight)
+
+    def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
+        """The quantised layer; arguments as those of `mx.quantize`."""
+        return QuantizedEmbedding.from_embedding(self, *args, **kwargs)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """Token embeddings with quantised weights."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(..., L, D) to logits (..., L, V)."""
+        return _quantized_product(x, self)
+
+
+def _quantized_product(x: mx.array, layer: nn.Module) -> mx.array:
+    """X W^T, without the layer's bias."""
+    arrays = [layer["weight"], layer["scales"], layer.get("biases")]
+    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    if layer.training or not on_cpu():
+        return mx.quantized_matmul(x, *arrays, **packing)
+    return matmul.quantized_linear(x, arrays, packing)
+
+
+@positionwise
+def add_product(residual: mx.array, x: mx.array, layer: nn.Module) -> mx.array:
+    """Residual + x W^T in one product, without the layer's bias.
+
+    Args:
+        residual: (..., K).
+        x: (..., C).
+        layer: A `Linear` or `QuantizedLinear`.
+
+    Returns:
+        (..., K).
+    """
+    if isinstance(layer, QuantizedLinear):
+        return residual + _quantized_product(x, layer)
+    flat, y = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
+    if layer.training or not on_cpu():
+        y = mx.addmm(y, flat, layer.weight.T)
+    else:
+        y = matmul.linear(flat, layer.weight, y)
+    return y.reshape(residual.shape)
+
+
+# Elementwise functions.
+
+
+class GELU(nn.Module):
+    """x * (1 + erf(x / sqrt 2)) / 2: the exact GELU, with which all models here were trained."""
+
+    def __call__(self, x: Any, bias: mx.array | None = None) -> Any:
+        """GELU of x, or of x + bias: any shape to the same shape."""
+        if isinstance(x, Rows):
+            return map_rows(self, x, bias)
+        if _on_cpu_in_float32(x, self.training):
+            return elementwise.gelu(x if bias is None else x + bias)
+        return nn.gelu(x) if bias is None else _bias_gelu(x, bias)
+
+
+@partial(mx.compile, shapeless=True)
+def _bias_gelu(x: mx.array, bias: mx.array) -> mx.array:
+    """GELU of x + bias in one kernel."""
+    x = x + bias
+    return x * (1 + mx.erf(x / 2**0.5)) / 2
+
+
+def swiglu(gate_up: mx.array, training: bool) -> mx.array:
+    """silu(gate) * up.
+
+    Args:
+        gate_up: (B, L, 2 I), the gate first.
+        training: Whether the model is in training mode.
+
+    Returns:
+        (B, L, I).
+    """
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return elementwise.swiglu(gate, up) if _on_cpu_in_float32(gate, training) else _swiglu(gate, up)
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+@positionwise
+def add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
+    """X + bias, and x + bias + next_bias; on a GPU in one kernel."""
+    return (_add_biases if on_cpu() else _fused_add_biases)(x, bias, next_bias)
+
+
+def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
+    x = x + bias
+    return x, x + next_bias
+
+
+_fused_add_biases = mx.compile(_add_biases, shapeless=True)
+
+
+# Attention.
+
+
+def self_attention(qkv: mx.array, *, causal: bool = False, training: bool) -> mx.array:
+    """Self-attention of K heads.
+
+    Args:
+        qkv: (B, N, 3, K, D): queries, keys and values.
+        causal: Whether a position sees only itself and those before it.
+        training: Whether the model is in training mode.
+
+    Returns:
+        (B, N, K * D).
+    """
+    B, N, _, K, D = qkv.shape
+    if D == 32 and on_metal() and pad_heads_from() <= N:
+        qkv = mx.pad(qkv, [(0, 0)] * 4 + [(0, 32)])
+    queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)  # each (B, K, N, D), or padded
+    y = attention(queries, keys, values, D**-0.5, causal=causal, training=training)
+    return y[..., :D].transpose(0, 2, 1, 3).reshape(B, N, K * D)
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool,
+    training: bool,
+) -> mx.array:
+    """softmax(scale q k^T) v.
+
+    Args:
+        queries: (B, K, L, D), of the last L of S positions.
+        keys: (B, G, S, D); K / G query heads share a key head.
+        values: (B, G, S, D).
+        scale: Factor on the scores.
+        causal: Whether a position sees only itself and those before it.
+        training: Whether the model is in training mode.
+
+    Returns:
+        (B, K, L, D).
+    """
+    if _on_cpu_in_float32(queries, training):
+        return cpu_attention.attention(queries, keys, values, scale, causal)
+    mask = "causal" if causal else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def pad_heads_from() -> int:
+    """Positions from which heads of width 32 are padded to 64 on Metal.
+
+    MLX's fused attention takes heads of 64 but not of 32. On long inputs, keeping the scores out of
+    memory outweighs twice the arithmetic.
+
+    Returns:
+        $MLX_MOBILECLIP_PAD_HEADS_FROM if it is set, or 512.
+
+    Raises:
+        ModelError: it is not a number.
+    """
+    chosen = os.environ.get("MLX_MOBILECLIP_PAD_HEADS_FROM")
+    if not chosen:
+        return PAD_HEADS_FROM
+    if not chosen.isdecimal() or len(chosen) > 9:
+        raise ModelError(
+            f"MLX_MOBILECLIP_PAD_HEADS_FROM is {chosen[:20]!r}; set it to a number of positions, "
+            f"such as {PAD_HEADS_FROM}, or not at all"
+        )
+    return int(chosen)
+
+
+# Sequences of layers.
+
+
+def run(layers: Sequence[Callable[[Any], Any]], x: mx.array, training: bool) -> mx.array:
+    """Apply layers one after the other to a batch.
+
+    On a CPU each core takes some items, one layer at a time; a batch of fewer items than cores is
+    divided within the layers instead.
+    """
+    if training or not on_cpu() or len(x) < executor.cores():
+        for layer in layers:
+            x = layer(x)
+        return whole(x)
+    for layer in layers:
+        x = executor.by_items(partial(_whole_output, layer), x)
+    return x
+
+
+def _whole_output(layer: Callable[[Any], Any], x: mx.array) -> mx.array:
+    return whole(layer(x))

@@ -1,0 +1,1 @@
+"""The towers of MobileCLIP and FastVLM, stated as in their papers."""

@@ -1,0 +1,201 @@
+"""MobileCLIP: an image tower and a text tower that embed into one space (arXiv:2311.17049)."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import ImageError, ModelError, PromptError
+from ..json_fields import Fields
+from ..quantization import Packed, pack, read_packed
+from .fastvit import FastViT, FastViTConfig
+from .text import TextConfig, TextTower
+from .vit import ViT, ViTConfig
+
+MODEL_TYPE = "mlx_mobileclip"
+FORMAT_VERSION = 1
+INTERPOLATIONS = ("bilinear", "bicubic")
+PARTS = {"image": "image.", "text": "text."}  # what can be quantised apart, by where it lies
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessConfig:
+    """How an image becomes pixels: shorter side to `image_size`, central square, (x - mean) / std.
+
+    Attributes:
+        image_size: Side in pixels.
+        interpolation: "bilinear" or "bicubic", both antialiased.
+        mean: Of each channel, for values in [0, 1].
+        std: Of each channel.
+    """
+
+    image_size: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "PreprocessConfig":
+        """Read and check a `preprocess_config`; raises ConfigError naming the field at fault."""
+        return cls(
+            image_size=fields.integer("image_size", 16, 1024),
+            interpolation=fields.choice("interpolation", INTERPOLATIONS),
+            mean=fields.numbers("mean", -10, 10, length=3),
+            std=fields.numbers("std", 1e-3, 10, length=3),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MobileCLIPConfig:
+    """Everything about a MobileCLIP checkpoint that its tensors cannot tell.
+
+    Attributes:
+        variant: Name of the published model it is built like.
+        embed_dim: Width of the common space.
+        image: The image tower.
+        text: The text tower; None for a checkpoint of the image tower alone.
+        preprocess: How images are prepared.
+        quantization: Packing of each quantised layer by its path in the model.
+        source: Where the checkpoint came from: model, revision, layout.
+    """
+
+    variant: str
+    embed_dim: int
+    image: FastViTConfig | ViTConfig
+    text: TextConfig | None
+    preprocess: PreprocessConfig
+    quantization: Packed = field(default_factory=dict)
+    source: dict[str, str | None] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The canonical config.json."""
+        tower = "vit" if isinstance(self.image, ViTConfig) else "fastvit"
+        result = {
+            "model_type": MODEL_TYPE,
+            "format_version": FORMAT_VERSION,
+            "variant": self.variant,
+            "embed_dim": self.embed_dim,
+            "image_config": {"tower": tower, **self.image.to_json()},
+            "preprocess_config": asdict(self.preprocess),
+            "source": self.source,
+        }
+        if self.text is not None:
+            result["text_config"] = self.text.to_json()
+        if self.quantization:
+            result["quantization"] = {p: asdict(q) for p, q in self.quantization.items()}
+        return result
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> "MobileCLIPConfig":
+        """Read and check a canonical config.json; raises ConfigError naming the field at fault."""
+        fields = Fields(values, where)
+        fields.check_version(FORMAT_VERSION)
+        image = fields.object("image_config")
+        vit = image.choice("tower", ("fastvit", "vit")) == "vit"
+        config = cls(
+            variant=fields.string("variant"),
+            embed_dim=fields.integer("embed_dim", 1, 65536),
+            image=ViTConfig.from_json(image) if vit else FastViTConfig.from_json(image),
+            text=TextConfig.from_json(fields.object("text_config"))
+            if fields.has("text_config")
+            else None,
+            preprocess=PreprocessConfig.from_json(fields.object("preprocess_config")),
+            quantization=read_packed(fields),
+            source=dict(fields.get("source", {})),
+        )
+        size = config.preprocess.image_size
+        if isinstance(config.image, ViTConfig) and config.image.image_size != size:
+            raise fields.error("preprocess_config", f"image_size {size} is not the tower's")
+        return config
+
+
+class ImageTower(nn.Module):
+    """A trunk and its projection into the common space."""
+
+    def __init__(self, config: FastViTConfig | ViTConfig, embed_dim: int):
+        super().__init__()
+        self.trunk = ViT(config) if isinstance(config, ViTConfig) else FastViT(config)
+        self.projection = nn.Linear(config.features, embed_dim)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """(B, S, S, 3) to (B, E)."""
+        return self.project(self.trunk(pixels))
+
+    def project(self, x: mx.array) -> mx.array:
+        """The trunk's output, a map or vectors, to (B, E)."""
+        if x.ndim == 4:
+            x = mx.mean(x, axis=(1, 2))  # (B, features)
+        return self.projection(x)
+
+
+class MobileCLIP(nn.Module):
+    """Both towers. The image tower alone is a model too; its `text` and `logit_scale` are None.
+
+    Attributes:
+        config: What it was built from.
+        image: The image tower.
+        text: The text tower.
+        logit_scale: Natural logarithm of the factor on cosine similarities, as trained; take
+            `exp` of it, at most 100, before the softmax over labels.
+    """
+
+    def __init__(self, config: MobileCLIPConfig):
+        super().__init__()
+        self.config = config
+        self.image = ImageTower(config.image, config.embed_dim)
+        has_text = config.text is not None
+        self.text = TextTower(config.text, config.embed_dim) if config.text else None
+        self.logit_scale = mx.array(np.log(1 / 0.07), mx.float32) if has_text else None
+        pack(self, config.quantization)
+
+    def encode_image(self, pixels: mx.array, normalize: bool = False) -> mx.array:
+        """Embed images.
+
+        Args:
+            pixels: From `Processor.images`, (B, S, S, 3).
+            normalize: Scale each embedding to length 1.
+
+        Returns:
+            float32 (B, E).
+
+        Raises:
+            ImageError: the shape is not one that the tower takes.
+        """
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or min(pixels.shape[:3]) < 1:
+            raise ImageError(f"pixels have shape {pixels.shape}; expected (B, S, S, 3)")
+        return embedding(self.image(pixels), normalize)
+
+    def encode_text(self, ids: mx.array, normalize: bool = False) -> mx.array:
+        """Embed texts.
+
+        Args:
+            ids: From `Processor.texts`, (B, L).
+            normalize: Scale each embedding to length 1.
+
+        Returns:
+            float32 (B, E).
+
+        Raises:
+            ModelError: the checkpoint has no text tower.
+            PromptError: the shape is not (B, L), or an id is outside the vocabulary.
+        """
+        if self.text is None or self.config.text is None:
+            raise ModelError(
+                "this checkpoint holds an image tower only; texts need one with both towers, "
+                "such as apple/MobileCLIP2-S0"
+            )
+        length, vocab_size = self.config.text.context_length, self.config.text.vocab_size
+        if ids.ndim != 2 or ids.shape[1] != length or not len(ids):
+            raise PromptError(f"ids have shape {ids.shape}; expected (B, {length})")
+        values = np.asarray(ids)
+        if values.min() < 0 or values.max() >= vocab_size:
+            raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")
+        return embedding(self.text(ids), normalize)
+
+
+def embedding(x: mx.array, normalize: bool) -> mx.array:
+    """A tower's output as it is given out, float32 (B, E)."""
+    x = x.astype(mx.float32)  # the sum of squares can exceed float16
+    return x / mx.linalg.norm(x, axis=-1, keepdims=True) if normalize else x

@@ -1,0 +1,239 @@
+"""Open images as hostile input and resize them exactly as the reference pipelines do.
+
+Resizing is Pillow's, antialiased and on uint8, as in the reference pipelines: for FastVLM the
+CLIPImageProcessor of transformers 4.48 that Apple's code runs on. Results are equal bit for bit.
+"""
+
+import io
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import ImageError
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
+MAX_IMAGE_SIDE = 16384
+MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
+MAX_IMAGE_BYTES = 512 << 20
+MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole image
+STRIP_PIXELS = 1 << 20  # fits a processor's cache
+ORIENTATION = 0x0112  # EXIF tag
+
+# Without a handler its remarks on damaged files would go to stderr, beside our one line.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+def open_image(source: ImageSource, name: str = "image") -> Image.Image:
+    """Open an image upright and in RGB.
+
+    Args:
+        source: Path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        name: What errors call it, unless it is a path.
+
+    Returns:
+        RGB image: first frame, EXIF orientation applied, 16-bit grey reduced to 8 bits, alpha
+        dropped as the reference does (`convert("RGB")`).
+
+    Raises:
+        ImageError: not an image of an accepted format, damaged, or beyond the limits of
+            16384 px a side and 89 megapixels.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _decode(source, name)
+    if isinstance(source, (bytes, bytearray)):
+        return _decode(io.BytesIO(source), name)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ImageError(
+            f"an image cannot be a {type(source).__name__}; "
+            "give a path, bytes, a PIL image or a uint8 array"
+        )
+    path = find_image(source)
+    try:
+        with path.open("rb") as file:
+            return _decode(file, os.fspath(source))
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def read_image(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file, not decoded.
+
+    Raises:
+        ImageError: it cannot be read, or as `find_image`.
+    """
+    try:
+        with find_image(source).open("rb") as file:
+            return file.read(MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def find_image(source: str | os.PathLike[str]) -> Path:
+    """The path of an image file, without opening it.
+
+    Raises:
+        ImageError: it is a URL, no file, or larger than 512 MB.
+    """
+    name = os.fspath(source)
+    if "://" in name or name.startswith("data:"):
+        raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
+    try:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "no such file"
+            raise ImageError(f"{name}: {what}; give the path of an image")
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise ImageError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
+    # ValueError: a NUL in the name; RuntimeError: ~ of an unknown user.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name[:200]!r}: cannot be read ({reason})") from error
+    return path
+
+
+def _decode(source: Any, name: str) -> Image.Image:
+    """RGB from a file, or from a PIL image that may not be read yet."""
+    try:
+        opened = isinstance(source, Image.Image)
+        image = source if opened else Image.open(source, formats=FORMATS)
+        _check_size(image.width, image.height, name)
+        if not opened and image.info.get("progressive"):
+            _check_scans(source, name)
+        image.load()
+        return _to_rgb(image, name)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name}: more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; resize it first"
+        ) from error
+    except UnidentifiedImageError as error:
+        hint = ""
+        if name.lower().endswith((".heic", ".heif")):
+            hint = f"; on a Mac: sips -s format jpeg {name} --out photo.jpg"
+        raise ImageError(f"{name}: not an image in {', '.join(FORMATS)}{hint}") from error
+    except Exception as error:  # decoders raise almost anything on damaged files
+        raise ImageError(f"{name}: damaged image ({str(error)[:120]}); save it again") from error
+
+
+def _check_scans(file: Any, name: str) -> None:
+    place = file.tell()
+    file.seek(0)
+    scans = file.read(MAX_IMAGE_BYTES).count(b"\xff\xda")
+    file.seek(place)
+    if scans > MAX_JPEG_SCANS:
+        raise ImageError(f"{name}: has {scans} progressive scans, a bomb; save it again")
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if not 1 <= width <= MAX_IMAGE_SIDE or not 1 <= height <= MAX_IMAGE_SIDE:
+        raise ImageError(
+            f"{name} is {width} x {height} px; "
+            f"each side may have 1 to {MAX_IMAGE_SIDE} px. Resize it first"
+        )
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"{name} is {width} x {height} px, more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; "
+            "resize it first"
+        )
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise ImageError(
+            f"an image array must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4), "
+            f"not {array.dtype} of shape {array.shape}"
+        )
+    if array.ndim == 3 and array.shape[2] not in (3, 4):
+        raise ImageError(f"an image array must have 3 or 4 channels last, not shape {array.shape}")
+    _check_size(array.shape[1], array.shape[0], "image")
+    return Image.fromarray(array).convert("RGB")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image.width, image.height, name)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name}: 32-bit pixels have no fixed range; convert it to 8 bits first")
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize_pad(image: Image.Image, size: int) -> Image.Image:
+    """Pad to a black, centred square and resize it to (size, size), without ever building it.
+
+    Equal to apple/ml-fastvlm 592b4ad `llava/mm_utils.py` expand2square followed by a bicubic
+    resize. Pillow resizes along rows first, then along columns; each row and then each column is
+    on its own, so strips of them are resized side by side in threads, and bars above and below
+    the image are only added between the two passes.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (size, side))  # after the first pass
+    result = Image.new("RGB", (size, size))
+    strip = max(1, STRIP_PIXELS // side)
+
+    def resize_rows(start: int) -> None:
+        end = min(start + strip, height)
+        rows = image.crop((-left, start, side - left, end))  # black outside of the image
+        narrow.paste(rows.resize((size, end - start), Image.Resampling.BICUBIC), (0, top + start))
+
+    def resize_columns(start: int) -> None:
+        end = min(start + strip, size)
+        columns = narrow.crop((start, 0, end, side))
+        result.paste(columns.resize((end - start, size), Image.Resampling.BICUBIC), (start, 0))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(resize_rows, range(0, height, strip)))
+        list(pool.map(resize_columns, range(0, size, strip)))
+    return result
+
+
+def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """Resize so that the shorter side is `size`; the longer one is rounded down.
+
+    Raises:
+        ImageError: the image is so elongated that its longer side would exceed 16384 px.
+    """
+    width, height = image.size
+    longer = size * max(width, height) // min(width, height)
+    if longer > MAX_IMAGE_SIDE:
+        raise ImageError(
+            f"an image of {width} x {height} px is too elongated to cut a square from; crop it, "
+            "or use --image-mode pad where there is one"
+        )
+    return image.resize((size, longer) if width <= height else (longer, size), resample)
+
+
+def resize_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size`, then cut the central (size, size) out.
+
+    Source: transformers 4.48 `image_transforms.py` center_crop, which rounds offsets down.
+    """
+    resized = resize_shorter(image, size, Image.Resampling.BICUBIC)
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+def to_array(image: Image.Image) -> NDArray[np.float32]:
+    """RGB image to float32 (H, W, 3) in [0, 1].
+
+    Divided in float32, each of the 256 values is the same as multiplied by 1 / 255 in float64 and
+    then rounded, as the reference has it; multiplied in float32, every other is not.
+    """
+    values = np.asarray(image).astype(np.float32)
+    values /= 255
+    return values

@@ -1,0 +1,1 @@
+"""Multi-modal reinforced training: the loss and a reader for its data."""

@@ -1,0 +1,359 @@
+"""Read reinforced data: stored augmentations, synthetic captions and teachers' embeddings.
+
+A shard is a tar file, read as hostile input: nothing is unpacked to disk or unpickled, and every
+size is checked before memory is taken. Source of the format: apple/ml-mobileclip e15d36e,
+`training/open_clip_v2.patch` and `training/dr/transforms.py`.
+"""
+
+import gzip
+import io
+import json
+import re
+import tarfile
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoints.torch_pickle import read_torch_stream
+from ..errors import CheckpointError, DataError
+
+MAX_SAMPLE_BYTES = {
+    "image": 64 << 20,
+    "text": 1 << 20,
+    "json": 4 << 20,
+    "npz": 16 << 20,
+    "torch": 16 << 20,
+}
+MAX_AUGMENTATIONS = 1024
+MAX_CAPTIONS = 1024
+MAX_WIDTH = 65536
+MAX_SIDE = 1 << 20
+MEMBERS = {  # suffix to kind
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
+    **dict.fromkeys(("txt", "url.txt"), "text"),
+    **dict.fromkeys(("json", "syn.json", "paug.json"), "json"),
+    "npz": "npz",
+    "pth.gz": "torch",
+}
+MAX_MAGNITUDE = 1e6
+# Raised by zipfile and numpy on damaged files: RuntimeError on encrypted ones, the last four on
+# headers that Python's parser rejects.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    tokenize.TokenError,
+)
+OPERATIONS = (
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """The augmentation of an image as shown to the teachers: a crop, then operations.
+
+    Attributes:
+        crop: (top, left, height, width) in pixels of the original, then resized to the model's
+            size; None for no crop.
+        operations: Names from `OPERATIONS` with their magnitudes, in order.
+    """
+
+    crop: tuple[int, int, int, int] | None
+    operations: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reinforced:
+    """One sample of a reinforced data set.
+
+    Attributes:
+        key: Its name in the shard.
+        image: The encoded image; None in the published shards, which hold only its URL.
+        url: URL of the image; None if the shard has none.
+        caption: The true caption.
+        synthetic: Synthetic captions by the name of their set.
+        augmentations: A augmentations.
+        image_embeddings: The teachers' embedding of each augmented image, float32 (A, D).
+        caption_embeddings: Their embedding of the true caption, float32 (D,).
+        synthetic_embeddings: Their embeddings of the n captions of each set, float32 (n, D).
+    """
+
+    key: str
+    image: bytes | None
+    url: str | None
+    caption: str
+    synthetic: dict[str, tuple[str, ...]]
+    augmentations: tuple[Augmentation, ...]
+    image_embeddings: NDArray[np.float32]
+    caption_embeddings: NDArray[np.float32]
+    synthetic_embeddings: dict[str, NDArray[np.float32]]
+
+
+def read_shard(path: Path) -> Iterator[Reinforced]:
+    """Read the samples of one shard, in its order; nothing is unpacked to disk or unpickled.
+
+    Args:
+        path: Uncompressed tar file whose members are named `<key>.<kind>`, those of a sample in
+            succession: .txt, .url.txt, .syn.json, .paug.json, .npz or .pth.gz (the former if there
+            are both), and .jpg, .png or .webp.
+
+    Yields:
+        One sample at a time.
+
+    Raises:
+        DataError: the file, or a member by name, is damaged, too large or not of this form.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            key, last, members = "", 0, dict[str, bytes]()
+            for member in tar:
+                name, _, suffix = Path(member.name).name.partition(".")
+                kind = MEMBERS.get(suffix.lower())
+                if member.size < 0 or member.offset < last:
+                    raise DataError(f"{path}: its members overlap; download it again")
+                last = member.offset_data
+                if kind is None or not member.isreg():
+                    continue
+                name = str(Path(member.name).parent / name)
+                if name != key and members:
+                    yield _sample(f"{path}: {key[:200]}", key, members)
+                    members = {}
+                key = name
+                limit = MAX_SAMPLE_BYTES[kind]
+                if member.size > limit:
+                    raise DataError(
+                        f"{path}: {member.name[:200]} has {member.size} bytes; "
+                        f"at most {limit >> 20} MB are read"
+                    )
+                file = tar.extractfile(member)
+                members[suffix.lower()] = file.read() if file else b""
+            if members:
+                yield _sample(f"{path}: {key[:200]}", key, members)
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: cannot be read as an uncompressed tar file ({str(error)[:200]}); "
+            "download it again"
+        ) from error
+
+
+def _sample(where: str, key: str, members: Mapping[str, bytes]) -> Reinforced:
+    embeddings = "pth.gz" if "pth.gz" in members and "npz" not in members else "npz"
+    for needed in ("txt", "syn.json", "paug.json", embeddings):
+        if needed not in members:
+            raise DataError(f"{where}: has no .{needed}; the shard is not a reinforced one")
+    read = _read_npz if embeddings == "npz" else _read_torch_gz
+    arrays = read(members[embeddings], where)
+    synthetic = _synthetic(_json(members["syn.json"], where), where)
+    augmentations = _augmentations(_json(members["paug.json"], where), where)
+    images, texts = (_embeddings(arrays, name, where) for name in ("image_emb", "text_emb"))
+    if len(images) != len(augmentations):
+        raise DataError(f"{where}: {len(augmentations)} augmentations, {len(images)} embeddings")
+    synthetic_embeddings = {}
+    for name, captions in synthetic.items():
+        # Older shards store the rows of the synthetic captions after that of the true one.
+        rows = texts[1:] if len(texts) > 1 else _embeddings(arrays, f"{name}_emb", where)
+        if len(rows) != len(captions) or rows.shape[1] != images.shape[1]:
+            raise DataError(
+                f"{where}: {name}: {len(captions)} captions, embeddings of shape {rows.shape}"
+            )
+        synthetic_embeddings[name] = rows
+    if texts.shape[1] != images.shape[1]:
+        raise DataError(f"{where}: widths {images.shape[1]} and {texts.shape[1]} differ")
+    image = next((members[s] for s in ("jpg", "jpeg", "png", "webp") if s in members), None)
+    url = members.get("url.txt")
+    return Reinforced(
+        key=key,
+        image=image,
+        url=None if url is None else _text(url, where).strip(),
+        caption=_text(members["txt"], where),
+        synthetic=synthetic,
+        augmentations=augmentations,
+        image_embeddings=images,
+        caption_embeddings=texts[0],
+        synthetic_embeddings=synthetic_embeddings,
+    )
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: a text is not UTF-8; download the shard again") from error
+
+
+def _json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({str(error)[:100]})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: holds no JSON object")
+    return value
+
+
+def _synthetic(values: dict[str, Any], where: str) -> dict[str, tuple[str, ...]]:
+    found = {name: texts for name, texts in values.items() if re.match(r"syn_text", name)}
+    if not found or len(found) > MAX_CAPTIONS:
+        raise DataError(f"{where}: .syn.json has {len(found)} sets named syn_text*")
+    for name, texts in found.items():
+        if (
+            not isinstance(texts, list)
+            or not 1 <= len(texts) <= MAX_CAPTIONS
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise DataError(f"{where}: {name[:80]} is no list of 1 to {MAX_CAPTIONS} texts")
+    return {name: tuple(texts) for name, texts in found.items()}
+
+
+def _augmentations(values: dict[str, Any], where: str) -> tuple[Augmentation, ...]:
+    entries = values.get("param_aug")
+    if isinstance(entries, str):  # the published shards hold JSON within JSON
+        entries = _json(b'{"param_aug":' + entries.encode("utf-8", "replace") + b"}", where)[
+            "param_aug"
+        ]
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_AUGMENTATIONS:
+        raise DataError(f"{where}: param_aug is no list of 1 to {MAX_AUGMENTATIONS} entries")
+    return tuple(_augmentation(entry, where) for entry in entries)
+
+
+def _augmentation(entry: Any, where: str) -> Augmentation:
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise DataError(f"{where}: an augmentation is not a crop and its operations")
+    crop, operations = entry
+    if crop is not None and not (
+        isinstance(crop, list)
+        and len(crop) == 4
+        and all(type(n) is int and 0 <= n <= MAX_SIDE for n in crop)
+        and crop[2] > 0
+        and crop[3] > 0
+    ):
+        raise DataError(f"{where}: {str(crop)[:80]} is no crop (top, left, height, width)")
+    if operations is None:
+        operations = []
+    if not isinstance(operations, list) or len(operations) > len(OPERATIONS):
+        raise DataError(f"{where}: {str(operations)[:80]} is no list of operations")
+    return Augmentation(
+        None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
+        tuple(_operation(operation, where) for operation in operations),
+    )
+
+
+def _operation(entry: Any, where: str) -> tuple[str, float]:
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 2
+        or type(entry[0]) is not int
+        or not 0 <= entry[0] < len(OPERATIONS)
+        or type(entry[1]) not in (int, float)
+        or not abs(entry[1]) <= MAX_MAGNITUDE  # refuses NaN too
+    ):
+        raise DataError(
+            f"{where}: {str(entry)[:80]} is no operation (0 to {len(OPERATIONS) - 1}, magnitude)"
+        )
+    return OPERATIONS[entry[0]], float(entry[1])
+
+
+def _embeddings(
+    arrays: Mapping[str, NDArray[np.float32]], name: str, where: str
+) -> NDArray[np.float32]:
+    if name not in arrays:
+        raise DataError(f"{where}: its embeddings have no {name[:80]}")
+    return arrays[name]
+
+
+def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
+    """Arrays of embeddings by name, checked: float, 2-D, finite, and of the declared size."""
+    arrays: dict[str, NDArray[np.float32]] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for entry in archive.infolist()[:MAX_CAPTIONS]:
+                name = entry.filename.removesuffix(".npy")
+                if not re.fullmatch(r"image_emb|text_emb|syn_text\w*_emb", name):
+                    continue
+                if entry.file_size > MAX_SAMPLE_BYTES["npz"]:
+                    raise DataError(f"{where}: {name} unpacks to {entry.file_size} bytes")
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise DataError(f"{where}: {name} is compressed in an unusual way")
+                with archive.open(entry) as file:
+                    # One more byte than declared, to detect a wrong size.
+                    arrays[name] = _read_npy(file.read(entry.file_size + 1), f"{where}: {name}")
+    except UNREADABLE as error:
+        raise DataError(
+            f"{where}: damaged .npz ({str(error)[:100]}); download the shard again"
+        ) from error
+    return arrays
+
+
+def _read_torch_gz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
+    """The same arrays from a compressed PyTorch file, the format of the bfloat16 data sets."""
+    limit = MAX_SAMPLE_BYTES["torch"]
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            unpacked = file.read(limit + 1)
+        if len(unpacked) > limit:
+            raise DataError(f"{where}: .pth.gz unpacks to more than {limit >> 20} MB")
+        tensors = read_torch_stream(io.BytesIO(unpacked), f"{where}: .pth.gz")
+    except (*UNREADABLE, CheckpointError) as error:
+        raise DataError(
+            f"{where}: damaged .pth.gz ({str(error)[:200]}); download the shard again"
+        ) from error
+    arrays = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or max(tensor.shape) > MAX_WIDTH:
+            raise DataError(f"{where}: {name[:80]} has shape {str(tensor.shape)[:80]}")
+        arrays[name] = np.array(tensor.astype(mx.float32))
+        if not np.isfinite(arrays[name]).all():
+            raise DataError(f"{where}: {name[:80]} holds values that are not finite")
+    return arrays
+
+
+def _read_npy(data: bytes, where: str) -> NDArray[np.float32]:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise DataError(f"{where}: .npy version {version} is not read")
+    read_header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, fortran, dtype = read_header(file)
+    if dtype not in (np.float16, np.float32, np.float64) or fortran:
+        raise DataError(f"{where}: holds {dtype}, not floats in C order")
+    if len(shape) != 2 or not all(0 < n <= MAX_WIDTH for n in shape):
+        raise DataError(f"{where}: has shape {str(shape)[:80]}; expected (rows, width)")
+    body = data[file.tell() :]
+    if len(body) != shape[0] * shape[1] * dtype.itemsize:
+        raise DataError(f"{where}: shape {shape} does not fit its {len(body)} bytes")
+    values = np.frombuffer(body, dtype).reshape(shape).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: holds values that are not finite")
+    return values

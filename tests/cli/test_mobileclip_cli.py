@@ -1,0 +1,120 @@
+"""The command line of mlx_mobileclip: usage, errors, warnings and a closed pipe."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from standin import StandIn, StandInProcessor
+
+import mlx_mobileclip
+from mlx_mobileclip.__main__ import main
+from mlx_mobileclip.terminal import printable
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("loaded")
+
+
+def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
+) -> None:
+    red = f"{images}/red.png"
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "there.npz").write_text("")
+    for args, match in (
+        (["classify", "--image", "none.png", "--labels", "a"], "no such file"),
+        (["classify", "--image", red, "--labels", " , "], "no labels"),
+        (["classify", "--image", red, "--labels-file", "none.txt"], "cannot be read"),
+        (["classify", "--image", red, "--labels-file", f"{tmp_path}/empty.txt"], "no labels"),
+        (["classify", "--image", red, "--labels", "a", "--top-k", "0"], "at least 1"),
+        (["embed", "--images", "none", "--output", f"{tmp_path}/x.npz"], "no such file"),
+        (["embed", "--images", red, "--output", f"{tmp_path}/x.csv"], "must end in"),
+        (["embed", "--images", red, "--output", f"{tmp_path}/there.npz"], "already exists"),
+        (["embed", "--texts", "none.txt", "--output", f"{tmp_path}/x.npz"], "cannot be read"),
+        (["evaluate", "--imagenet", str(images)], "instead of 1000"),
+        (["embed", "--images", "~nobodyx", "--output", f"{tmp_path}/x.npz"], "no such file"),
+        (["evaluate", "--captions", "none.json"], "needs --images"),
+        (["evaluate", "--captions", "x", "--images", "x", "--template", "{}"], "no --template"),
+        (["evaluate", "--captions", "x", "--images", "x", "--templates", "openai"], "--templates"),
+        (["evaluate", "--imagenet", "x", "--images", "x"], "no --images"),
+        (["evaluate", "--captions", "none.json", "--images", "x"], "cannot be read"),
+    ):
+        assert main(args) == 1, args
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert match in err
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["paint"],
+        ["classify", "--labels", "a"],
+        ["classify", "--image", "x.png"],
+        ["classify", "--image", "x.png", "--labels", "a", "--imagenet"],
+        ["classify", "--image", "x", "--labels", "a", "--template", "{}", "--templates", "simple"],
+        ["embed", "--images", "x"],
+        ["embed", "--images", "x", "--texts", "y", "--output", "z.npz"],
+        ["embed", "--images", "x", "--output", "z.npz", "--batch-size", "many"],
+        ["evaluate"],
+    ],
+)
+def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_debug_shows_the_traceback(images: Path) -> None:
+    with pytest.raises(mlx_mobileclip.ImageError):
+        main(["classify", "--image", "none.png", "--labels", "a", "--debug"])
+
+
+def test_closed_pipe(images: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    args = ["--image", f"{images}/red.png", "--labels", "red,green,blue", "--quiet"]
+    process = start("classify", *args)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 130
+    assert err == ""
+
+
+def test_warnings_are_one_line(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Long(StandInProcessor):
+        def texts(self, texts: list[str]) -> mx.array:
+            warnings.warn("a text is\x1b[2J cut", stacklevel=2)
+            return super().texts(texts)
+
+    monkeypatch.setattr(mlx_mobileclip, "load", lambda *_, **__: (StandIn(), Long()))
+    args = ["classify", "--image", f"{images}/red.png", "--labels", "red", "--quiet"]
+    assert main(args) == 0
+    assert set(capsys.readouterr().err.splitlines()) == {"warning: a text is[2J cut"}
+
+
+def test_printable() -> None:
+    text = "a\x1b[2Jb\n\tc\x7f\x9b\udcff"
+    assert printable(text) == "a[2Jbc\\udcff"
+    assert printable(text, keep="\n\t") == "a[2Jb\n\tc\\udcff"
+
+
+def test_help_loads_no_heavy_package() -> None:
+    code = """
+import sys
+from mlx_mobileclip.__main__ import build_parser
+build_parser().format_help()
+print({"mlx", "numpy", "PIL", "safetensors", "huggingface_hub"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr

@@ -1,0 +1,33 @@
+"""Divide MLX's work on the CPU among any number of cores, and see where it goes."""
+
+import io
+import re
+
+import mlx.core as mx
+import pytest
+
+from mlx_mobileclip.cpu import depthwise, executor
+
+
+def divide(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[mx.Stream]:
+    """Divide all work among some cores.
+
+    Returns:
+        The streams that parts are put on, in order; it grows as work is divided.
+    """
+    streams = [mx.new_stream(mx.cpu) for _ in range(cores)]
+    monkeypatch.setattr(executor, "_streams", lambda: streams)
+    monkeypatch.setattr(executor, "cores", lambda: cores)
+    monkeypatch.setattr(depthwise, "cores", lambda: cores)
+    monkeypatch.setattr(executor, "PARALLEL_FROM", 0)
+    started: list[mx.Stream] = []
+    stream = mx.stream
+    monkeypatch.setattr(mx, "stream", lambda s: started.append(s) or stream(s))
+    return started
+
+
+def graph_names(array: mx.array) -> list[str]:
+    """Names of the primitives that compute an array."""
+    listing = io.StringIO()
+    mx.export_to_dot(listing, array)
+    return re.findall(r'label ="(\w+)"', listing.getvalue())

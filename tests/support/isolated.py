@@ -1,0 +1,122 @@
+"""Run hostile cases one after the other in a process of their own, so that a crash is seen."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.worker import forget_peak, peak
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+MEMORY_LIMIT_BYTES = 6 << 30
+
+
+@dataclass
+class Outcome:
+    """How one case ended; `grown_mb` is by how much it raised the process's peak memory."""
+
+    status: int
+    out: str = ""
+    err: str = ""
+    seconds: float = 0.0
+    grown_mb: float = 0.0
+
+
+def run(cases: Sequence[tuple[str, list[str]]], timeout_s: float = 120) -> list[Outcome]:
+    """Run (kind, arguments) cases; one that kills the process has its signal as status."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(cases):
+        rest = json.dumps(cases[len(outcomes) :])
+        command = [sys.executable, __file__]
+        done = subprocess.run(
+            command, input=rest, capture_output=True, text=True, timeout=timeout_s, env=ENVIRONMENT
+        )
+        outcomes += [Outcome(**json.loads(line)) for line in done.stdout.splitlines()]
+        if done.returncode:
+            outcomes.append(Outcome(done.returncode, err=f"died: {done.stderr[-500:]}"))
+    return outcomes
+
+
+def assert_refused(outcome: Outcome, reason: str, *, seconds: float = 10, megabytes: float = 700):
+    """Exit status 1, nothing on stdout, one printable line that gives the reason; bounded."""
+    assert outcome.status == 1, outcome
+    assert outcome.out == ""
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome
+    assert lines[0].startswith("error: "), outcome
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 5000
+    assert "--debug" not in lines[0], outcome  # an exception that nobody foresaw
+    assert reason in lines[0]
+    assert outcome.seconds < seconds, outcome
+    assert outcome.grown_mb < megabytes, outcome
+
+
+def assert_done(outcome: Outcome) -> None:
+    """Exit status 0 and not a word on stderr."""
+    assert outcome.status == 0, outcome
+    assert outcome.err == ""
+
+
+def _answer(arguments: list[str]) -> int:
+    from mlx_fastvlm.cli.generate import main
+
+    return main([*arguments, "--quiet"])
+
+
+def _convert(arguments: list[str]) -> int:
+    from convert.__main__ import main
+
+    return main([*arguments, "--quiet"])
+
+
+def _image(arguments: list[str]) -> int:
+    """Open and preprocess: path, mode; prints the colour in the middle."""
+    from mlx_mobileclip.preprocess.image import open_image, resize_crop, resize_pad, to_array
+    from mlx_mobileclip.terminal import run_command
+
+    def show() -> None:
+        resize = {"pad": resize_pad, "crop": resize_crop}[arguments[1]]
+        pixels = to_array(resize(open_image(arguments[0]), 256))
+        assert pixels.shape == (256, 256, 3)
+        assert 0 <= pixels.min() <= pixels.max() <= 1
+        print(*(pixels[128, 128] * 255).round().astype(int))
+
+    return run_command(show, debug=False)
+
+
+KINDS = {"answer": _answer, "convert": _convert, "image": _image}
+
+
+def _work() -> None:
+    if sys.platform == "linux":  # macOS accepts the limit and does not enforce it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    report: Any = sys.stdout
+    for kind, arguments in json.load(sys.stdin):
+        out, err = io.StringIO(), io.StringIO()
+        forget_peak()
+        started, before = time.perf_counter(), peak()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = KINDS[kind](arguments)
+        outcome = Outcome(
+            status,
+            out.getvalue(),
+            err.getvalue(),
+            time.perf_counter() - started,
+            (peak() - before) / 1e6,
+        )
+        print(json.dumps(asdict(outcome)), file=report, flush=True)
+
+
+if __name__ == "__main__":
+    _work()
