@@ -17,12 +17,12 @@ from mlx_mobileclip.json_fields import read_json
 from mlx_mobileclip.quantization import Quantization, quantize_parts
 
 from .checkpoints.fastvlm import read_foreign
+from .defaults import DEFAULT_MODEL
 from .models.config import MODEL_TYPE, FastVLMConfig
 from .models.fastvlm import PARTS, FastVLM
 from .preprocess import tokenizer
 from .preprocess.processor import Processor
 
-DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEMO_DIRECTORY = Path(__file__).parent / DEMO
 Canonical = tuple[FastVLMConfig, dict[str, mx.array]]
 

@@ -83,6 +83,14 @@ def test_the_runtime_knows_no_converter() -> None:
             )
 
 
+def test_loading_a_foreign_checkpoint_needs_no_converter(tmp_path: Path) -> None:
+    import synthetic
+
+    path = synthetic.write_layout(tmp_path, "fast_vlm")
+    code = f"import sys, mlx_fastvlm; mlx_fastvlm.load({str(path)!r}); print(*sys.modules)"
+    assert not [name for name in fresh(code).split() if "convert" in name.split(".")]
+
+
 def test_no_file_imports_in_a_circle() -> None:
     """Imports for types count. A package imports its own `api` and its command by design."""
     graph = {

@@ -8,7 +8,7 @@ import argparse
 from mlx_mobileclip import __version__
 from mlx_mobileclip.terminal import run_command
 
-from .presets import DEFAULT_PROMPT, PRESETS
+from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT, PRESETS
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        default="apple/FastVLM-0.5B",
+        default=DEFAULT_MODEL,
         metavar="M",
         help="repository on Hugging Face, checkpoint directory, or demo, the small model that "
         "comes with this package (default: %(default)s)",
@@ -40,7 +40,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=256,
+        default=DEFAULT_MAX_TOKENS,
         metavar="N",
         help="most tokens of the answer (default: %(default)s)",
     )

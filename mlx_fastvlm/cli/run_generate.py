@@ -19,6 +19,7 @@ from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import find_image
 from mlx_mobileclip.terminal import printable, progress
 
+from ..defaults import DEFAULT_PROMPT, PRESETS
 from ..generation.answer import Result, Stats, join
 from ..generation.image_cache import ImageCache
 from ..generation.prompt_cache import PromptCache
@@ -26,7 +27,6 @@ from ..generation.sampling import Sampling
 from ..generation.stream import stream_generate
 from ..loader import find_checkpoint, load_checkpoint
 from ..preprocess.processor import check_resolution
-from .presets import DEFAULT_PROMPT, PRESETS
 
 # MLX keeps freed memory for reuse, by default all that it ever had: after an image of 1024 px that
 # is much for a Mac of 8 GB.

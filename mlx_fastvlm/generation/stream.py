@@ -12,6 +12,7 @@ from mlx_mobileclip.caching.fingerprint import Weights
 from mlx_mobileclip.checkpoints.weights import is_finite
 from mlx_mobileclip.errors import ModelError, PromptError
 
+from ..defaults import DEFAULT_MAX_TOKENS
 from ..models.fastvlm import IMAGE_TOKEN, FastVLM
 from ..preprocess.chat_format import Message
 from ..preprocess.processor import Images, Picture, Processor
@@ -22,7 +23,6 @@ from .prompt_cache import PromptCache, describe
 from .sampling import Sampler, Sampling
 from .token_loop import Decoder
 
-DEFAULT_MAX_TOKENS = 256
 RESERVED_TOKENS = 1024  # room for the answer in the KV cache; beyond, it grows step by step
 
 

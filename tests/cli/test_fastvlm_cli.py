@@ -19,7 +19,7 @@ from PIL import Image
 from mlx_fastvlm import FastVLM, generate, load
 from mlx_fastvlm.__main__ import main as dispatch
 from mlx_fastvlm.cli.generate import build_parser, main
-from mlx_fastvlm.cli.presets import PRESETS
+from mlx_fastvlm.defaults import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
