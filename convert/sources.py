@@ -19,12 +19,13 @@ from mlx_mobileclip.checkpoints.weights import check_fit
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.json_fields import read_json
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
+from mlx_mobileclip.loader import read_own_merges
 from mlx_mobileclip.loader import read_tokenizer as read_mobileclip_tokenizer
 from mlx_mobileclip.models.clip import MODEL_TYPE as MOBILECLIP_TYPE
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.models.clip import MobileCLIP, MobileCLIPConfig
 from mlx_mobileclip.preprocess.processor import Processor as MobileCLIPProcessor
-from mlx_mobileclip.preprocess.tokenizer import read_merges, write_merges
+from mlx_mobileclip.preprocess.tokenizer import write_merges
 
 from .calibration import Sample
 from .export import runtimes
@@ -100,7 +101,7 @@ class MobileCLIPSource:
         self._variant = options.variant
         self._config, tensors = self.read()
         text = self._config.text
-        self._merges = None if text is None else read_merges(checkpoint.path, text.vocab_size)
+        self._merges = None if text is None else read_own_merges(checkpoint, text.vocab_size)
         self.model = MobileCLIP(self._config)
         check_fit(self.model, tensors, checkpoint.name)
         layout = self._config.source.get("layout", "canonical")

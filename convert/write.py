@@ -1,10 +1,13 @@
 """Write the files of a checkpoint directory, completely or not at all."""
 
+import fcntl
 import json
+import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from mlx_mobileclip.checkpoints.weights import FLOATS, is_finite, not_finite
 from mlx_mobileclip.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 << 30
+PARTIAL = ".partial"  # suffix of directories that are not complete yet
 CHUNK = 1 << 24  # values that are checked at a time while writing
 LICENCE_NAME = re.compile(r"LICEN[CS]E[\w-]*(\.(md|txt|rst|pdf))?", re.IGNORECASE)
 NOTICE = """This directory holds model weights converted by mlx-fastvlm from: {source}
@@ -33,7 +37,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     """Create a directory that appears only if the block ends without an error.
 
     The block writes to a temporary directory beside the target, which is renamed at the end, and
-    removed on an error. One that was left by a killed process is replaced.
+    removed on an error. Every run has one of its own. Those of runs that were killed are removed.
 
     Args:
         target: Directory to create; it must not exist yet, or be empty.
@@ -42,23 +46,53 @@ def new_directory(target: Path) -> Iterator[Path]:
         The temporary directory.
 
     Raises:
-        CheckpointError: the target is in use, or the disk is full.
+        CheckpointError: the target is in use, also by another run that ended first, or the disk is
+            full.
     """
     check_target(target)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+        with ExitStack() as stack:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(target.parent):  # no other run looks for abandoned directories meanwhile
+                _remove_abandoned(target)
+                partial.mkdir()
+                stack.enter_context(_lock(partial))
+            yield partial
+            partial.rename(target)  # also over an empty directory, but over no other
     except (OSError, RuntimeError) as error:
+        check_target(target)  # another run may have ended first
         raise CheckpointError(
             f"{target}: cannot be written ({error}); free some space or choose another --mlx-path"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _lock(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Lock a directory; yields whether it is locked, which some network file systems refuse."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary directories of ended processes: nobody holds their locks."""
+    name = re.escape(target.name)
+    partial_name = re.compile(rf"\.{name}(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}")
+    for path in target.parent.iterdir():
+        if partial_name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with _lock(path, wait=False) as abandoned:
+                if abandoned:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

@@ -10,10 +10,12 @@ import mlx.core as mx
 from mlx_mobileclip.checkpoints.hub import DEMO, Checkpoint, resolve
 from mlx_mobileclip.checkpoints.safetensors import read_tensors
 from mlx_mobileclip.checkpoints.weights import assign
+from mlx_mobileclip.concurrency import enter
 from mlx_mobileclip.cpu import process
 from mlx_mobileclip.device import parse_dtype
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.json_fields import read_json
+from mlx_mobileclip.layers import prepare
 from mlx_mobileclip.quantization import Quantization, quantize_parts
 
 from .checkpoints.fastvlm import read_foreign
@@ -73,12 +75,14 @@ def load_checkpoint(
     vision_from: str | os.PathLike[str] | None = None,
 ) -> tuple[FastVLM, Processor]:
     """`load` for a checkpoint that is already on disk."""
+    enter()
     config, tensors = read_canonical(checkpoint, vision_from)
     model = FastVLM(config)
     model.eval()
     with ThreadPoolExecutor(1) as beside:  # half a second for 152k tokens; MLX lets it run
         words = beside.submit(read_tokenizer, checkpoint, config)
         assign(model, tensors, parse_dtype(dtype), checkpoint.name)
+        prepare(model)
     process.configure()
     return model, Processor(words.result(), config)
 

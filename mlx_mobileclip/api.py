@@ -18,5 +18,6 @@ from .eval.zero_shot import text_matrix as text_matrix
 from .loader import load as load
 from .models.clip import MobileCLIP as MobileCLIP
 from .models.clip import MobileCLIPConfig as MobileCLIPConfig
+from .models.clip import PreprocessConfig as PreprocessConfig
 from .preprocess.processor import Processor as Processor
 from .quantization import Quantization as Quantization

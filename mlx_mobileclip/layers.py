@@ -41,41 +41,82 @@ class DepthwiseConv(nn.Module):
         self.stride = stride
         self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, their banded matrix
 
+    def kernels(self) -> list[mx.array]:
+        """The one kernel, (C, k, k, 1)."""
+        return [self.weight]
+
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
-        return _depthwise(x, [self])
+        return _depthwise(x, self)
+
+
+class DepthwiseKernel(nn.Module):
+    """One of the kernels of a `DepthwiseConvDouble`."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
 
 
 class DepthwiseConvDouble(nn.Module):
     """Grouped k x k convolution with two outputs per channel; `__call__` leaves the bias out.
 
-    Stored as two depthwise convolutions, of the even and of the odd output channels, because MLX's
-    fast Metal kernel needs as many outputs as inputs.
+    Stored as two depthwise kernels, of the even and of the odd output channels, because MLX's fast
+    Metal kernel needs as many outputs as inputs.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1):
         super().__init__()
-        self.even = DepthwiseConv(channels, kernel_size, stride)
-        self.odd = DepthwiseConv(channels, kernel_size, stride)
+        self.even = DepthwiseKernel(channels, kernel_size)
+        self.odd = DepthwiseKernel(channels, kernel_size)
         self.bias = mx.zeros((2 * channels,))
+        self.stride = stride
+        self._banded: tuple[list[mx.array], mx.array] | None = None
+
+    def kernels(self) -> list[mx.array]:
+        """The two kernels, (C, k, k, 1) each."""
+        return [self.even.weight, self.odd.weight]
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias."""
-        return _depthwise(x, [self.even, self.odd])
+        return _depthwise(x, self)
 
 
-def _depthwise(x: FeatureMap, convs: list[DepthwiseConv]) -> FeatureMap:
-    """Apply depthwise convolutions of one shape; their outputs for a channel lie side by side."""
-    first, weights = convs[0], [conv.weight for conv in convs]
-    channels, kernel_size = first.weight.shape[:2]
-    if first.weight.dtype == mx.float32 and _on_cpu_in_float32(x, first.training):
-        kept = first._banded
-        if kept is None or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
-            kept = first._banded = weights, depthwise.banded_matrix(weights, first.stride)
-        return depthwise.depthwise_conv(x, kept[1], kernel_size, first.stride)
+def _depthwise(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureMap:
+    """Apply the layer's kernels; their outputs for a channel lie side by side."""
+    kernels, stride = layer.kernels(), layer.stride
+    channels, kernel_size = kernels[0].shape[:2]
+    if kernels[0].dtype == mx.float32 and _on_cpu_in_float32(x, layer.training):
+        return depthwise.depthwise_conv(x, _banded_matrix(layer), kernel_size, stride)
     x = whole(x)
-    ys = [mx.conv2d(x, w, first.stride, kernel_size // 2, groups=channels) for w in weights]
+    ys = [mx.conv2d(x, kernel, stride, kernel_size // 2, groups=channels) for kernel in kernels]
     return ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
+
+
+def _banded_matrix(layer: DepthwiseConv | DepthwiseConvDouble) -> mx.array:
+    """The layer's kernels as `depthwise_conv` takes them, made once for the same kernels."""
+    kernels, kept = layer.kernels(), layer._banded
+    if kept is not None and all(a is b for a, b in zip(kept[0], kernels, strict=True)):
+        return kept[1]
+    matrix = depthwise.banded_matrix(kernels, layer.stride)
+    try:
+        mx.eval(matrix)  # an array that waits to be computed belongs to the thread that made it
+    except ValueError:  # within a function that MLX transforms the kernels have no values
+        return matrix
+    layer._banded = kernels, matrix
+    return matrix
+
+
+def prepare(model: nn.Module) -> None:
+    """Compute what a model's layers would compute at their first use, so that threads can share it.
+
+    Args:
+        model: Its weights are evaluated.
+    """
+    depthwise_layers = (DepthwiseConv, DepthwiseConvDouble) if on_cpu() else ()
+    for layer in model.modules():
+        if isinstance(layer, depthwise_layers) and layer.kernels()[0].dtype == mx.float32:
+            _banded_matrix(layer)
 
 
 class StemConv(nn.Conv2d):
@@ -213,6 +254,11 @@ def swiglu(gate_up: mx.array, training: bool) -> mx.array:
 @partial(mx.compile, shapeless=True)
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
+
+
+def mean_of_positions(x: mx.array) -> mx.array:
+    """(B, H, W, C) to (B, C), summed in float32: a sum in float16 overflows on large maps."""
+    return mx.mean(x.astype(mx.float32), axis=(1, 2)).astype(x.dtype)
 
 
 @positionwise

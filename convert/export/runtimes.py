@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_fastvlm.checkpoints.layouts import FASTVLM_LAYOUTS, source_name
 from mlx_fastvlm.models.config import FastVLMConfig
 from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT
-from mlx_fastvlm.preprocess.tokenizer import TURN_END, Tokenizer
+from mlx_fastvlm.preprocess.tokenizer import FLAGS, TEXT_END, TURN_END, Tokenizer
 from mlx_mobileclip.checkpoints.layout import Layout
 from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.errors import ConfigError
@@ -90,7 +90,8 @@ def to_layout(
             common[key] = mx.concatenate([table, empty])
     renamed = {name(key): _with_axes(layout, key, value) for key, value in common.items()}
     renamed |= _unused_tensors(config, target, renamed)
-    text = asdict(config.text) | {"vocab_size": rows, "hidden_act": "silu"}
+    ends = {"eos_token_id": end_ids(tokenizer)}
+    text = asdict(config.text) | {"vocab_size": rows, "hidden_act": "silu"} | ends
     if target == "transformers":
         return _transformers_config(config, text, image_token_id(config, tokenizer)), renamed
     return _mlx_vlm_config(config, text) | _quantization_entry(config, name), renamed
@@ -112,6 +113,11 @@ def image_token_id(config: FastVLMConfig, tokenizer: Tokenizer) -> int:
         return tokenizer.added[IMAGE_TOKEN]
     unused = tokenizer.size <= IMAGE_TOKEN_ID < config.text.vocab_size
     return IMAGE_TOKEN_ID if unused else tokenizer.size
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids that end an answer, the end of a turn first."""
+    return [tokenizer.added[t] for t in (TURN_END, TEXT_END) if t in tokenizer.added]
 
 
 def _with_axes(layout: Layout, common: str, tensor: mx.array) -> mx.array:
@@ -185,7 +191,7 @@ def _transformers_config(
 def write_tokenizer(
     directory: Path, config: FastVLMConfig, target: str, tokenizer: Tokenizer
 ) -> None:
-    """Write the files of the tokenizer and of the preprocessing.
+    """Write the files of the tokenizer, of the preprocessing and of the end of an answer.
 
     Args:
         directory: Where to write.
@@ -198,14 +204,15 @@ def write_tokenizer(
     tokenizer_config: dict[str, Any] = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": TURN_END,
-        "pad_token": "<|endoftext|>",
+        "pad_token": TEXT_END if TEXT_END in tokenizer.added else TURN_END,
         "model_max_length": config.max_length,
     }
     if target == "transformers":
         if IMAGE_TOKEN not in tokenizer.added:
             data = json.loads(path.read_text(encoding="utf-8"))
-            image = {"id": image_token_id(config, tokenizer), "content": IMAGE_TOKEN}
-            data["added_tokens"].append(data["added_tokens"][0] | image)
+            flags = dict.fromkeys(FLAGS, False) | {"special": True}
+            image = {"id": image_token_id(config, tokenizer), "content": IMAGE_TOKEN, **flags}
+            data["added_tokens"].append(image)
             path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         tokenizer_config["extra_special_tokens"] = {"image_token": IMAGE_TOKEN}
         processor_config = {
@@ -217,6 +224,9 @@ def write_tokenizer(
         }
         write_json(directory / "processor_config.json", processor_config)
     write_json(directory / "tokenizer_config.json", tokenizer_config)
+    ends = end_ids(tokenizer)
+    generation_config = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[-1]}
+    write_json(directory / "generation_config.json", generation_config)
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     side = config.image_size
     image_processor = {

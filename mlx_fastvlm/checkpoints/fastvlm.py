@@ -4,7 +4,6 @@ What a layout's config.json says is first put in canonical form and checked; the
 taken by the names and shapes that config implies.
 """
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +19,19 @@ from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
 
 from ..models.config import FORMAT_VERSION, MODEL_TYPE, FastVLMConfig, Qwen2Config
 from .decoder import Decoder, Packings
+from .image_fields import Settings, check_supported, image_settings
 from .layouts import detect, fastvlm_source, tower_keys
 
 ROPE_THETA = 1e6  # every FastVLM's; transformers' default of 10000 would be wrong
 MAX_POSITIONS = 32768
 MAX_LENGTH = 8192
-IMAGE_SIZE = 1024
 # transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
 PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
+TEXT_FIELDS = {"use_sliding_window": (False, None), "hidden_act": ("silu", None)}
+TIMM_ARGUMENTS = (  # that change nothing once the model is trained
+    "inference_mode", "num_classes", "global_pool", "drop_rate", "drop_path_rate",
+    "proj_drop_rate", "layer_scale_init_value",
+)  # fmt: skip
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of PEFT and of training
 NEVER_USED = r"\.num_batches_tracked$|\.rotary_emb\.inv_freq$|\.head\.(proj|fc\.weight|fc\.bias)$"
 
@@ -57,11 +61,8 @@ def read_foreign(
         vision, tower = _vision_config(fields), None
     else:
         vision, tower = _read_tower(vision_from)
-    path = checkpoint.path / "preprocessor_config.json"
-    if layout.name.startswith("fast_vlm") and path.is_file():  # config.json does not say
-        said = _image_fields(Fields(read_json(path), str(path)))
-        fields = Fields(said | values, fields.where)
-    config = _config(fields, vision)
+    images = image_settings(fields, checkpoint.path, vision.stride)
+    config = _config(fields, vision, images)
     source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
     if tower is None:
         tower = fold_fastvit(source, vision, "vision.")
@@ -104,18 +105,22 @@ def _tower_advice(where: str, has_tower: bool) -> str:
     )
 
 
-def _config(fields: Fields, vision: FastViTConfig) -> FastVLMConfig:
+def _config(fields: Fields, vision: FastViTConfig, images: Settings) -> FastVLMConfig:
     """The canonical config that a source's config.json amounts to."""
     values = {
         "format_version": FORMAT_VERSION,
         "text_config": _text_config(fields),
         "vision_config": vision.to_json(),
         "projector_type": fields.string("mm_projector_type", "mlp2x_gelu"),
-        "image_size": _image_size(fields),
-        "image_mode": "pad" if fields.string("image_aspect_ratio", "pad") == "pad" else "crop",
+        "image_size": images[0],
+        "image_mode": images[1],
         "max_length": fields.integer("tokenizer_model_max_length", 1, 1 << 20, MAX_LENGTH),
     }
-    return FastVLMConfig.from_json(values, fields.where)
+    config, text = FastVLMConfig.from_json(values, fields.where), _text_fields(fields)
+    head_dim = config.text.head_dim
+    if text.get("head_dim", head_dim) != head_dim:
+        raise text.error("head_dim", f"only {head_dim}, hidden_size by heads, is supported")
+    return config
 
 
 def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.array]]:
@@ -158,24 +163,28 @@ def _stored_rows(fields: Fields) -> int:
 
 def _text_config(fields: Fields) -> dict[str, Any]:
     text = _text_fields(fields)
-    for key, only in (("use_sliding_window", False), ("hidden_act", "silu")):
-        if text.get(key, only) != only:
-            raise text.error(key, f"only {only} is supported")
+    check_supported(text, TEXT_FIELDS)
+    if fields.get("model_type") == "fast_vlm":
+        check_supported(text, {"model_type": ("qwen2",)})
+    layers = text.get("layer_types", [])
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise text.error("layer_types", "only full_attention is supported")
     rope = text.object("rope_parameters") if text.has("rope_parameters") else text
-    scaling = text.object("rope_scaling") if text.has("rope_scaling") else rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise text.error("rope_scaling", "only plain rotary positions are supported")
+    for key in ("rope_parameters", "rope_scaling"):
+        form = text.object(key) if text.has(key) else Fields({}, "")
+        if form.get("rope_type", form.get("type", "default")) != "default":
+            raise text.error(key, "only plain rotary positions are supported")
+        if form.get("partial_rotary_factor", 1) != 1:
+            raise text.error(key, "partial_rotary_factor: only 1 is supported")
     vocab_size = _stored_rows(fields)
     if fields.get("model_type") == "fast_vlm":
         vocab_size = PADDED_VOCABULARIES.get(vocab_size, vocab_size)
-    defaults = {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": MAX_POSITIONS,
-        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": MAX_POSITIONS}
     shape = Qwen2Config.__dataclass_fields__
     values = defaults | {k: v for k, v in text.values.items() if k in shape and v is not None}
     values["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", ROPE_THETA))
+    tied = (config.boolean("tie_word_embeddings", False) for config in (fields, text))
+    values["tie_word_embeddings"] = any(tied)  # as transformers: either ties them
     return {**values, "vocab_size": vocab_size}
 
 
@@ -184,28 +193,20 @@ def _vision_config(fields: Fields) -> FastViTConfig:
     given = fields.object("vision_config") if fields.has("vision_config") else Fields({}, "")
     tower = fields.string("mm_vision_tower", "mobileclip_l")
     name = given.string("architecture", "fastvit_mci3").removeprefix("fastvit_")
-    if name not in PRESETS or not tower.startswith("mobileclip_l"):
-        raise fields.error("mm_vision_tower", f"{tower[:40]!r}, {name[:40]!r} is not FastViTHD")
+    name = name.partition(".")[0]  # timm's tag of pretrained weights
+    if name not in PRESETS:
+        raise given.error("architecture", f"{name[:40]!r} is not FastViTHD")
+    if not tower.startswith("mobileclip_l"):
+        raise fields.error("mm_vision_tower", f"{tower[:40]!r} is not FastViTHD")
+    values = PRESETS[name].to_json()
     if given.has("model_args"):
         given = given.object("model_args")
-    values = PRESETS[name].to_json()
+        unknown = given.values.keys() - values.keys() - set(TIMM_ARGUMENTS)
+        if unknown:
+            raise given.error(min(unknown), "is not supported")
     values |= {key: value for key, value in given.values.items() if key in values}
     if given.has("layers"):
         stages = len(given.integers("layers", 1, 64, most=8))
         if stages != len(values["se_downsamples"]):
             values["se_downsamples"] = [False] * stages
     return FastViTConfig.from_json(Fields(values, given.where or fields.where))
-
-
-def _image_fields(pixels: Fields) -> dict[str, str]:
-    """What transformers' preprocessor_config.json says of images, in Apple's terms."""
-    size = pixels.object("crop_size") if pixels.has("crop_size") else Fields({}, pixels.where)
-    side = size.integer("height", 1, 1 << 14, IMAGE_SIZE)
-    mode = "pad" if pixels.get("do_pad", True) is not False else "square"
-    return {"mm_vision_tower": f"mobileclip_l_{side}", "image_aspect_ratio": mode}
-
-
-def _image_size(fields: Fields) -> int:
-    """Input side in pixels: the integer after the last "_" of the tower's name."""
-    suffix = fields.string("mm_vision_tower", "").rpartition("_")[2]
-    return int(suffix) if re.fullmatch(r"[0-9]{1,5}", suffix) else IMAGE_SIZE

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_mobileclip.checkpoints.hub import is_repository
 from mlx_mobileclip.errors import PromptError
-from mlx_mobileclip.preprocess.image import find_image
+from mlx_mobileclip.preprocess.image import find_image, is_data_uri
 from mlx_mobileclip.terminal import printable, progress
 
 from ..defaults import DEFAULT_PROMPT, PRESETS
@@ -106,7 +106,8 @@ def _check(args: argparse.Namespace, prompt: str | None) -> None:
     if not args.image and prompt is None and not args.chat:
         raise PromptError("there is nothing to answer; give --image, --prompt or both")
     for path in args.image:
-        find_image(path)
+        if not is_data_uri(path):
+            find_image(path)
     Sampling(args.repetition_penalty, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
 
 

@@ -1,7 +1,10 @@
 """Answer a prompt about images: prefill in one pass, then one token at a time."""
 
+import copy
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,18 +13,20 @@ from numpy.typing import NDArray
 
 from mlx_mobileclip.caching.fingerprint import Weights
 from mlx_mobileclip.checkpoints.weights import is_finite
+from mlx_mobileclip.concurrency import enter
 from mlx_mobileclip.errors import ModelError, PromptError
 
 from ..defaults import DEFAULT_MAX_TOKENS
 from ..models.fastvlm import IMAGE_TOKEN, FastVLM
-from ..preprocess.chat_format import Message
+from ..models.kv_cache import KVCache
+from ..preprocess.messages import Message
 from ..preprocess.processor import Images, Picture, Processor
 from ..preprocess.tokenizer import TextDecoder
 from .answer import AnswerText, Chunk, Clock, Result, join
 from .image_cache import ImageCache, default_image_cache, image_weights
 from .prompt_cache import PromptCache, describe
 from .sampling import Sampler, Sampling
-from .token_loop import Decoder
+from .token_loop import Decoder, Drawn
 
 RESERVED_TOKENS = 1024  # room for the answer in the KV cache; beyond, it grows step by step
 
@@ -74,7 +79,7 @@ def stream_generate(
     Args:
         model: From `load`.
         processor: From `load`.
-        prompt: A question, or a list of messages (see `chat_format.render`).
+        prompt: A question, or a list of messages (see `messages.read_messages`).
         images: One image or several, in the order of their places in the prompt.
         system: System prompt instead of the default.
         resolution: Side the images are resized to, px.
@@ -102,6 +107,7 @@ def stream_generate(
         ModelError: or one of its subclasses, naming what cannot be used; also when the model's
             arithmetic overflows.
     """
+    enter()
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     stops = _stop_texts(stop)
     started = time.perf_counter()
@@ -111,7 +117,6 @@ def stream_generate(
     length, image_tokens = len(ids), ids.count(IMAGE_TOKEN)
     _check_room(length, max_tokens, processor.max_length)
     tokenizer = processor.tokenizer
-    sampler = Sampler(sampling, tokenizer.size, ids)
     cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
     prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
     sequence, weights = describe(ids, pictures), Weights(model)
@@ -123,16 +128,15 @@ def stream_generate(
     known, pixels = _look_up(pictures, image_cache, model, tower)
     clock = Clock(started, preprocess=time.perf_counter())
     fresh, sound = _encode(model, pixels)
-    features = [(known | fresh)[picture.key] for picture in pictures]
-    inputs = mx.array([ids[cached:]], mx.int32)
-    embeddings = model.embed(inputs, mx.concatenate(features) if features else None)
-    decoder = Decoder(model, cache, sampler, tokenizer.size)
-    first = decoder.queue(inputs, embeddings)
+    prefill = partial(_prefill, model, cache, ids, cached, pictures, sampling, tokenizer.size)
+    decoder, first = prefill(known | fresh)
     if not sound.item():  # waits for the images alone
-        raise ModelError(
-            "the image tower overflowed or its weights are damaged; try --dtype float32"
-        )
+        fresh = _encode_in_float32(model, pixels)
+        for layer in cache:
+            layer.trim(length - cached)
+        decoder, first = prefill(known | fresh)
     clock.vision = time.perf_counter() if fresh else clock.preprocess
+    mx.eval(list(fresh.values()))  # done already; this also lets other threads use them
     for key, value in fresh.items():
         image_cache.put(model, tower, key, value)
     answer = AnswerText(TextDecoder(tokenizer), stops)
@@ -203,3 +207,44 @@ def _encode(
         sound = sound & is_finite(features[key])
         mx.async_eval(features[key], sound)
     return features, sound
+
+
+def _prefill(
+    model: FastVLM,
+    cache: list[KVCache],
+    ids: list[int],
+    cached: int,
+    pictures: list[Picture],
+    sampling: Sampling,
+    known_ids: int,
+    features: dict[str, mx.array],
+) -> tuple[Decoder, Drawn]:
+    """Queue the decoder's pass over the part of a prompt that its cache does not hold."""
+    decoder = Decoder(model, cache, Sampler(sampling, known_ids, ids), known_ids)
+    inputs = mx.array([ids[cached:]], mx.int32)
+    images = [features[picture.key] for picture in pictures]
+    embeddings = model.embed(inputs, mx.concatenate(images) if images else None)
+    return decoder, decoder.queue(inputs, embeddings)
+
+
+def _encode_in_float32(
+    model: FastVLM, pixels: dict[str, NDArray[np.float32]]
+) -> dict[str, mx.array]:
+    """Embeddings of images that overflow in half precision, (1, N, D) each.
+
+    Raises:
+        ModelError: they overflow in float32, too.
+    """
+    twin = copy.copy(model)
+    twin.vision_tower = copy.deepcopy(model.vision_tower)
+    twin.projector = copy.deepcopy(model.projector)
+    for module in (twin.vision_tower, *twin.projector):
+        module.set_dtype(mx.float32)
+    features, sound = _encode(twin, pixels)
+    if not sound.item():
+        raise ModelError("the image tower overflowed in float32; its weights are damaged")
+    warnings.warn(
+        "the image tower overflowed and was run again in float32; with dtype float32 it is at once",
+        stacklevel=2,
+    )
+    return features

@@ -4,28 +4,19 @@ A prompt is never searched for markers: images are parts of their own, and contr
 only from here. Source: apple/ml-fastvlm 592b4ad `llava/conversation.py` conv_qwen_2.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_mobileclip.errors import PromptError
-from mlx_mobileclip.preprocess.image import ImageSource
 
 from ..models.fastvlm import IMAGE_TOKEN
+from .messages import Content, Image, Message, read_messages
 from .tokenizer import TURN_END, TURN_START, Tokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant."
-ROLES = ("system", "user", "assistant")
 CHARACTERS_PER_TOKEN = 8
-
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """The place of one image in a prompt; `source` is None where it comes from `images=`."""
-
-    source: ImageSource | None = None
+MARKERS = ("<image>", TURN_START, TURN_END)  # what a text may look as if it meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +34,12 @@ def render(
 ) -> list[Part]:
     """Lay a prompt out as the model was trained to read it, up to where its answer begins.
 
+    A line break follows each image, as in LLaVA's code and in the templates of other runtimes.
+
     Args:
-        prompt: A question; or messages, each {"role": "system" | "user" | "assistant",
-            "content": text, or a list of {"type": "text", "text": ...} and {"type": "image"}}.
-            An image part may carry its own "image".
-        image_count: Images given beside the prompt. They fill the image parts in order; a prompt
-            without image parts gets them before its first user text, each on its own line.
+        prompt: A question, or messages (see `messages.read_messages`).
+        image_count: Images given beside the prompt. They fill the image parts that have no source,
+            in order; a prompt without image parts gets them before its first user text.
         system: System prompt, unless the messages bring one.
 
     Returns:
@@ -57,10 +48,7 @@ def render(
     Raises:
         PromptError: a malformed message, or another number of image parts than images.
     """
-    if not isinstance(prompt, (str, list, tuple)):
-        raise PromptError("a prompt must be a question or a list of messages")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [_turn(message) for message in messages]
+    turns = read_messages(prompt)
     if not turns or turns[-1][0] != "user":
         raise PromptError("the last message must be the user's; add one to be answered")
     if any(role == "system" for role, _ in turns[1:]):
@@ -72,39 +60,19 @@ def render(
     _place_images(turns, image_count)
     parts: list[Part] = []
     for role, content in turns:
-        parts += [Control(TURN_START), f"{role}\n", *content, Control(TURN_END), "\n"]
+        parts += [Control(TURN_START), f"{role}\n"]
+        for part in content:
+            parts += [part, "\n"] if isinstance(part, Image) else [part]
+        parts += [Control(TURN_END), "\n"]
     return _join_texts([*parts, Control(TURN_START), "assistant\n"])
 
 
-def _turn(message: Message) -> tuple[str, list[Part]]:
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        raise PromptError(f"a message must be a dict whose role is one of {', '.join(ROLES)}")
-    content = message.get("content")
-    if isinstance(content, str):
-        return message["role"], [content]
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise PromptError("a message's content must be a text or a list of parts")
-    parts: list[Part] = []
-    for item in content:
-        kind = item.get("type") if isinstance(item, Mapping) else None
-        if kind == "text" and isinstance(item.get("text"), str):
-            parts.append(item["text"])
-        elif kind == "image":
-            parts.append(Image(item.get("image")))
-        else:
-            raise PromptError(
-                'a part must be {"type": "text", "text": ...} or {"type": "image"}, '
-                f"not {str(item)[:60]}"
-            )
-    return message["role"], parts
-
-
-def _place_images(turns: list[tuple[str, list[Part]]], image_count: int) -> None:
+def _place_images(turns: list[tuple[str, Content]], image_count: int) -> None:
     places = [part for _, parts in turns for part in parts if isinstance(part, Image)]
     open_places = sum(place.source is None for place in places)
     if not places and image_count:
         first = next(parts for role, parts in turns if role == "user")
-        first[:0] = [Image(), "\n"] * image_count
+        first[:0] = [Image()] * image_count
     elif open_places != image_count:
         raise PromptError(
             f"the messages have places for {open_places} images but {image_count} are given"
@@ -137,6 +105,7 @@ def encode(
             f"the prompt has {characters} characters; the model reads {max_length} tokens, "
             "images included. Shorten it"
         )
+    _warn_of_markers(parts)
     ids: list[int] = []
     for part in parts:
         if isinstance(part, Image):
@@ -151,6 +120,22 @@ def encode(
             f"model reads {max_length}. Shorten it, give fewer images or a lower resolution"
         )
     return ids
+
+
+def _warn_of_markers(parts: list[Part]) -> None:
+    """Warn if a text seems to be rendered already; it is taken literally."""
+    texts = [part for part in parts if isinstance(part, str)]
+    found = [marker for marker in MARKERS if any(marker in text for text in texts)]
+    if found and not _warned:
+        _warned.add(found[0])
+        warnings.warn(
+            f"the prompt holds {found[0]!r}, which is read as plain text: give images with images= "
+            "or as parts, and messages as a list; this is said once",
+            stacklevel=2,
+        )
+
+
+_warned: set[str] = set()
 
 
 def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:

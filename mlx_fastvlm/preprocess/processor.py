@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import BinaryIO, cast
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mlx_mobileclip.errors import ImageError
 from mlx_mobileclip.preprocess.image import (
     ImageSource,
+    is_data_uri,
     open_image,
     read_image,
     resize_crop,
@@ -23,6 +24,7 @@ from mlx_mobileclip.preprocess.image import (
 
 from ..models.config import IMAGE_MODES, RESOLUTIONS, FastVLMConfig
 from ..preprocess import chat_format as chat
+from .messages import Image, Message
 from .tokenizer import Tokenizer
 
 Images = ImageSource | Sequence[ImageSource] | None
@@ -52,15 +54,17 @@ class Picture:
         """Read the image; raises ImageError if it cannot be.
 
         Args:
-            source: Path, encoded bytes, PIL image or uint8 array.
+            source: Path, data URI, encoded bytes, file object, PIL image or uint8 array.
             size: Side to resize it to, px.
             mode: "pad" or "crop".
             count: How many embeddings it becomes.
         """
         self.count = count
         self._name, self._size, self._mode = "image", size, mode
-        if isinstance(source, (str, os.PathLike)):
-            self._name, source = os.fspath(source), read_image(source)
+        if isinstance(source, (str, os.PathLike)) and not is_data_uri(source):
+            self._name = os.fspath(source)
+        if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
+            source = read_image(cast(str | os.PathLike[str] | BinaryIO, source))
         elif not isinstance(source, (bytes, bytearray)):
             source = open_image(source)
         self._source = source
@@ -94,7 +98,7 @@ class Processor:
 
     def __call__(
         self,
-        prompt: str | Sequence[chat.Message],
+        prompt: str | Sequence[Message],
         images: Images = None,
         *,
         system: str | None = None,
@@ -104,7 +108,7 @@ class Processor:
         """Prepare a prompt and its images.
 
         Args:
-            prompt: A question, or a list of messages (see `prompt.render`).
+            prompt: A question, or a list of messages (see `messages.read_messages`).
             images: One image or several, in the order of their places in the prompt: paths,
                 encoded bytes, PIL images or uint8 arrays.
             system: System prompt instead of "You are a helpful assistant.".
@@ -123,7 +127,7 @@ class Processor:
 
     def prepare(
         self,
-        prompt: str | Sequence[chat.Message],
+        prompt: str | Sequence[Message],
         images: Images = None,
         *,
         system: str | None = None,
@@ -140,7 +144,7 @@ class Processor:
         sources = [
             next(beside) if part.source is None else part.source
             for part in parts
-            if isinstance(part, chat.Image)
+            if isinstance(part, Image)
         ]
         return ids, [Picture(source, size, mode, count) for source in sources]
 

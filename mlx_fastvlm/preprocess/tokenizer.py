@@ -2,18 +2,21 @@
 
 Only these two tables and the list of added tokens are taken from the files; the splitting
 pattern is fixed here, so that no pattern of a hostile tokenizer.json is ever run. Text and
-control tokens are kept apart: text is encoded without them, whatever it spells.
+control tokens are kept apart: text is encoded without them, whatever it spells. Added tokens that
+are not special, such as "<loc_1>", are text.
 
 Source: transformers 5.23 `models/qwen2/tokenization_qwen2.py`.
 """
 
 import codecs
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from mlx_mobileclip.errors import ConfigError
@@ -27,21 +30,54 @@ WORD_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+CONTROL_TOKENS = (TURN_START, TURN_END, TEXT_END, "<image>")  # whatever their flags say
+IN_PROMPTS = (TURN_START, TURN_END, "<image>")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+STRIPPING = ("single_word", "lstrip", "rstrip")  # would change the text around a control token
 
 
 BYTES = byte_alphabet()
 
 
-class Tokenizer:
-    """Text to ids and ids to bytes; control tokens by name only."""
+@dataclass(frozen=True, slots=True)
+class Added:
+    """An added token as tokenizer.json lists it, with the names and the order of its fields."""
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: dict[str, int]):
+    id: int
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+    @property
+    def is_control(self) -> bool:
+        """Whether no text ever becomes this token, nor this token text."""
+        return self.special or self.content in CONTROL_TOKENS
+
+
+class Tokenizer:
+    """Text to ids and ids to bytes; control tokens by name only.
+
+    Attributes:
+        added: Id of each added token, control tokens among them.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: list[Added]):
         """Build from tables that `read` has checked."""
-        self._vocab = vocab
-        self.added = added
-        self._backend = _backend(vocab, merges)
+        self._entries = sorted(added, key=lambda entry: entry.id)
+        self.added = {entry.content: entry.id for entry in added}
+        control = {entry.content for entry in added if entry.is_control}
+        texts = [entry for entry in self._entries if not entry.is_control]
+        self._vocab = {token: i for token, i in vocab.items() if token not in control}
+        # The backend gives an added token the id that its content has in the vocabulary.
+        self._vocab |= {entry.content: entry.id for entry in texts}
+        self._backend = _backend(self._vocab, merges)
+        flags = {entry.content: {flag: getattr(entry, flag) for flag in FLAGS} for entry in texts}
+        self._backend.add_tokens([AddedToken(content, **flags[content]) for content in flags])
         self._bytes: list[bytes | None] = [None] * self.size
-        self._tokens = {i: token for token, i in vocab.items()}
+        self._tokens = {i: token for token, i in self._vocab.items()}
 
     @cached_property
     def size(self) -> int:
@@ -64,7 +100,9 @@ class Tokenizer:
         known = self._bytes[token_id]
         if known is None:
             token = self._tokens.get(token_id, "")
-            known = self._bytes[token_id] = bytes(BYTES[c] for c in token if c in BYTES)
+            in_alphabet = all(c in BYTES for c in token)  # if not, the token stands for itself
+            known = bytes(BYTES[c] for c in token) if in_alphabet else token.encode()
+            self._bytes[token_id] = known
         return known
 
     def decode(self, token_ids: list[int]) -> str:
@@ -76,11 +114,7 @@ class Tokenizer:
         """Write a tokenizer.json that other programs read as well, every id in its place."""
         data = json.loads(self._backend.to_str())
         data["model"]["vocab"] |= self.added
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        data["added_tokens"] = [
-            {"id": token_id, "content": token, **flags, "special": True}
-            for token, token_id in sorted(self.added.items(), key=lambda item: item[1])
-        ]
+        data["added_tokens"] = [asdict(entry) for entry in self._entries]
         path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
@@ -117,9 +151,9 @@ def read(directory: Path) -> Tokenizer:
         ConfigError: the files are missing, malformed, or lack FastVLM's control tokens.
     """
     if (directory / "tokenizer.json").is_file():
-        vocab, merges, added = _from_tokenizer_json(directory / "tokenizer.json")
+        vocab, merges, entries = _from_tokenizer_json(directory / "tokenizer.json")
     elif (directory / "vocab.json").is_file():
-        vocab, merges, added = _from_vocab_and_merges(directory)
+        vocab, merges, entries = _from_vocab_and_merges(directory)
     else:
         raise ConfigError(
             f"{directory}: holds neither tokenizer.json nor vocab.json; "
@@ -127,19 +161,27 @@ def read(directory: Path) -> Tokenizer:
         )
     where = f"{directory}: tokenizer"
     _check_ids(vocab, where)
-    _check_ids(added, where)
+    _check_ids({token: entry["id"] for token, entry in entries.items()}, where)
+    added = [_added_token(entry, where) for entry in entries.values()]
     for token in (TURN_START, TURN_END):
-        if token not in added:
+        if token not in entries:
             raise ConfigError(f"{where}: has no {token}; this is not a FastVLM tokenizer")
-    if missing := BYTES.keys() - vocab.keys():
+    text = vocab.keys() - {entry.content for entry in added if entry.is_control}
+    if missing := BYTES.keys() - text:
         raise ConfigError(
             f"{where}: has no token for {len(missing)} of the 256 bytes; text would get lost"
         )
-    overlap = set(added.values()) & set(vocab.values()) - {vocab.get(t) for t in added}
+    for entry in added:
+        strips = [flag for flag in STRIPPING if getattr(entry, flag)]
+        if entry.content in IN_PROMPTS and strips:
+            raise ConfigError(f"{where}: {strips[0]} of {entry.content} is true; only false works")
+        if vocab.get(entry.content, entry.id) != entry.id:
+            raise ConfigError(f"{where}: {entry.content[:40]!r} has another id in the vocabulary")
+    overlap = {entry.id for entry in added if entry.content not in vocab} & set(vocab.values())
     if overlap:
         raise ConfigError(f"{where}: id {min(overlap)} is both an added token and another one")
     try:
-        return Tokenizer({t: i for t, i in vocab.items() if t not in added}, merges, added)
+        return Tokenizer(vocab, merges, added)
     except BaseException as error:  # the Rust side panics past Exception on odd tables
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
@@ -160,22 +202,44 @@ def _check_ids(table: dict[Any, Any], where: str) -> None:
         raise ConfigError(f"{where}: two tokens share an id")
 
 
-def _from_tokenizer_json(
-    path: Path,
-) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+def _added_token(entry: Mapping[str, Any], where: str) -> Added:
+    """An entry whose content and id have been checked."""
+    content = entry["content"]
+    if not content:
+        raise ConfigError(f"{where}: an added token is empty")
+    special = entry.get("special", True)
+    flags = {flag: entry.get(flag, False) for flag in FLAGS}
+    flags["normalized"] = entry.get("normalized", not special)  # as tokenizers has it
+    for flag, value in (flags | {"special": special}).items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where}: {flag} of {content[:40]!r} is not true or false")
+    return Added(entry["id"], content, **flags, special=special)
+
+
+Entries = dict[str, dict[str, Any]]  # added tokens by content, with "id" and flags
+Tables = tuple[dict[str, int], list[tuple[str, str]], Entries]
+
+
+def _by_content(entries: list[dict[str, Any]]) -> Entries:
+    table: Entries = {}
+    for entry in entries:
+        if table.setdefault(entry["content"], {**entry, "id": entry["id"]}) != entry:
+            raise ValueError(f"{entry['content'][:40]!r} is listed twice")
+    return table
+
+
+def _from_tokenizer_json(path: Path) -> Tables:
     data = read_json(path, MAX_TOKENIZER_BYTES)
     try:
         vocab = dict(data["model"]["vocab"])
         merges = [_merge(m) for m in data["model"]["merges"]]
-        added = {t["content"]: t["id"] for t in data["added_tokens"]}
+        added = _by_content(data["added_tokens"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a byte-level BPE tokenizer ({error!r})") from error
     return vocab, merges, added
 
 
-def _from_vocab_and_merges(
-    directory: Path,
-) -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
+def _from_vocab_and_merges(directory: Path) -> Tables:
     vocab = read_json(directory / "vocab.json", MAX_TOKENIZER_BYTES)
     path = directory / "merges.txt"
     try:
@@ -184,16 +248,42 @@ def _from_vocab_and_merges(
         merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    added_path = directory / "added_tokens.json"
-    if added_path.is_file():
-        return vocab, merges, read_json(added_path)
-    config_path = directory / "tokenizer_config.json"
-    table = read_json(config_path).get("added_tokens_decoder")
+    return vocab, merges, _added_of_split_files(directory)
+
+
+def _added_of_split_files(directory: Path) -> Entries:
+    """Flags are in tokenizer_config.json; without them a token is text unless named as special."""
+    path, added_path = directory / "tokenizer_config.json", directory / "added_tokens.json"
+    config, ids, names = (
+        read_json(file, MAX_TOKENIZER_BYTES) if file.exists() else {}
+        for file in (path, added_path, directory / "special_tokens_map.json")
+    )
     try:
-        assert isinstance(table, dict)
-        return vocab, merges, {t["content"]: int(i) for i, t in table.items()}
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{config_path}: lists no added tokens, nor does {added_path}") from error
+        decoder = config.get("added_tokens_decoder") or {}
+        entries = _by_content([{**token, "id": int(i)} for i, token in decoder.items()])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: unusable added_tokens_decoder ({error!r})") from error
+    special = {*CONTROL_TOKENS, *_named_special(config), *_named_special(names)}
+    for token, token_id in ids.items():
+        is_special = token in special or token.startswith("<|")  # as Qwen writes control tokens
+        added = {"content": token, "id": token_id, "special": is_special}
+        if entries.setdefault(token, added)["id"] != token_id:
+            raise ConfigError(f"{added_path}: {token[:40]!r} has another id in {path.name}")
+    if not entries:
+        raise ConfigError(f"{path}: lists no added tokens, nor does {added_path}")
+    return entries
+
+
+def _named_special(values: Mapping[str, Any]) -> set[str]:
+    """The tokens in fields such as eos_token and additional_special_tokens."""
+    named: list[Any] = []
+    for key, value in values.items():
+        if key.endswith("_token"):
+            named.append(value)
+        elif key.endswith("special_tokens") and isinstance(value, (dict, list)):
+            named += value.values() if isinstance(value, dict) else value
+    contents = [item.get("content") if isinstance(item, dict) else item for item in named]
+    return {content for content in contents if isinstance(content, str)}
 
 
 def _merge(entry: Any) -> tuple[str, str]:

@@ -2,12 +2,16 @@
 
 A cache must never be able to hurt: an entry that is damaged, renamed or of the wrong size counts
 as absent, a directory that cannot be written means no caching, and a file that is no entry is
-neither read nor removed.
+neither read nor removed. What others may write is not trusted: whoever can write an entry can
+also give it the right digest.
 """
 
 import hashlib
 import os
+import stat
 import time
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import get_ident
@@ -23,6 +27,7 @@ PARTIAL = ".matrix-partial"
 MAX_ENTRY_BYTES = 256 << 20
 STALE_SECONDS = 3600  # a partial entry this old was left by a run that was killed
 DIGEST_BYTES = 32
+UNIT_TOLERANCE = 1e-3  # of a row's length
 NEW_AND_PRIVATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
@@ -38,26 +43,38 @@ class DiskCache:
     directory: Path
     max_bytes: int = 512 << 20
 
-    def read(self, key: str, rows: int) -> NDArray[np.float32] | None:
+    def read(
+        self, key: str, rows: int, columns: int | None = None, *, unit: bool = False
+    ) -> NDArray[np.float32] | None:
         """The matrix stored under a key, or None.
 
         Args:
             key: Name of the entry, hexadecimal.
             rows: How many rows it must have.
+            columns: How many columns it must have; None if the caller sees to that.
+            unit: Its rows must have length 1.
 
         Returns:
-            float32 (rows, E), or None if there is no sound entry.
+            float32 (rows, columns), finite, or None if there is no sound entry.
         """
         path = self._path(key)
         try:
+            if not self._is_ours() or not _only_ours(path.stat()):
+                return None
             data = read_bounded(path, MAX_ENTRY_BYTES)
-            os.utime(path)  # recently used entries survive the longest
         except (OSError, ConfigError):
             return None
+        with suppress(OSError):  # on a read-only file system
+            os.utime(path)  # recently used entries survive the longest
         body = data[DIGEST_BYTES:]
         if data[:DIGEST_BYTES] != _digest(key, body) or not body or len(body) % (4 * rows):
             return None
-        return np.frombuffer(body, "<f4").reshape(rows, -1).astype(np.float32)
+        matrix = np.frombuffer(body, "<f4").reshape(rows, -1).astype(np.float32)
+        if columns not in (None, matrix.shape[1]) or not np.isfinite(matrix).all():
+            return None
+        if unit and np.abs(np.linalg.norm(matrix, axis=1) - 1).max() > UNIT_TOLERANCE:
+            return None
+        return matrix
 
     def write(self, key: str, matrix: NDArray[np.float32]) -> None:
         """Store a matrix under a key, then drop the entries not used for longest."""
@@ -66,6 +83,8 @@ class DiskCache:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self._is_ours():
+                return
             partial = self.directory / f"{key}-{os.getpid()}-{get_ident()}{PARTIAL}"
             try:
                 with os.fdopen(os.open(partial, NEW_AND_PRIVATE, 0o600), "wb") as file:
@@ -76,6 +95,24 @@ class DiskCache:
             self._prune()
         except OSError:
             return
+
+    def _is_ours(self) -> bool:
+        """Whether nobody else may write the directory; if somebody may, one warning says so.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        status = self.directory.stat()
+        if _only_ours(status) or (status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX):
+            return True
+        if self.directory not in _warned:
+            _warned.add(self.directory)
+            remedy = "make it yours alone (chown, chmod go-w) or choose another"
+            warnings.warn(
+                f"{self.directory}: is not used as a cache, for others may write it; {remedy}",
+                stacklevel=2,
+            )
+        return False
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}{SUFFIX}"
@@ -95,6 +132,16 @@ class DiskCache:
             total += status.st_size
             if total > self.max_bytes:
                 path.unlink(missing_ok=True)
+
+
+_warned: set[Path] = set()
+
+
+def _only_ours(status: os.stat_result) -> bool:
+    """Whether a file or directory is the user's, and nobody else may write it."""
+    if os.name != "posix":
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _digest(key: str, body: bytes) -> bytes:

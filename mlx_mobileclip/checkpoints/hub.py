@@ -26,6 +26,9 @@ FILES = (
     "merges.txt",
     "added_tokens.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -33,8 +36,8 @@ FILES = (
 # the latter are fetched only where there are none of the former.
 MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "merges.txt", "LICENSE*", "NOTICE*")
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-TORCH_FILES = ("*.pt", "*.bin")
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
+TORCH_FILES = ("*.pt", "*.bin", "*.pth", "*.ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ class Checkpoint:
     path: Path
     name: str
     revision: str | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where its other files lie."""
+        return self.path.parent if self.path.is_file() else self.path
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> Checkpoint:
@@ -106,8 +114,13 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
 
 
 def is_repository(model: str | os.PathLike[str]) -> bool:
-    """Whether this names a repository on the Hub rather than something local."""
-    return isinstance(model, str) and bool(REPOSITORY.fullmatch(model)) and model[0] != "."
+    """Whether this names a repository on the Hub rather than something local.
+
+    What exists here and is no directory is never one: its name stays on this machine.
+    """
+    if not isinstance(model, str) or not REPOSITORY.fullmatch(model) or model[0] == ".":
+        return False
+    return os.path.isdir(model) or not os.path.lexists(model)  # noqa: PTH112 (never raises)
 
 
 def look(name: str) -> tuple[Path, bool, bool]:

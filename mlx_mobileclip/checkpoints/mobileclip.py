@@ -4,10 +4,9 @@ Common names are timm's for image towers and open_clip's for the rest. Source of
 apple/ml-mobileclip 4144bb1, open_clip 3.3.0 `convert.py`, timm 1.0.31 `timm/models/fastvit.py`.
 """
 
-from collections.abc import Iterable
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,14 +19,19 @@ from ..models.vit import STEM_SIZES, ViTConfig
 from .apple_names import TEXT_NAMES, apple_name
 from .hub import Checkpoint
 from .layout import Layout
-from .published_names import published_variant
+from .published_names import is_port, published_variant
 from .reparameterize import fold_conv_norm, fold_fastvit, fold_text_block
 from .safetensors import read_safetensors
-from .source import Source, without_prefixes
+from .source import Source
+from .stated_config import described_variant, describes_a_model, honoured, with_preprocessing
 from .torch_pickle import read_torch
 
+CONFIG_NAMES = ("config.json", "open_clip_config.json")
 NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$"
-WRAPPERS = ("module.", "_orig_mod.", "model.", "timm_model.")  # of training and of other code
+# Names of open_clip's models whose text tower is not apart ("custom_text": false).
+TEXT_AT_ROOT = re.compile(
+    r"(token_embedding\.|positional_embedding$|transformer\.|ln_final\.|text_projection$)"
+)
 
 
 # The parts are "image" and "text".
@@ -40,19 +44,24 @@ TIMM_MARKERS = ("stem.", "patch_embed.")  # beginnings of names in a bare tower 
 
 
 def read_foreign(
-    checkpoint: Checkpoint, variant: str | None = None
+    checkpoint: Checkpoint,
+    variant: str | None = None,
+    preprocess: PreprocessConfig | None = None,
+    config_path: Path | None = None,
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
     """Read a source checkpoint as canonical config and canonical tensors, mostly lazy.
 
     Args:
         checkpoint: A directory, or a file of weights.
-        variant: Which published model it is built like; by default as its name says.
+        variant: Which published model it is built like; by default as its name or config says.
+        preprocess: How images are prepared, whatever the checkpoint states.
+        config_path: The JSON file that describes it; by default those of its directory.
 
     Raises:
         CheckpointError: there are no weights, or tensors are missing, left over or misshapen.
-        ConfigError: the variant is not known, or disagrees with the checkpoint's own config.
+        ConfigError: the variant is not known, or the config wants what is not computed here.
     """
-    config = _config(checkpoint, _weights_file(checkpoint), variant)
+    config = _config(checkpoint, _weights_file(checkpoint), variant, preprocess, config_path)
     tensors, layout = read_source(checkpoint)
     if "text" not in layout.prefixes:
         config = replace(config, text=None)
@@ -70,8 +79,16 @@ def read_source(checkpoint: Checkpoint) -> tuple[dict[str, mx.array], Layout]:
     """
     file = _weights_file(checkpoint)
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
-    tensors = without_prefixes(tensors, WRAPPERS)
-    return tensors, _detect(tensors, checkpoint.name)
+    tensors = {
+        key: value.astype(mx.float32, stream=mx.cpu) if value.dtype == mx.float64 else value
+        for key, value in tensors.items()
+        if key != "n_averaged"  # PyTorch's averaged models count their updates
+    }
+    tensors, layout = _detect(tensors, checkpoint.name)
+    if "text" in layout.prefixes and not layout.apple:
+        text = layout.prefixes["text"]
+        tensors = {text * bool(TEXT_AT_ROOT.match(k)) + k: v for k, v in tensors.items()}
+    return tensors, layout
 
 
 def canonical_tensors(
@@ -108,7 +125,7 @@ def _weights_file(checkpoint: Checkpoint) -> Path:
     """The one file of a checkpoint that holds its weights; safetensors before pickles."""
     if checkpoint.path.is_file():
         return checkpoint.path
-    for suffix in (".safetensors", ".bin", ".pt"):
+    for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         found = sorted(
             p
             for p in checkpoint.path.iterdir()
@@ -122,76 +139,81 @@ def _weights_file(checkpoint: Checkpoint) -> Path:
         if found:
             return found[0]
     raise CheckpointError(
-        f"{checkpoint.name}: holds no .safetensors, .bin or .pt file; "
+        f"{checkpoint.name}: holds no .safetensors, .bin or .pt file, nor .pth or .ckpt; "
         "give the file or directory of a checkpoint"
     )
 
 
-def _config(checkpoint: Checkpoint, file: Path, variant: str | None) -> MobileCLIPConfig:
-    """The variant's config, with the preprocessing that the checkpoint states."""
+def _config(
+    checkpoint: Checkpoint,
+    file: Path,
+    variant: str | None,
+    preprocess: PreprocessConfig | None,
+    config_path: Path | None,
+) -> MobileCLIPConfig:
+    """The variant's config, as the JSON files of the checkpoint change it."""
+    paths = [config_path] if config_path else [checkpoint.directory / n for n in CONFIG_NAMES]
+    files = [Fields(read_json(path), str(path)) for path in paths if config_path or path.is_file()]
+    if preprocess is None:
+        _check_belonging(checkpoint, files)
+    described = [fields for fields in files if describes_a_model(fields)]
+    names = [checkpoint.name]
+    if checkpoint.revision is None:  # a local directory may be called anything
+        names += [file.name] + [checkpoint.directory.name] * (checkpoint.path == file)
+    published = next((name for name in names if published_variant(name)), None)
     if variant is not None:
         name = variant_named(variant)
         if name is None:
             raise ConfigError(f"variant {variant[:40]!r} is not one of {', '.join(VARIANTS)}")
     else:
-        name = published_variant(checkpoint.name)
-        if name is None and checkpoint.revision is None:
-            name = published_variant(file.name)  # a local directory may be called anything
+        found = (
+            published_variant(published) if published else None,
+            *map(described_variant, described),
+        )
+        name = next((each for each in found if each), None)
         if name is None:
             raise ConfigError(
                 f"{checkpoint.name}: its name is not that of a published model; say which one it "
                 f"is built like with --variant (variant= in Python): {', '.join(VARIANTS)}"
             )
+    port = published is not None and is_port(published) and published_variant(published) == name
     config = VARIANTS[name]
-    for config_name in ("config.json", "open_clip_config.json"):
-        path = checkpoint.path / config_name  # what lies beside a single file may be another's
-        if path.is_file():
-            config = _stated(Fields(read_json(path), str(path)), config)
+    for fields in described:
+        config = honoured(fields, config, VARIANTS, port=port, with_preprocess=preprocess is None)
+    if preprocess is not None:
+        config = with_preprocessing(config, asdict(preprocess), "preprocess")
     return config
 
 
-def _stated(fields: Fields, config: MobileCLIPConfig) -> MobileCLIPConfig:
-    """Compare with what a JSON file of the checkpoint says, and take its preprocessing over."""
-    model = fields.object("model_cfg") if fields.has("model_cfg") else fields
-    if config.text is not None and model.has("text_cfg"):
-        text = model.object("text_cfg")
-        causal = config.text.causal
-        if text.has("causal_masking"):
-            causal = text.boolean("causal_masking")
-        elif text.has("no_causal_mask"):
-            causal = not text.boolean("no_causal_mask")
-        if causal != config.text.causal:
-            raise text.error(
-                "causal mask",
-                f"is {'on' if causal else 'off'}, unlike that of {config.variant}; "
-                "choose the --variant it was trained as",
+def _check_belonging(checkpoint: Checkpoint, files: list[Fields]) -> None:
+    """Refuse a file of weights beside the config of a model of another kind."""
+    if checkpoint.path.is_dir() or any(describes_a_model(fields) for fields in files):
+        return
+    for fields in files:
+        if fields.has("model_type"):
+            raise ConfigError(
+                f"{fields.where}: is the config of another kind of model "
+                f"({fields.string('model_type')[:40]!r}); put {checkpoint.path.name} into a "
+                "directory of its own, or state preprocess= or config="
             )
-    values: dict[str, Any] = asdict(config.preprocess)
-    where = fields.where
-    if model.has("vision_cfg") and model.object("vision_cfg").has("image_size"):
-        values["image_size"] = model.object("vision_cfg").get("image_size")
-    if fields.has("preprocess_cfg"):
-        given = fields.object("preprocess_cfg")
-        given.choice("resize_mode", ("shortest",), "shortest")
-        stated = ("mean", "std", "interpolation")
-        values |= {key: given.values[key] for key in stated if given.has(key)}
-        where = given.where
-    preprocess = PreprocessConfig.from_json(Fields(values, where))
-    size = preprocess.image_size
-    if isinstance(config.image, ViTConfig) and size != config.image.image_size:
-        raise fields.error("image_size", f"{size} is not the {config.image.image_size} it is for")
-    return replace(config, preprocess=preprocess)
 
 
-def _detect(keys: Iterable[str], where: str) -> Layout:
-    keys = list(keys)
-    for layout in MOBILECLIP_LAYOUTS:
-        markers = layout.prefixes["image"] or TIMM_MARKERS
-        if any(key.startswith(markers) for key in keys):
-            return layout
+def _detect(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
+    """The layout, and the tensors without what other code has put before every name."""
+    ends = [0]
+    first, last = (name.split(".")[:-1] for name in (min(tensors), max(tensors)))
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        ends.append(ends[-1] + len(a) + 1)
+    for end in ends:
+        for layout in MOBILECLIP_LAYOUTS:
+            markers = layout.prefixes["image"] or TIMM_MARKERS
+            if any(key.startswith(markers, end) for key in tensors):
+                return {key[end:]: tensor for key, tensor in tensors.items()}, layout
     raise CheckpointError(
-        f"{where}: its tensors ({', '.join(sorted(keys)[:3])[:200]}, ...) are named like no known "
-        f"MobileCLIP; known are {', '.join(layout.name for layout in MOBILECLIP_LAYOUTS)}"
+        f"{where}: its tensors ({', '.join(sorted(tensors)[:3])[:200]}, ...) are named like no "
+        f"known MobileCLIP; known are {', '.join(layout.name for layout in MOBILECLIP_LAYOUTS)}"
     )
 
 

@@ -1,11 +1,14 @@
 """Fold towers into inference form: parallel branches, BatchNorm, layer scale, biases.
 
-All arithmetic is float64 and lazy. Source names are timm's; fused and multi-branch ("unfused")
-towers are both read, module by module.
+All arithmetic is float64 and lazy. float64 exists on the CPU only, so each operation is given the
+CPU as its stream: `with mx.stream(mx.cpu)` would change the default device of all threads. Source
+names are timm's; fused and multi-branch ("unfused") towers are both read, module by module.
 
 Formulas: MobileOne (arXiv:2206.04040), section 3.2; FastViT (arXiv:2303.14189), section 3.2;
 reference code: apple/ml-fastvlm 592b4ad `mobileclip/mci.py` `reparameterize` methods.
 """
+
+from functools import partial
 
 import mlx.core as mx
 
@@ -16,6 +19,13 @@ from .source import Source
 BATCH_NORM_EPS = 1e-5
 
 Affine = tuple[mx.array, mx.array]
+
+add, subtract, multiply, divide, sqrt, sum_of, reshape, transpose = (
+    partial(operation, stream=mx.cpu)
+    for operation in (
+        mx.add, mx.subtract, mx.multiply, mx.divide, mx.sqrt, mx.sum, mx.reshape, mx.transpose,
+    )
+)  # fmt: skip
 
 
 def fold_fastvit(source: Source, config: FastViTConfig, path: str = "") -> dict[str, mx.array]:
@@ -30,18 +40,17 @@ def fold_fastvit(source: Source, config: FastViTConfig, path: str = "") -> dict[
         Tensors by their names in `FastViT`.
     """
     fold = _FastViT(source, config)
-    with mx.stream(mx.cpu):  # float64 exists on the CPU only
-        fold.stem(f"{path}stem")
-        for i, channels in enumerate(config.embed_dims):
-            stage = f"{path}stages.{i}"
-            if i:
-                fold.downsample(f"{stage}.downsample", f"stages.{i}.downsample", channels // 2, i)
-            if config.token_mixers[i] == "attention":
-                fold.position_encoding(f"{stage}.pos_emb", f"stages.{i}.pos_emb", channels)
-            for j in range(config.layers[i]):
-                fold.block(f"{stage}.blocks.{j}", f"stages.{i}.blocks.{j}", channels, i)
-        fold.final_conv(f"{path}final_conv", config.embed_dims[-1])
-        return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
+    fold.stem(f"{path}stem")
+    for i, channels in enumerate(config.embed_dims):
+        stage = f"{path}stages.{i}"
+        if i:
+            fold.downsample(f"{stage}.downsample", f"stages.{i}.downsample", channels // 2, i)
+        if config.token_mixers[i] == "attention":
+            fold.position_encoding(f"{stage}.pos_emb", f"stages.{i}.pos_emb", channels)
+        for j in range(config.layers[i]):
+            fold.block(f"{stage}.blocks.{j}", f"stages.{i}.blocks.{j}", channels, i)
+    fold.final_conv(f"{path}final_conv", config.embed_dims[-1])
+    return {name: _float32(tensor) for name, tensor in fold.tensors.items()}
 
 
 def fold_text_block(source: Source, src: str, channels: int) -> dict[str, mx.array]:
@@ -56,14 +65,13 @@ def fold_text_block(source: Source, src: str, channels: int) -> dict[str, mx.arr
         Tensors by their names in `RepMixerBlock`.
     """
     fold, shape = _Fold(source), (channels, 1, 1, TEXT_KERNEL_SIZE)
-    with mx.stream(mx.cpu):
-        # No "scale" branch: MobileOne has none for kernels of height 1.
-        weight, bias = fold.rep_mixer(f"{src}.token_mixer", shape, scale=False)
-        fold.tensors["mixer.weight"], fold.tensors["bias"] = _ohwi(weight)[:, 0], bias
-        gamma = source.scale(f"{src}.layer_scale.gamma", channels)
-        weight = fold.conv_ffn(f"{src}.mlp", "", shape, 4 * channels, gamma)
-        fold.tensors["conv.weight"] = _ohwi(weight)[:, 0]
-        return {name: tensor.astype(mx.float32) for name, tensor in fold.tensors.items()}
+    # No "scale" branch: MobileOne has none for kernels of height 1.
+    weight, bias = fold.rep_mixer(f"{src}.token_mixer", shape, scale=False)
+    fold.tensors["mixer.weight"], fold.tensors["bias"] = _along_text(weight), bias
+    gamma = source.scale(f"{src}.layer_scale.gamma", channels)
+    weight = fold.conv_ffn(f"{src}.mlp", "", shape, 4 * channels, gamma)
+    fold.tensors["conv.weight"] = _along_text(weight)
+    return {name: _float32(tensor) for name, tensor in fold.tensors.items()}
 
 
 def fold_conv_norm(
@@ -77,14 +85,13 @@ def fold_conv_norm(
         norm: Common name of the BatchNorm after it; None if it has a bias instead.
         shape: Of the weight, (O, I, H, W).
     """
-    with mx.stream(mx.cpu):
-        weight = source.conv(f"{conv}.weight", shape)
-        if norm is None:
-            bias = source.vector(f"{conv}.bias", shape[0])
-        else:
-            gain, bias = _Fold(source).batch_norm(norm, shape[0])
-            weight = weight * gain[:, None, None, None]
-        return _ohwi(weight).astype(mx.float32), bias.astype(mx.float32)
+    weight = source.conv(f"{conv}.weight", shape)
+    if norm is None:
+        bias = source.vector(f"{conv}.bias", shape[0])
+    else:
+        gain, bias = _Fold(source).batch_norm(norm, shape[0])
+        weight = _scaled(weight, gain)
+    return _float32(_ohwi(weight)), _float32(bias)
 
 
 class _Fold:
@@ -102,13 +109,13 @@ class _Fold:
             self.source.vector(f"{src}.{name}", channels)
             for name in ("weight", "bias", "running_mean", "running_var")
         )
-        scale = gamma / mx.sqrt(variance + BATCH_NORM_EPS)
-        return scale, beta - mean * scale
+        scale = divide(gamma, sqrt(add(variance, BATCH_NORM_EPS)))
+        return scale, subtract(beta, multiply(mean, scale))
 
     def _conv_norm(self, src: str, shape: tuple[int, ...]) -> Affine:
         weight = self.source.conv(f"{src}.conv.weight", shape)
         scale, shift = self.batch_norm(f"{src}.bn", shape[0])
-        return weight * scale[:, None, None, None], shift
+        return _scaled(weight, scale), shift
 
     def _mobile_one(
         self, src: str, shape: tuple[int, ...], *, scale: bool, identity: bool
@@ -121,20 +128,20 @@ class _Fold:
         branch = 1
         while self.source.has(f"{src}.conv_kxk.{branch}.conv.weight"):
             w, b = self._conv_norm(f"{src}.conv_kxk.{branch}", shape)
-            weight, bias, branch = weight + w, bias + b, branch + 1
+            weight, bias, branch = add(weight, w), add(bias, b), branch + 1
         if scale:
             w, b = self._conv_norm(f"{src}.conv_scale", (*shape[:2], 1, 1))
-            weight, bias = weight + _centred(w, shape), bias + b
+            weight, bias = add(weight, _centred(w, shape)), add(bias, b)
         if identity:
             gain, shift = self.batch_norm(f"{src}.identity", shape[0])
-            weight = weight + _identity(shape) * gain[:, None, None, None]
-            bias = bias + shift
+            weight = add(weight, _scaled(_identity(shape), gain))
+            bias = add(bias, shift)
         return weight, bias
 
     def _linear(self, src: str, outputs: int, inputs: int) -> Affine:
         """A 1x1 convolution with bias, as a matrix."""
         weight = self.source.conv(f"{src}.weight", (outputs, inputs, 1, 1))
-        return weight[:, :, 0, 0], self.source.vector(f"{src}.bias", outputs)
+        return _matrix(weight), self.source.vector(f"{src}.bias", outputs)
 
     # Where they go.
 
@@ -143,8 +150,9 @@ class _Fold:
 
     def _put_double(self, dst: str, weight: mx.array, bias: mx.array) -> None:
         weight = _ohwi(weight)
-        self.tensors[f"{dst}.even.weight"] = weight[0::2]
-        self.tensors[f"{dst}.odd.weight"] = weight[1::2]
+        for i, half in enumerate(("even", "odd")):
+            rows = mx.arange(i, len(weight), 2, stream=mx.cpu)
+            self.tensors[f"{dst}.{half}.weight"] = mx.take(weight, rows, axis=0, stream=mx.cpu)
         self.tensors[f"{dst}.bias"] = bias
 
     def _squeeze_excite(self, src: str, dst: str, channels: int, hidden: int) -> None:
@@ -163,8 +171,9 @@ class _Fold:
         gain, shift = self.batch_norm(f"{src}.norm.identity", channels)
         gamma = self.source.scale(f"{src}.layer_scale.gamma", channels)
         one = _identity(shape)
-        change = weight - one * gain[:, None, None, None]
-        return one + gamma[:, None, None, None] * change, gamma * (bias - shift)
+        change = subtract(weight, _scaled(one, gain))
+        weight = add(one, _scaled(change, gamma))
+        return weight, multiply(gamma, subtract(bias, shift))
 
     def conv_ffn(
         self, src: str, dst: str, shape: tuple[int, ...], hidden: int, gamma: mx.array
@@ -173,9 +182,9 @@ class _Fold:
         channels = shape[0]
         kernel, shift = self._conv_norm(f"{src}.conv", shape)
         weight, bias = self._linear(f"{src}.fc1", hidden, channels)
-        self._put(f"{dst}fc1", (weight, bias + mx.sum(weight * shift, axis=1)))
+        self._put(f"{dst}fc1", (weight, add(bias, sum_of(multiply(weight, shift), axis=1))))
         weight, bias = self._linear(f"{src}.fc2", channels, hidden)
-        self._put(f"{dst}fc2", (weight * gamma[:, None], bias * gamma))
+        self._put(f"{dst}fc2", (_scaled(weight, gamma), multiply(bias, gamma)))
         return kernel
 
 
@@ -200,7 +209,7 @@ class _FastViT(_Fold):
         self.tensors["stem.depthwise.weight"] = _ohwi(weight)
         self.tensors["stem.depthwise_bias"] = bias
         weight, bias = self._mobile_one(f"{src}.2", (C, C, 1, 1), scale=False, identity=True)
-        self._put("stem.pointwise", (weight[:, :, 0, 0], bias))
+        self._put("stem.pointwise", (_matrix(weight), bias))
 
     def downsample(self, src: str, dst: str, channels: int, stage: int) -> None:
         wide, large = 2 * channels, f"{src}.proj.0"
@@ -211,14 +220,14 @@ class _FastViT(_Fold):
         else:
             weight, bias = self._conv_norm(f"{large}.large_conv", shape)
             w, b = self._conv_norm(f"{large}.small_conv", (wide, 1, 3, 3))
-            weight, bias = weight + _centred(w, shape), bias + b
+            weight, bias = add(weight, _centred(w, shape)), add(bias, b)
         self._put_double(f"{dst}.depthwise", weight, bias)
         if self.config.se_downsamples[stage]:
             self._squeeze_excite(f"{large}.se", f"{dst}.se", wide, wide // SE_RATIO_DOWNSAMPLE)
         weight, bias = self._mobile_one(
             f"{src}.proj.1", (wide, wide, 1, 1), scale=False, identity=True
         )
-        self._put(f"{dst}.pointwise", (weight[:, :, 0, 0], bias))
+        self._put(f"{dst}.pointwise", (_matrix(weight), bias))
 
     def position_encoding(self, src: str, dst: str, channels: int) -> None:
         shape = (channels, 1, 7, 7)
@@ -226,7 +235,7 @@ class _FastViT(_Fold):
             weight = self.source.conv(f"{src}.reparam_conv.weight", shape)
             bias = self.source.vector(f"{src}.reparam_conv.bias", channels)
         else:
-            weight = self.source.conv(f"{src}.pos_enc.weight", shape) + _identity(shape)
+            weight = add(self.source.conv(f"{src}.pos_enc.weight", shape), _identity(shape))
             bias = self.source.vector(f"{src}.pos_enc.bias", channels)
         self.tensors[f"{dst}.conv.weight"], self.tensors[f"{dst}.bias"] = _ohwi(weight), bias
 
@@ -245,7 +254,7 @@ class _FastViT(_Fold):
 
     def _attention(self, src: str, dst: str, channels: int) -> None:
         C = channels
-        qkv = self.source.take(f"{src}.token_mixer.qkv.weight", (3 * C, C)).astype(mx.float64)
+        qkv = _float64(self.source.take(f"{src}.token_mixer.qkv.weight", (3 * C, C)))
         if self.config.attention_norm == "layer":
             self._put(
                 f"{dst}.token_mixer.norm",
@@ -257,12 +266,13 @@ class _FastViT(_Fold):
             self.tensors[f"{dst}.token_mixer.qkv.weight"] = qkv
         else:
             gain, shift = self.batch_norm(f"{src}.norm", C)
-            self._put(f"{dst}.token_mixer.qkv", (qkv * gain, mx.sum(qkv * shift, axis=1)))
+            bias = sum_of(multiply(qkv, shift), axis=1)
+            self._put(f"{dst}.token_mixer.qkv", (multiply(qkv, gain), bias))
         gamma = self.source.scale(f"{src}.layer_scale_1.gamma", C)
-        proj = self.source.take(f"{src}.token_mixer.proj.weight", (C, C)).astype(mx.float64)
+        proj = _float64(self.source.take(f"{src}.token_mixer.proj.weight", (C, C)))
         bias = self.source.vector(f"{src}.token_mixer.proj.bias", C)
-        self.tensors[f"{dst}.token_mixer.proj.weight"] = proj * gamma[:, None]
-        self.tensors[f"{dst}.token_mixer.bias"] = bias * gamma
+        self.tensors[f"{dst}.token_mixer.proj.weight"] = _scaled(proj, gamma)
+        self.tensors[f"{dst}.token_mixer.bias"] = multiply(bias, gamma)
 
     def final_conv(self, src: str, channels: int) -> None:
         wide = 2 * channels
@@ -271,18 +281,43 @@ class _FastViT(_Fold):
         self._squeeze_excite(f"{src}.se", "final_conv.se", wide, wide // SE_RATIO_FINAL)
 
 
+def _float32(tensor: mx.array) -> mx.array:
+    return tensor.astype(mx.float32, stream=mx.cpu)
+
+
+def _float64(tensor: mx.array) -> mx.array:
+    return tensor.astype(mx.float64, stream=mx.cpu)
+
+
+def _scaled(weight: mx.array, gain: mx.array) -> mx.array:
+    """A weight with each output multiplied by its own gain."""
+    return multiply(weight, reshape(gain, (-1, *(1 for _ in weight.shape[1:]))))
+
+
+def _matrix(weight: mx.array) -> mx.array:
+    """The weight of a 1x1 convolution, (O, I, 1, 1), as (O, I)."""
+    return reshape(weight, weight.shape[:2])
+
+
+def _along_text(weight: mx.array) -> mx.array:
+    """The depthwise kernel (C, 1, 1, K) of a convolution along text, as (C, K, 1)."""
+    return mx.squeeze(_ohwi(weight), axis=1, stream=mx.cpu)
+
+
 def _ohwi(weight: mx.array) -> mx.array:
-    return weight.transpose(0, 2, 3, 1)
+    return transpose(weight, (0, 2, 3, 1))
 
 
 def _centred(weight: mx.array, shape: tuple[int, ...]) -> mx.array:
     """A smaller odd kernel in the middle of zeros, as large as `shape` says."""
     margins = [(whole - part) // 2 for whole, part in zip(shape[2:], weight.shape[2:], strict=True)]
-    return mx.pad(weight, [(0, 0), (0, 0), *((margin, margin) for margin in margins)])
+    widths = [(0, 0), (0, 0), *((margin, margin) for margin in margins)]
+    return mx.pad(weight, widths, stream=mx.cpu)
 
 
 def _identity(shape: tuple[int, ...]) -> mx.array:
     """The kernel that returns its input: depthwise (C, 1, h, w) or dense (C, C, 1, 1)."""
     outputs, inputs = shape[:2]
-    centre = mx.eye(outputs) if inputs > 1 else mx.ones((outputs, 1))
-    return _centred(centre.astype(mx.float64)[:, :, None, None], shape)
+    dense = inputs > 1
+    centre = mx.eye(outputs, stream=mx.cpu) if dense else mx.ones((outputs, 1), stream=mx.cpu)
+    return _centred(reshape(_float64(centre), (*centre.shape, 1, 1)), shape)

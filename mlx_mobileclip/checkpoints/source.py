@@ -65,18 +65,21 @@ class Source:
     def conv(self, name: str, shape: Shape) -> mx.array:
         """Take a convolution weight, given its (O, I, H, W) shape, in that order and float64."""
         if not self.nhwc:
-            return self.take(name, shape).astype(mx.float64)
+            return self._float64(name, shape)
         O, I, H, W = shape  # noqa: E741
-        return self.take(name, (O, H, W, I)).astype(mx.float64).transpose(0, 3, 1, 2)
+        return mx.transpose(self._float64(name, (O, H, W, I)), (0, 3, 1, 2), stream=mx.cpu)
 
     def vector(self, name: str, size: int) -> mx.array:
         """Take a vector, in float64."""
-        return self.take(name, (size,)).astype(mx.float64)
+        return self._float64(name, (size,))
 
     def scale(self, name: str, size: int) -> mx.array:
         """Take a layer scale, stored as (C, 1, 1) or NHWC's (1, 1, C), as a float64 vector."""
         shape = (1, 1, size) if self.nhwc else (size, 1, 1)
-        return self.take(name, shape).astype(mx.float64).reshape(size)
+        return mx.reshape(self._float64(name, shape), (size,), stream=mx.cpu)
+
+    def _float64(self, name: str, shape: Shape) -> mx.array:
+        return self.take(name, shape).astype(mx.float64, stream=mx.cpu)  # a GPU has no float64
 
     def drop(self, pattern: str) -> None:
         """Discard the tensors whose names, in this layout, match."""

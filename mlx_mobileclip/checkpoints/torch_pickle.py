@@ -1,25 +1,18 @@
-"""Read PyTorch's .pt and .bin files as hostile input, without PyTorch and without pickle.
+"""Read PyTorch's .pt, .pth, .ckpt and .bin files as hostile input, without PyTorch and pickle.
 
-Such a file is a zip of raw storages and one pickle that says how to view them as tensors. A
-pickle is a program; this module interprets the few instructions that a dictionary of tensors
-takes and refuses every other one by name. Nothing of what it names is ever imported or called:
-the four names on the list below are labels that are recognised here.
+Such a file is a zip of raw storages and one pickle that says how to view them as tensors. The
+pickle is interpreted by `pickle_machine`, which imports and calls nothing that it names; this
+module checks the zip, finds the dictionary of tensors and reads their storages.
 
-File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6). Instructions:
-`pickletools` of the standard library, which also parses them.
+File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6).
 """
 
 import io
-import itertools
 import math
-import pickletools
 import re
 import struct
-import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,67 +20,32 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, name_some
+from .pickle_machine import STORAGES, Opaque, TensorView, interpret
 
 MAX_PICKLE_BYTES = 16 << 20
-MAX_STEPS = 500_000  # of the pickle; the largest MobileCLIP takes some 100,000
 MAX_ENTRIES = 100_000
-MAX_DIMENSIONS = 8
-MAX_COUNT = 1 << 40
 MAX_REPEATS = 2  # how often the file's bytes may appear in tensors: tied weights, not floods
 PLAIN_NAME = re.compile(r"[\w.\-+= ]+(/[\w.\-+= ]+)*")
-
-# Storage class: (item type as numpy reads it, type it is in MLX).
-STORAGES: dict[str, tuple[str, mx.Dtype]] = {
-    "torch FloatStorage": ("<f4", mx.float32),
-    "torch HalfStorage": ("<f2", mx.float16),
-    "torch BFloat16Storage": ("<u2", mx.bfloat16),
-    "torch LongStorage": ("<i8", mx.int64),
-    "torch IntStorage": ("<i4", mx.int32),
-    "torch ByteStorage": ("u1", mx.uint8),
-    "torch BoolStorage": ("?", mx.bool_),
-}
-ORDERED_DICT = "collections OrderedDict"
-REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
-REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
-GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Global:
-    """One of the names on the list; it stands on the stack in place of what it names."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Storage:
-    """A named run of items in the file."""
-
-    kind: str
-    key: str
-    items: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorView:
-    """How a tensor lies in its storage; counts are in items."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+# Where checkpoints keep their tensors, the more usual first. Weights averaged over training come
+# after those themselves, as open_clip takes them.
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "student"),
+    *("state_dict_ema", "model_ema", "ema", "weights", "params"),
+)
+TRAINERS = ("optim", "callback", "loop", "scheduler", "lr_", "scaler", "rng")
+MAX_WRAPPERS = 8  # inside each other
 
 
 def read_torch(path: Path) -> dict[str, mx.array]:
     """All tensors of a checkpoint file by name, without the containers around them.
 
     Args:
-        path: A .pt or .bin file as `torch.save` writes it. The tensors may stand under
-            "state_dict", "model" or "model_state_dict"; what stands beside that is not read.
+        path: A file as `torch.save` writes it. The tensors may stand under one of `WRAPPERS`, or
+            be the only ones there are; what stands beside them is not read.
 
     Raises:
-        CheckpointError: the file is damaged, holds anything but tensors and plain values, or is
-            of the kind that PyTorch wrote before 1.6.
+        CheckpointError: the file is damaged, holds anything but tensors and plain values among
+            its tensors, or is of the kind that PyTorch wrote before 1.6.
     """
     try:
         with path.open("rb") as file:
@@ -107,7 +65,7 @@ def read_torch_stream(file: IO[bytes], where: str) -> dict[str, mx.array]:
         with zipfile.ZipFile(file) as archive:
             root = _check_archive(archive, size_bytes, where)
             data = archive.read(f"{root}data.pkl")
-            tensors = _tensors_of(_Machine(data, where).run(), where)
+            tensors = _tensors_of(interpret(data, where), where)
             return _load(archive, root, tensors, size_bytes, where)
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
         raise CheckpointError(
@@ -132,6 +90,10 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     names = [entry.filename for entry in entries]
     if len(set(names)) != len(names):
         raise CheckpointError(f"{where}: two of its entries have the same name")
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise CheckpointError(
+            f"{where}: is a TorchScript program; give the checkpoint it was made from"
+        )
     total = 0
     for entry in entries:
         name = entry.filename
@@ -148,10 +110,6 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     if len(roots) != 1:
         raise CheckpointError(f"{where}: has {len(roots)} entries data.pkl instead of one")
     root = roots[0]
-    if f"{root}constants.pkl" in names:
-        raise CheckpointError(
-            f"{where}: is a TorchScript program; give the checkpoint it was made from"
-        )
     if archive.getinfo(f"{root}data.pkl").file_size > MAX_PICKLE_BYTES:
         raise CheckpointError(f"{where}: data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MB")
     order = f"{root}byteorder"
@@ -162,194 +120,68 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     return root
 
 
-class _Machine:
-    """A pickle interpreter that can build tensors' descriptions and plain values, no more."""
-
-    def __init__(self, data: bytes, where: str):
-        self.data = data
-        self.where = where
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-
-    def error(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {problem}; the file is not read")
-
-    def run(self) -> Any:
-        """Interpret to the end; returns the object that is left."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # about escapes in names, which have none
-            return self._run()
-
-    def _run(self) -> Any:
-        steps = pickletools.genops(io.BytesIO(self.data))
-        try:
-            for opcode, argument, _ in itertools.islice(steps, MAX_STEPS):
-                if opcode.name == "STOP":
-                    return self.pop()
-                step = _STEPS.get(opcode.name)
-                if step is not None:
-                    step(self, argument)
-                elif opcode.name in _CONSTANTS:
-                    self.stack.append(_CONSTANTS[opcode.name])
-                elif opcode.name in _LITERALS:
-                    self.stack.append(argument)
-                else:
-                    raise self.error(f"its pickle uses the instruction {opcode.name}")
-        except (ValueError, KeyError, IndexError, TypeError, DeprecationWarning) as error:
-            raise self.error(f"its pickle is damaged ({str(error)[:120]})") from error
-        raise self.error(f"its pickle has no end within {MAX_STEPS} steps")
-
-    def pop(self) -> Any:
-        if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
-            raise ValueError("nothing on the stack")
-        return self.stack.pop()
-
-    def pop_to_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def top(self, kind: type) -> Any:
-        if not self.stack or not isinstance(self.stack[-1], kind):
-            raise ValueError(f"no {kind.__name__} where one is needed")
-        return self.stack[-1]
-
-    # The instructions. Each takes the machine and its argument from the file.
-
-    def find_global(self, name: str) -> None:
-        if name not in GLOBALS:
-            raise self.error(f"its pickle asks for {name.replace(' ', '.')[:100]}")
-        self.stack.append(Global(name))
-
-    def stack_global(self, _: Any) -> None:
-        name, module = self.pop(), self.pop()
-        self.find_global(f"{module} {name}")
-
-    def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    def memoize(self, _: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    def mark(self, _: Any) -> None:
-        self.marks.append(len(self.stack))
-
-    def tuple_of(self, count: int) -> None:
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(reversed(items)))
-
-    def append(self, items: list[Any]) -> None:
-        self.top(list).extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        if len(items) % 2:
-            raise ValueError("a key without a value")
-        target = self.top(dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys could hide work in their hash.
-            if not isinstance(key, (str, int)):
-                raise ValueError(f"a {type(key).__name__} as a key")
-            target[key] = value
-
-    def build(self, _: Any) -> None:
-        # PyTorch hangs the modules' versions on the dictionary of tensors; they do not matter.
-        state = self.pop()
-        if not isinstance(state, dict):
-            raise self.error("its pickle sets the state of an object")
-        self.top(dict)
-
-    def reduce(self, _: Any) -> None:
-        arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise ValueError("a call of something that is no function")
-        if function.name == ORDERED_DICT and not arguments:
-            self.stack.append({})
-        elif function.name == REBUILD_TENSOR and 6 <= len(arguments) <= 7:
-            self.stack.append(self._tensor(*arguments[:4]))
-        elif function.name == REBUILD_PARAMETER and len(arguments) == 3:
-            if not isinstance(arguments[0], TensorView):
-                raise ValueError("a parameter that is no tensor")
-            self.stack.append(arguments[0])
-        else:
-            raise self.error(f"its pickle calls {function.name.replace(' ', '.')} oddly")
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorView:
-        numbers = [offset, *shape, *strides]
-        if not isinstance(storage, Storage) or any(type(n) is not int for n in numbers):
-            raise ValueError("a tensor with an odd place, shape or stride")
-        if not all(0 <= n < MAX_COUNT for n in numbers) or 0 in shape:
-            raise ValueError("a tensor with a size or stride out of range")
-        if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"a tensor with {len(shape)} sizes and {len(strides)} strides")
-        count = math.prod(shape)
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if count > storage.items or last >= storage.items:
-            raise ValueError("a tensor that reaches beyond its storage")
-        return TensorView(storage, offset, tuple(shape), tuple(strides))
-
-    def persistent_id(self, _: Any) -> None:
-        found = self.pop()
-        match found:
-            case ("storage", Global(name=kind), str(key), str(), int(items)) if kind in STORAGES:
-                if not re.fullmatch(r"[0-9]{1,9}", key):
-                    raise self.error(f"a storage is called {key[:40]!r}")
-                if items < 0:
-                    raise ValueError("a storage of negative size")
-                self.stack.append(Storage(kind, key, items))
-            case _:
-                raise ValueError("a reference to something that is no storage")
-
-
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, a: None,
-    "FRAME": lambda m, a: None,
-    "GLOBAL": _Machine.find_global,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.memoize,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "MARK": _Machine.mark,
-    "EMPTY_DICT": lambda m, a: m.stack.append({}),
-    "EMPTY_LIST": lambda m, a: m.stack.append([]),
-    "EMPTY_TUPLE": lambda m, a: m.stack.append(()),
-    "TUPLE": lambda m, a: m.stack.append(tuple(m.pop_to_mark())),
-    "TUPLE1": lambda m, a: m.tuple_of(1),
-    "TUPLE2": lambda m, a: m.tuple_of(2),
-    "TUPLE3": lambda m, a: m.tuple_of(3),
-    "APPEND": lambda m, a: m.append([m.pop()]),
-    "APPENDS": lambda m, a: m.append(m.pop_to_mark()),
-    "SETITEM": lambda m, a: m.set_items([m.pop(), m.pop()][::-1]),
-    "SETITEMS": lambda m, a: m.set_items(m.pop_to_mark()),
-    "BUILD": _Machine.build,
-    "REDUCE": _Machine.reduce,
-    "BINPERSID": _Machine.persistent_id,
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE"),
-}
-
-
 def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
-    """The dictionary of tensors inside the usual wrappers."""
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
+    """The dictionary of tensors: under the usual names, or the only one there is."""
+    for _ in range(MAX_WRAPPERS):
+        if isinstance(found, dict):
+            inner = (found.get(name) for name in WRAPPERS)
+            found = next((each for each in inner if _holding(each)), found)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{where}: holds a {type(found).__name__}, no dictionary of tensors")
-    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, TensorView)}
+        what = found.shown if isinstance(found, Opaque) else type(found).__name__
+        raise CheckpointError(
+            f"{where}: holds a {what}, no dictionary of tensors; save the model's state_dict()"
+        )
+    holding = _holding(found)
+    models = [(path, each) for path, each in holding if any("." in name for name in _own(each))]
+    if len(models) == 1:
+        found = models[0][1]
+    elif not _own(found) and len(holding) == 1:
+        found = holding[0][1]
+    elif not _own(found) and holding:
+        raise CheckpointError(
+            f"{where}: holds {len(holding)} dictionaries of tensors "
+            f"({name_some([path for path, _ in holding])}); save the one to load by itself"
+        )
+    tensors = _own(found)
     if not tensors:
-        keys = [str(key)[:40] for key in found]
+        keys = [
+            f"{str(key)[:40]} ({value.shown})" if isinstance(value, Opaque) else str(key)[:40]
+            for key, value in found.items()
+        ]
         raise CheckpointError(f"{where}: holds no tensors, only {name_some(keys) or 'nothing'}")
+    for key, value in found.items():
+        if isinstance(value, Opaque):
+            raise CheckpointError(
+                f"{where}: {str(key)[:200]}, among its tensors, is a {value.shown}, which is not "
+                "read; save the model's tensors by themselves"
+            )
     return tensors
+
+
+def _own(found: dict[Any, Any]) -> dict[str, TensorView]:
+    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, TensorView)}
+
+
+def _holding(found: Any) -> list[tuple[str, dict[Any, Any]]]:
+    """This dictionary and those within it that hold tensors, with their places.
+
+    What trainers keep for themselves is passed over.
+    """
+    result: list[tuple[str, dict[Any, Any]]] = []
+    seen: set[int] = set()
+    waiting = [("", found)]
+    while waiting:
+        path, value = waiting.pop()
+        if not isinstance(value, dict) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if _own(value):
+            result.append((path, value))
+        for key, inner in value.items():
+            shown = str(key)[:40]
+            if isinstance(inner, dict) and not shown.lower().startswith(TRAINERS):
+                waiting.append((f"{path}.{shown}".lstrip(".")[:80], inner))
+    return result
 
 
 def _load(
@@ -394,5 +226,6 @@ def _array(data: bytes, view: TensorView) -> mx.array:
     items = np.frombuffer(data, kind, view.storage.items)[view.offset :]
     strides = [stride * items.itemsize for stride in view.strides]
     array = np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=False)
-    result = mx.array(np.ascontiguousarray(array).reshape(view.shape))
+    array = np.ascontiguousarray(array).reshape(view.shape)
+    result = mx.array(array.astype(np.float32) if array.dtype == np.float64 else array)
     return result.view(mx.bfloat16) if dtype == mx.bfloat16 else result

@@ -18,8 +18,9 @@ def named_parameters(model: nn.Module) -> dict[str, mx.array]:
 
 def is_finite(tensor: mx.array) -> mx.array:
     """Whether all values are, as a lazy scalar."""
-    # The sum of all values is finite unless one of them is not; one pass, no temporary.
-    return mx.isfinite(mx.sum(tensor.astype(mx.float32)))
+    if tensor.dtype == mx.float32:  # the sum is finite unless a value is not; no temporary array
+        return mx.isfinite(mx.sum(tensor))
+    return mx.all(mx.isfinite(tensor))  # a sum could overflow, and a float32 copy is twice as large
 
 
 def check_fit(model: nn.Module, tensors: dict[str, mx.array], where: str) -> None:

@@ -1,66 +1,116 @@
 """`classify`: find the labels that fit an image best."""
 
 import argparse
+import csv
+import io
 import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..embedding.files import read_lines
+from ..embedding.lines import read_lines
 from ..errors import DataError
 from ..terminal import printable
+from .inputs import find_all_images
 from .loading import embed_labels, load_model
-from .options import add_model_arguments, add_template_arguments, templates
+from .options import (
+    add_batch_size_argument,
+    add_model_arguments,
+    add_template_arguments,
+    templates,
+)
 
 if TYPE_CHECKING:
+    from ..embedding.pipeline import Embedded
     from ..eval.zero_shot import Prediction
 
+    Result = tuple[str, list[Prediction]]
+
 HELP = "tell which label fits an image best"
+COLUMNS = ("image", "rank", "label", "index", "probability", "similarity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_model_arguments(parser)
-    parser.add_argument("--image", action="append", required=True, metavar="P", help="again: more")
+    parser.add_argument(
+        "--image",
+        action="append",
+        required=True,
+        metavar="SRC",
+        help="image, directory (searched recursively), glob, or file with a path a line; "
+        "again: more",
+    )
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B,C", help="labels, separated by commas")
+    labels.add_argument("--label", action="append", metavar="L", help="one label; again: more")
     labels.add_argument("--labels-file", type=Path, metavar="F", help="file with a label a line")
     labels.add_argument("--imagenet", action="store_true", help="the 1000 classes of ImageNet")
     add_template_arguments(parser)
     parser.add_argument(
         "--top-k", type=int, default=5, metavar="N", help="labels to show (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_batch_size_argument(parser)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        default="table",
+        help="one JSON object, or a line for each image (jsonl) or label (csv); "
+        "default: %(default)s",
+    )
+    output.add_argument(
+        "--json", action="store_const", const="json", dest="format", help="as --format json"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Classify the images and print the best labels of each.
 
     Raises:
-        ModelError: an option, an image, or the model cannot be used.
+        DataError: an image was skipped (the results of the others are printed), or all were.
+        ModelError: an option or the model cannot be used.
     """
-    from ..eval.zero_shot import classify
+    from ..embedding.files import openable
+    from ..embedding.pipeline import check_batch_size, iter_embeddings
+    from ..eval.zero_shot import chooser
     from ..preprocess.image import open_image
 
     labels, prompts = _labels(args), templates(args)
     if args.top_k < 1:
         raise DataError(f"--top-k {args.top_k}: ask for at least 1 label")
-    for path in args.image:
-        open_image(path)  # report a wrong path before the model is loaded
+    check_batch_size(args.batch_size)
+    paths, unreadable = find_all_images(args.image)
+    if len(paths) == 1:
+        open_image(openable(paths[0]))  # report a wrong one before the model is loaded
     model, processor = load_model(args)
     texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
-    results = classify(model, processor, args.image, labels, texts=texts, top_k=args.top_k)
-    if args.json:
-        images = [
-            {"image": path, "predictions": [asdict(p) for p in best]}
-            for path, best in zip(args.image, results, strict=True)
-        ]
-        print(json.dumps({"model": args.model, "templates": prompts, "results": images}))
-        return
-    for path, best in zip(args.image, results, strict=True):
-        if len(args.image) > 1:
-            print(printable(path))
-        print("\n".join(map(_line, best)), flush=True)
+    choose = chooser(model, labels, texts, args.top_k)
+    skipped: list[str] = []
+
+    def results(embedded: "Iterable[Embedded]") -> "Iterator[Result]":
+        import mlx.core as mx
+
+        for item in embedded:
+            if item.row is not None:
+                yield item.name, choose(mx.array(item.row)[None])[0]
+                continue
+            skipped.append(item.name)
+            where = "" if item.name in str(item.error) else f"{item.name}: "
+            print(printable(f"skipped {where}{item.error}"), file=sys.stderr)
+
+    with closing(iter_embeddings(model, processor, paths, batch_size=args.batch_size)) as embedded:
+        FORMATS[args.format](results(embedded), args, len(paths))
+    if len(skipped) == len(paths):
+        raise DataError(f"none of the {len(paths)} images could be classified")
+    if count := len(skipped) + unreadable:
+        done = len(paths) - len(skipped)
+        raise DataError(
+            f"classified {done} of {len(paths)} images; skipped the {count} named above"
+        )
 
 
 def _labels(args: argparse.Namespace) -> list[str]:
@@ -68,13 +118,58 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
     if args.imagenet:
         return list(imagenet_classes())
-    lines = read_lines(args.labels_file) if args.labels_file else args.labels.split(",")
+    lines = read_lines(args.labels_file) if args.labels_file else args.label
+    lines = args.labels.split(",") if lines is None else lines
     labels = [line.strip() for line in lines if line.strip()]
     if not labels:
         raise DataError(f"{args.labels_file or '--labels'}: no labels; give at least one")
     return labels
 
 
-def _line(prediction: "Prediction") -> str:
-    label = printable(prediction.label)
-    return f"{100 * prediction.probability:5.1f} %  {prediction.similarity:6.3f}  {label}"
+def _print_table(results: "Iterable[Result]", _: argparse.Namespace, count: int) -> None:
+    for path, best in results:
+        if count > 1:
+            print(printable(path))
+        for p in best:
+            label = printable(p.label)
+            print(f"{100 * p.probability:5.1f} %  {p.similarity:6.3f}  {label}")
+        sys.stdout.flush()
+
+
+def _print_json(results: "Iterable[Result]", args: argparse.Namespace, _: int) -> None:
+    images = [_as_object(path, best) for path, best in results]
+    report = {"model": args.model, "templates": templates(args), "results": images}
+    print(json.dumps(report))
+
+
+def _print_json_lines(results: "Iterable[Result]", _: argparse.Namespace, __: int) -> None:
+    for path, best in results:
+        print(json.dumps(_as_object(path, best)), flush=True)
+
+
+def _print_csv(results: "Iterable[Result]", _: argparse.Namespace, __: int) -> None:
+    print(_csv_line(COLUMNS))
+    for path, best in results:
+        for rank, p in enumerate(best, 1):
+            print(_csv_line((path, rank, p.label, p.index, p.probability, p.similarity)))
+        sys.stdout.flush()
+
+
+def _csv_line(values: tuple[object, ...]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    # Exact where a program reads it, but for bytes that are not UTF-8; a terminal gets plain text.
+    return printable(line.getvalue(), keep="" if sys.stdout.isatty() else CONTROLS)
+
+
+def _as_object(path: str, best: "list[Prediction]") -> dict[str, object]:
+    return {"image": path, "predictions": [asdict(prediction) for prediction in best]}
+
+
+CONTROLS = "".join(map(chr, (*range(32), *range(127, 160))))
+FORMATS = {
+    "table": _print_table,
+    "json": _print_json,
+    "jsonl": _print_json_lines,
+    "csv": _print_csv,
+}

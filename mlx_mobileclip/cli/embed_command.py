@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from ..embedding.files import find_images, read_lines
+from ..embedding.lines import read_lines
 from ..errors import DataError
-from ..terminal import printable
+from .inputs import find_all_images
 from .loading import load_model
 from .options import add_batch_size_argument, add_model_arguments
 
@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="X", help=".safetensors, .npz or .parquet"
     )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="X may exist: embed what is new or has changed, drop the files that are gone",
+    )
     add_batch_size_argument(parser)
 
 
@@ -41,18 +46,11 @@ def run(args: argparse.Namespace) -> None:
     from ..embedding.embed_to_file import embed_images, embed_texts
     from ..embedding.writers import check_names, check_output
 
-    unreadable: set[str] = set()
-
-    def skip(folder: str, reason: str) -> None:
-        if folder not in unreadable:
-            print(printable(f"skipped {folder}: {reason}"), file=sys.stderr)
-        unreadable.add(folder)
-
-    check_output(args.output)
+    check_output(args.output, update=args.update)
     if args.images:
-        items = [path for source in args.images for path in find_images(source, skip)]
+        items, unreadable = find_all_images(args.images)
     else:
-        items = read_lines(args.texts)
+        items, unreadable = read_lines(args.texts), 0
         if not items:
             raise DataError(f"{args.texts}: holds no text; write one a line")
     check_names(args.output, items)
@@ -68,15 +66,18 @@ def run(args: argparse.Namespace) -> None:
             name=args.model,
             batch_size=args.batch_size,
             quiet=args.quiet,
+            update=args.update,
         )
     except KeyboardInterrupt:
         print("run the same command again to go on from there", file=sys.stderr)
         raise
     unit = "images" if args.images else "texts"
     result = f"embedded {summary.embedded} of {summary.total} {unit} into {args.output}"
-    if skipped := len(summary.skipped) + len(unreadable):
+    if args.update:
+        result += f" ({summary.kept} kept, {summary.dropped} dropped)"
+    if skipped := len(summary.skipped) + unreadable:
         raise DataError(f"{result}; skipped the {skipped} named above")
     if not args.quiet:
         seconds = time.perf_counter() - started
-        rate = (summary.embedded - summary.resumed) / seconds
+        rate = (summary.embedded - summary.resumed - summary.kept) / seconds
         print(f"{result} ({seconds:.1f} s, {rate:.1f} {unit}/s)", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from pathlib import Path
+import sys
 
 from ..errors import DataError
 from .loading import embed_labels, load_model
@@ -10,6 +10,7 @@ from .options import (
     add_batch_size_argument,
     add_model_arguments,
     add_template_arguments,
+    named_path,
     templates,
 )
 
@@ -22,17 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument(
         "--imagenet",
-        type=Path,
+        type=named_path,
         metavar="DIR",
-        help="validation images in one directory a class, 1000 in the order of their WordNet ids",
+        help="validation images in one directory a class, named by its WordNet id or 0 to 999",
     )
     data.add_argument(
         "--captions",
-        type=Path,
+        type=named_path,
         metavar="JSON",
         help="Karpathy's dataset_coco.json or dataset_flickr30k.json; its test split is used",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="the captions' images")
+    parser.add_argument("--images", type=named_path, metavar="DIR", help="the captions' images")
+    parser.add_argument(
+        "--classes-from-folders",
+        action="store_true",
+        help="classes of your own: the name of each directory in DIR is a label",
+    )
     add_template_arguments(parser)
     add_batch_size_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -46,21 +52,35 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.captions and (args.template or args.templates):
         raise DataError("--captions takes no --template and no --templates; leave them out")
+    if args.captions and args.classes_from_folders:
+        raise DataError("--captions takes no --classes-from-folders; leave it out")
     if args.imagenet and args.images:
         raise DataError("--imagenet takes no --images; its DIR holds the images")
     if args.captions and args.images is None:
         raise DataError("--captions needs --images DIR, the directory of the images")
     from ..eval.benchmarks import evaluate_imagenet, evaluate_retrieval
-    from ..eval.datasets import imagenet_images, karpathy_test
+    from ..eval.datasets import folder_classes, imagenet_images, karpathy_test
     from ..eval.zero_shot import imagenet_classes
 
     options = {"batch_size": args.batch_size, "quiet": args.quiet}
     if args.imagenet:
-        paths, targets = imagenet_images(args.imagenet)
-        prompts, labels = templates(args), list(imagenet_classes())
+        if args.classes_from_folders:
+            paths, targets, labels = folder_classes(args.imagenet)
+        else:
+            paths, targets = imagenet_images(args.imagenet)
+            labels = list(imagenet_classes())
+        prompts = templates(args)
+        present = len(set(targets))
+        if present < len(labels):
+            print(
+                f"{present} of {len(labels)} classes have images; all {len(labels)} labels compete",
+                file=sys.stderr,
+            )
         model, processor = load_model(args)
         texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
         results = evaluate_imagenet(model, processor, paths, targets, texts, **options)
+        if present < len(labels) or args.classes_from_folders:
+            results = {"classes": present, "labels": len(labels), **results}
     else:
         paths, captions, owners = karpathy_test(args.captions, args.images)
         model, processor = load_model(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from ..terminal import Bar, progress
@@ -16,14 +17,18 @@ BAR_FROM_PROMPTS = 512  # fewer are embedded in a moment
 
 
 def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
-    """Load the model that the options name."""
+    """Load the model that the options name; a note on stderr says if MLX is slow here."""
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from ..cpu.process import slow_blas_remedy
+
     with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
         from .. import load
 
         loaded = load(args.model, variant=args.variant, revision=args.revision, dtype=args.dtype)
         set_status(f"loaded {args.model}")
+    if not args.quiet and (remedy := slow_blas_remedy()):
+        print(f"note: {remedy}", file=sys.stderr)
     return loaded
 
 

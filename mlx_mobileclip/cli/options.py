@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import argparse
+from pathlib import Path
 
 from ..defaults import DEFAULT_MODEL
 
@@ -47,12 +48,20 @@ def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_path(name: str) -> Path:
+    """A path that an option names; `Path("")` would be the current directory."""
+    if not name:
+        raise argparse.ArgumentTypeError("an empty name; write . for this directory")
+    return Path(name)
+
+
 def templates(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompts that the options select."""
     from ..eval.zero_shot import PLAIN_TEMPLATE, template_set
 
     if args.template:
         return tuple(args.template)
-    if args.templates or args.imagenet:
+    own_classes = getattr(args, "classes_from_folders", False)
+    if args.templates or (args.imagenet and not own_classes):
         return template_set(args.templates or "openai")
     return PLAIN_TEMPLATE

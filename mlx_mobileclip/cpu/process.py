@@ -7,7 +7,10 @@ on who starts threads.
 import ctypes
 import os
 import platform
+import re
+import sys
 from functools import cache
+from pathlib import Path
 
 from ..device import on_cpu
 
@@ -16,6 +19,10 @@ SWITCH = "MLX_MOBILECLIP_PROCESS_SETTINGS"  # "0" leaves the process as it is
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
 GROWTH_BYTES = 1 << 26
+# Functions of the process if a fast BLAS is preloaded, and where the slow reference BLAS lies: in
+# MLX's wheel, or in Debian's directory for it.
+FAST_BLAS = ("openblas_set_num_threads", "MKL_Set_Num_Threads", "bli_thread_set_num_threads")
+SLOW_BLAS_FILE = re.compile(r"/(mlx\w*\.libs|blas)/libblas[^/]*$", re.MULTILINE)
 
 
 def configure() -> None:
@@ -44,3 +51,24 @@ def _configure_once() -> None:
     set_threads = getattr(library, "openblas_set_num_threads", None)
     if set_threads is not None:
         set_threads(1)
+
+
+def slow_blas_remedy() -> str:
+    """What to do if MLX multiplies matrices with a slow BLAS; empty if all is well.
+
+    That is so on Linux without a GPU, where MLX's wheel brings the reference BLAS, at a tenth of
+    the speed of others; never on a Mac or a GPU.
+    """
+    if sys.platform != "linux" or not on_cpu():
+        return ""
+    library = ctypes.CDLL(None)
+    try:
+        loaded = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return ""
+    if any(hasattr(library, name) for name in FAST_BLAS) or not SLOW_BLAS_FILE.search(loaded):
+        return ""
+    return (
+        "MLX runs here at a tenth of its speed, for want of a fast BLAS; install OpenBLAS "
+        "(Debian: libopenblas0-pthread) and set LD_PRELOAD=libopenblas.so.0"
+    )

@@ -1,11 +1,9 @@
 """Embed any number of images or texts into one file.
 
 The output appears complete or not at all. Until then the rows are in a resume log beside it
-(resume_log.py), from which the next run continues.
+(resume_log.py), from which the next run continues. A finished output can be brought up to date.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +19,16 @@ from ..preprocess.processor import Processor
 from ..terminal import Bar
 from .files import openable
 from .identity import image_identity, text_identity
-from .pipeline import Embedded, check_batch_size, iter_embeddings, iter_text_embeddings
+from .pipeline import (
+    Embedded,
+    check_batch_size,
+    check_sequence,
+    iter_embeddings,
+    iter_text_embeddings,
+)
 from .progress import consume
-from .resume_log import ResumeLog
+from .readers import Stored, read_embeddings
+from .resume_log import Key, ResumeLog
 from .writers import check_names, check_output, write_embeddings
 
 
@@ -36,12 +41,17 @@ class Summary:
         embedded: Inputs in the output.
         resumed: Distinct inputs that were taken from the resume log.
         skipped: Error messages of the inputs left out, by name.
+        kept: Distinct inputs whose rows were in the output before.
+        dropped: Names that were in the output before and are not any more, as the files are gone
+            or cannot be read.
     """
 
     total: int
     embedded: int = 0
     resumed: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    kept: int = 0
+    dropped: int = 0
 
 
 def embed_images(
@@ -54,6 +64,7 @@ def embed_images(
     batch_size: int = 32,
     workers: int | None = None,
     quiet: bool = True,
+    update: bool = False,
 ) -> Summary:
     """Embed image files into one file; unreadable images are reported on stderr and skipped.
 
@@ -63,19 +74,24 @@ def embed_images(
         paths: Image files.
         output: File to create; its suffix selects the format (writers.py). It holds
             `embeddings`, float32 (N, E) with unit rows, and `names`, the paths, in the order of
-            `paths`.
+            `paths`, and `stamps`, by which an update knows the files that have changed.
         name: Name of the model, stored in the output.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core, at most 8.
         quiet: Report skipped images only.
+        update: Bring an output that exists up to date: embed the files that are new or have
+            changed since, drop those that are gone, keep the others. Files in it that `paths`
+            does not name stay, after those of `paths`.
 
     Raises:
-        DataError: the output cannot be written, or no image could be embedded.
+        DataError: the output cannot be written, is another model's, or no image could be embedded.
     """
-    stamps = {path: _stamp(path) for path in paths}
+    check_sequence(paths, "paths")
+    stamps = {path: _stamp(path) or "" for path in paths}
     about = {"kind": "images", "model": name, "fingerprint": image_identity(model)}
     iterate = partial(iter_embeddings, model, processor, batch_size=batch_size, workers=workers)
-    return _run(iterate, paths, stamps, Path(output), about, batch_size=batch_size, quiet=quiet)
+    run = partial(_run, iterate, paths, stamps, Path(output), about, _stamp)
+    return run(batch_size=batch_size, quiet=quiet, update=update)
 
 
 def embed_texts(
@@ -87,6 +103,7 @@ def embed_texts(
     name: str = "",
     batch_size: int = 128,
     quiet: bool = True,
+    update: bool = False,
 ) -> Summary:
     """Embed texts into one file in the same way as `embed_images`; `names` holds the texts.
 
@@ -94,18 +111,23 @@ def embed_texts(
         DataError: the output cannot be written, or no text could be embedded.
         ModelError: the model has no text tower.
     """
-    tower, probe = text_identity(model, processor)
-    tokenizer = hashlib.sha256(json.dumps(probe).encode()).hexdigest()
-    about = {"kind": "texts", "model": name, "fingerprint": tower, "tokenizer": tokenizer}
+    about = {"kind": "texts", "model": name, "fingerprint": text_identity(model, processor)}
+    check_sequence(texts, "texts")
     stamps = dict.fromkeys(texts, "")
     iterate = partial(iter_text_embeddings, model, processor, batch_size=batch_size)
-    return _run(iterate, texts, stamps, Path(output), about, batch_size=batch_size, quiet=quiet)
+    run = partial(_run, iterate, texts, stamps, Path(output), about, lambda _: "")
+    return run(batch_size=batch_size, quiet=quiet, update=update)
 
 
-def _stamp(path: str) -> str:
-    """Size and time of a file, so that a resumed run embeds it again if it has changed."""
+def _stamp(path: str) -> str | None:
+    """Size and time of a file, so that it is embedded again if it has changed; None if it is gone.
+
+    Empty if they cannot be told.
+    """
     try:
         status = Path(openable(path)).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, RuntimeError):  # RuntimeError: ~ of an unknown user
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
@@ -117,28 +139,60 @@ def _run(
     stamps: dict[str, str],
     output: Path,
     about: dict[str, str],
+    stamp: Callable[[str], str | None],
     *,
     batch_size: int,
     quiet: bool,
+    update: bool,
 ) -> Summary:
     check_batch_size(batch_size)
-    check_output(output)
-    check_names(output, list(names))
+    check_output(output, update=update)
+    if update and output.is_symlink():
+        output = output.resolve()
     with ResumeLog(output, about) as log:
+        before = _read_before(output, about) if update and output.exists() else None
+        rows: dict[Key, NDArray[np.float32]] = {}
+        if before is not None:
+            rows = dict(zip(before.keys, before.rows, strict=True))
+            others = [name for name, _ in before.keys if name not in stamps]
+            found = {name: stamp(name) for name in others}
+            others = [name for name in others if found[name] is not None]
+            names = [*names, *others]
+            # Where the stamp cannot be told, the row stays as it is.
+            stored = dict(before.keys)
+            stamps = stamps | {name: found[name] or stored[name] for name in others}
+        check_names(output, names, list(stamps.values()))
 
-        def store(embedded: list[str], rows: NDArray[np.float32]) -> None:
-            log.append([(name, stamps[name]) for name in embedded], rows)
+        def store(embedded: list[str], new: NDArray[np.float32]) -> None:
+            log.append([(name, stamps[name]) for name in embedded], new)
 
-        todo = [name for name, stamp in stamps.items() if (name, stamp) not in log.rows]
-        done = len(stamps) - len(todo)
-        with Bar(len(stamps), about["kind"], quiet=quiet, done=done) as bar:
-            if done and not quiet:
-                bar.say(f"going on from {log.path}: {done} of {len(stamps)} are done")
+        # An image's row without a stamp may be of another content of the file.
+        known = {key for key in rows if key[1] or about["kind"] == "texts"}
+        kept = sum((name, stamps[name]) in known for name in stamps)
+        todo = [key[0] for key in stamps.items() if key not in log.rows and key not in known]
+        resumed = len(stamps) - len(todo) - kept
+        with Bar(len(stamps), about["kind"], quiet=quiet, done=kept + resumed) as bar:
+            if resumed and not quiet:
+                bar.say(f"going on from {log.path}: {resumed} of {len(stamps)} are done")
             skipped = consume(iterate(todo), batch_size, bar, store)
-        kept = [name for name in names if (name, stamps[name]) in log.rows]
-        if not kept:
-            log.remove()
+        rows = {key: rows[key] for key in known} | log.rows
+        keys = [(name, stamps[name]) for name in names if (name, stamps[name]) in rows]
+        if not keys:
             raise DataError(f"none of the {len(names)} {about['kind']} could be embedded")
-        write_embeddings(output, kept, [log.rows[name, stamps[name]] for name in kept], about)
+        if before is None or keys != before.keys:
+            values, kept_names = [rows[key] for key in keys], [name for name, _ in keys]
+            write_embeddings(output, kept_names, values, about, [stamp for _, stamp in keys])
         log.remove()
-    return Summary(len(names), len(kept), done, skipped)
+    left = {name for name, _ in keys}
+    dropped = 0 if before is None else len({name for name, _ in before.keys} - left)
+    return Summary(len(names), len(keys), resumed, skipped, kept, dropped)
+
+
+def _read_before(output: Path, about: dict[str, str]) -> Stored:
+    before = read_embeddings(output)
+    if any(before.about.get(key) != value for key, value in about.items() if key != "model"):
+        raise DataError(
+            f"{output}: is of other weights, settings or version ({before.about.get('kind')} and "
+            f"model {before.about.get('model') or 'without a name'}); choose another --output"
+        )
+    return before

@@ -1,26 +1,54 @@
-"""Find image files and read lists of lines."""
+"""Find image files: in directories, by globs, and in lists."""
 
 import glob
 import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import DataError
+from .lines import expand, read_lines
 
 IMAGE_SUFFIXES = frozenset(
-    # HEIC cannot be decoded, but ignoring it silently would lose half a phone's photos.
-    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mpo", ".heic", ".heif")
+    # Not all can be decoded, such as HEIC, but then the user is told which are skipped.
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo"),
+        *(".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+        *(".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"),
+    )
 )
+# First bytes of the formats that image.py opens, to tell an image from a list.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"MM\0+", b"II+\0")
+MAX_KINDS = 8  # that a summary names
 
 
-def find_images(source: str, on_skip: Callable[[str, str], None] | None = None) -> list[str]:
+class PassedOver(Counter[str]):
+    """How many files and folders a search left out, by reason."""
+
+    def __str__(self) -> str:
+        """Such as "passed over 3: 2 .txt, 1 hidden"; empty if nothing was."""
+        if not self:
+            return ""
+        kinds = [f"{count} {reason}" for reason, count in self.most_common(MAX_KINDS)]
+        if others := self.total() - sum(count for _, count in self.most_common(MAX_KINDS)):
+            kinds.append(f"{others} others")
+        return f"passed over {self.total()}: {', '.join(kinds)}"
+
+
+def find_images(
+    source: str,
+    on_skip: Callable[[str, str], None] | None = None,
+    passed_over: PassedOver | None = None,
+) -> list[str]:
     """List the image files of a directory, a glob, a list file, or a single image.
 
     Args:
-        source: A directory is searched recursively for image files, except hidden ones; a glob
-            may use `**`; a list file has one path per line, relative to the current directory.
+        source: A directory is searched recursively for image files, except hidden ones; folders
+            that are links follow after the others, each folder once. A glob may use `**`. A list
+            file has one path per line, relative to the current directory.
         on_skip: Called with the path of each subdirectory that cannot be read, and the reason;
             by default an unreadable subdirectory is an error.
+        passed_over: Counts what was left out.
 
     Returns:
         Paths: sorted for a directory or a glob, in the order of the file for a list.
@@ -28,40 +56,25 @@ def find_images(source: str, on_skip: Callable[[str, str], None] | None = None) 
     Raises:
         DataError: the source does not exist, holds no image, or cannot be read.
     """
-    path = _expand(source)
-    kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+    if not source:
+        raise DataError("an empty name; give a directory (. for this one), a glob or a list")
+    path = expand(source)
+    passed_over = PassedOver() if passed_over is None else passed_over
     if path.is_dir():
-        files = _walk(path, on_skip)
-        found = [_literal(str(file)) for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        found = [_literal(str(file)) for file in _walk(path, on_skip, passed_over)]
         if not found:
-            raise DataError(f"{source}: holds no image; looked for {kinds}")
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            left_out = f" ({passed_over})" if passed_over else ""
+            raise DataError(f"{source}: holds no image{left_out}; looked for {kinds}")
         return found
     if path.is_file():
-        is_image = path.suffix.lower() in IMAGE_SUFFIXES
-        return [_literal(str(path))] if is_image else _read_list(path)
+        return [_literal(str(path))] if _is_image(path) else _read_list(path)
     if glob.has_magic(source):
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (the glob may be absolute)
-        found = sorted(_literal(match) for match in matches if Path(match).is_file())
+        found = [_literal(match) for match in _match(str(path), passed_over)]
         if not found:
             raise DataError(f"{source}: no file matches; put a glob in quotes")
         return found
     raise DataError(f"{source}: no such file or directory; give a directory, a glob or a list")
-
-
-def read_lines(path: Path) -> list[str]:
-    """Read the lines of a file; bytes that are not UTF-8 become surrogates.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        text = _expand(path).read_bytes().decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    lines = text.split("\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
 
 
 def openable(path: str) -> str:
@@ -72,32 +85,119 @@ def openable(path: str) -> str:
     return str(Path.cwd() / path) if path.startswith("./~") else path
 
 
-def _expand(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~ of an unknown user: a file name such as ~$a.png
-        return Path(path)
-
-
 def _literal(path: str) -> str:
     """Keep a ~ at the start of a file name from being expanded to a home directory."""
     return f"./{path}" if path.startswith("~") else path
 
 
-def _walk(directory: Path, on_skip: Callable[[str, str], None] | None) -> Iterator[Path]:
+def _match(pattern: str, passed_over: PassedOver) -> list[str]:
+    """The files that match a glob, sorted; `**` searches folders as `_search` does."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        matches = glob.glob(pattern)  # noqa: PTH207 (the glob may be absolute)
+        files = [match for match in matches if not Path(match).is_dir()]
+        if len(matches) > len(files):
+            passed_over["folders that match a glob"] += len(matches) - len(files)
+        return sorted(files)
+    place = parts.index("**")
+    base, rest = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
+    bases = glob.glob(f"{base}/") if place else ["."]  # noqa: PTH207
+    found: set[str] = set()
+    for start in bases:
+        for folder, _ in _search(Path(start), lambda _: None, passed_over):
+            inner = PassedOver()  # the folders within this one are searched in their turn
+            found.update(_match(str(Path(glob.escape(folder), rest)), inner))
+    return sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file is an image and no list, by its name or else by its first bytes."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False  # reported when it is read as a list
+    bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
+    return start.startswith(SIGNATURES) or start[4:8] == b"ftyp" or bitmap
+
+
+def _walk(
+    directory: Path, on_skip: Callable[[str, str], None] | None, passed_over: PassedOver
+) -> Iterator[Path]:
+    """The image files of a directory and its folders."""
+
     def failed(error: OSError) -> None:
         folder, reason = str(error.filename), f"cannot be read ({error.strerror or error})"
         if on_skip is None or folder == str(directory):
             raise DataError(f"{folder}: {reason}") from error
         on_skip(folder, reason)
 
-    for folder, folders, files in os.walk(directory, onerror=failed):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+    for folder, files in _search(directory, failed, passed_over):
+        for name in sorted(files):
+            path = Path(folder, name)
+            if reason := _reason_to_pass_over(path):
+                passed_over[reason] += 1
+            else:
+                yield path
+
+
+def _search(
+    directory: Path, failed: Callable[[OSError], None], passed_over: PassedOver
+) -> Iterator[tuple[str, list[str]]]:
+    """A directory and its folders, each with its files; first the real folders, then the links.
+
+    What is reached without a link is never left out, so that a file keeps its name whatever links
+    lead to it. Within a linked folder, one that was searched before is left out: a loop ends.
+    """
+    searched: set[tuple[int, int] | str] = set()
+    links = deque([directory])
+    while links:
+        start = links.popleft()
+        linked = start is not directory
+        if linked and _identity(start) in searched:
+            passed_over["linked folders that were searched already"] += 1
+            continue
+        for folder, folders, files in os.walk(start, onerror=failed):
+            searched.add(_identity(folder))
+            for name in sorted(folders):
+                path = Path(folder, name)
+                if name.startswith("."):
+                    passed_over["hidden folders"] += 1
+                elif path.is_symlink():
+                    links.append(path)
+                elif linked and _identity(path) in searched:
+                    passed_over["folders that were searched already"] += 1
+                else:
+                    continue
+                folders.remove(name)
+            folders.sort()
+            yield folder, files
+
+
+def _reason_to_pass_over(path: Path) -> str:
+    """Why a file of a directory is no image to embed; empty if it is one."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return ""  # a broken link too: it is skipped by name
+    if path.is_symlink() and not path.exists():
+        return "broken links"
+    return path.suffix.lower() or "without a suffix"
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | str:
+    """What is the same for all names of a folder."""
+    try:
+        status = Path(folder).stat()
+    except OSError:  # it has gone meanwhile, or cannot be reached: os.walk reports it
+        return str(folder)
+    return status.st_dev, status.st_ino
 
 
 def _read_list(path: Path) -> list[str]:
-    names = [name for name in read_lines(path) if name.strip()]
-    if not names or any("\0" in name for name in names):
+    names = [name for name in read_lines(path, paths=True) if name.strip()]
+    if not names:
         raise DataError(f"{path}: is no list of images; write one path a line")
     return names

@@ -3,15 +3,13 @@
 Caches and resume logs store it, so that they are not used with another model.
 """
 
-import numpy as np
+import hashlib
 
+from .. import __version__
 from ..caching.fingerprint import fingerprint
 from ..models.clip import MobileCLIP
 from ..preprocess.processor import Processor
 from .pipeline import text_tower
-
-# Tokenizers differ in how they repair such text (with ftfy or without).
-TOKENIZER_PROBE = "\u201cMojibake\u201d doesn\u00e2\u20ac\u2122t &amp; shouldn't  matter \uff21"
 
 
 def image_identity(model: MobileCLIP) -> str:
@@ -19,12 +17,12 @@ def image_identity(model: MobileCLIP) -> str:
     return fingerprint(model.image, model.config.image, model.config.preprocess)
 
 
-def text_identity(model: MobileCLIP, processor: Processor) -> tuple[str, list[list[int]]]:
-    """Hash of the text tower and its config, and the token ids of a probe text.
+def text_identity(model: MobileCLIP, processor: Processor) -> str:
+    """Hash of the text tower, its config, the tokenizer and this package: 64 hexadecimal digits.
 
     Raises:
         ModelError: the model has no text tower.
     """
     tower = fingerprint(text_tower(model)[0], model.config.text)
-    ids: list[list[int]] = np.asarray(processor.texts([TOKENIZER_PROBE])).tolist()
-    return tower, ids
+    content = (__version__, tower, processor.tokenizer.fingerprint)
+    return hashlib.sha256(repr(content).encode()).hexdigest()

@@ -60,7 +60,7 @@ def iter_embeddings(
         threads if the generator is not exhausted.
 
     Raises:
-        DataError: batch_size is below 1.
+        DataError: batch_size is below 1, or there is no list.
     """
 
     def prepare(path: str) -> NDArray[Any]:
@@ -69,6 +69,7 @@ def iter_embeddings(
     def encode(pixels: mx.array) -> mx.array:
         return model.encode_image(pixels, normalize=True)
 
+    check_sequence(paths, "paths")
     check_batch_size(batch_size)
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
     return _embed(paths, prepare, encode, batch_size, workers)
@@ -80,27 +81,39 @@ def iter_text_embeddings(
     """Embed texts in the same way as `iter_embeddings`; a text that is not UTF-8 is an error.
 
     Raises:
-        DataError: batch_size is below 1.
+        DataError: batch_size is below 1, or there is no list.
         ModelError: the model has no text tower.
     """
 
     def prepare(text: str) -> NDArray[Any]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not is_unicode(text):
             raise DataError("is not UTF-8")
         return np.asarray(processor.texts([text]))[0]
 
     def encode(ids: mx.array) -> mx.array:
         return model.encode_text(ids, normalize=True)
 
+    check_sequence(texts, "texts")
     check_batch_size(batch_size)
     text_tower(model)
     return _embed(texts, prepare, encode, batch_size, workers=1)
+
+
+def check_sequence(names: Iterable[str], what: str) -> None:
+    """Raise DataError if there is one name, of which each character would be taken for a name."""
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise DataError(f"{what} takes a list, not a {type(names).__name__}")
 
 
 def check_batch_size(batch_size: int) -> None:
     """Raise DataError if the batch size is below 1."""
     if batch_size < 1:
         raise DataError(f"a batch size of {batch_size} is not possible; it must be at least 1")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def text_tower(model: MobileCLIP) -> tuple[nn.Module, mx.array]:

@@ -6,9 +6,12 @@ killed process leaves it, is truncated when the file is opened again.
 
 import fcntl
 import json
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,7 +42,8 @@ class ResumeLog:
 
         Args:
             output: The file that the run will write.
-            about: Everything that all rows depend on; a log with another header is discarded.
+            about: What all rows depend on, and `model`, the model's name. A log in which anything
+                but the name differs is refused on entry.
         """
         self.path = output.with_name(output.name + ".partial")
         self.about = dict(about)
@@ -48,10 +52,11 @@ class ResumeLog:
 
     def __enter__(self) -> "ResumeLog":
         try:
-            self._file = self.path.open("a+b")
+            self._file = os.fdopen(_open_no_link(self.path), "a+b")
         except OSError as error:
             raise DataError(
-                f"{self.path}: cannot be written ({error.strerror}); choose another --output"
+                f"{self.path}: cannot be written ({error.strerror or error}); choose another "
+                "--output"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,15 +67,21 @@ class ResumeLog:
             ) from error
         except OSError:
             pass  # network file systems without locks
-        self._file.seek(0)
-        end = self._replay()
-        self._file.truncate(end)
-        if not end:
-            self.rows.clear()
-            self._append(json.dumps(self.about).encode(), b"")
+        try:
+            self._file.seek(0, os.SEEK_END)
+            if not self._file.tell():
+                self._append(json.dumps(self.about).encode(), b"")
+            self._file.seek(0)
+            self._file.truncate(self._replay())
+        except BaseException:
+            with suppress(OSError):  # a full disk, told already
+                self._file.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.rows:  # nothing to go on from
+            self.remove()
         self._file.close()
 
     def append(self, keys: Sequence[Key], rows: NDArray[np.float32]) -> None:
@@ -93,8 +104,20 @@ class ResumeLog:
     def _replay(self) -> int:
         """Read the rows of an earlier run; returns the length of the intact part in bytes."""
         header = self._next()
-        if header is None or header[0] != json.dumps(self.about).encode():
-            return 0
+        remedy = "remove it, or choose another --output"
+        try:
+            if header is None or not isinstance(about := json.loads(header[0]), dict):
+                raise ValueError
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self.path}: is damaged, or no file of this program; {remedy}"
+            ) from error
+        if about | {"model": ""} != self.about | {"model": ""}:
+            made_by = f"{about.get('kind', '')} and model {about.get('model') or 'without a name'}"
+            raise DataError(
+                f"{self.path}: is of an unfinished run with other weights, settings or version "
+                f"({made_by}); run that one again, {remedy}"
+            )
         end = self._file.tell()
         while (record := self._next()) is not None:
             keys = [(str(name), str(stamp)) for name, stamp in json.loads(record[0])]
@@ -125,3 +148,13 @@ class ResumeLog:
                 f"{self.path}: cannot be written ({error.strerror}); free some space and run the "
                 "same command again"
             ) from error
+
+
+def _open_no_link(path: Path) -> int:
+    """Open the log, but nothing that another has put in its place: a link, a pipe."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("is not a regular file")
+    return descriptor

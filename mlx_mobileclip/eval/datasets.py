@@ -1,44 +1,78 @@
 """Read the data sets of the published evaluations from the user's own copies."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ..embedding.files import find_images
-from ..errors import DataError
-from .zero_shot import imagenet_classes
+from ..errors import DataError, name_some
+from .zero_shot import imagenet_wordnet_ids
 
 CAPTIONS_PER_IMAGE = 5  # as in clip_benchmark; a few COCO images have six or seven
 MAX_CAPTIONS_BYTES = 512 << 20
 
 
 def imagenet_images(directory: Path) -> tuple[list[str], list[int]]:
-    """List ImageNet's validation images and their classes.
+    """List images of ImageNet and their classes.
 
     Args:
-        directory: Has 1000 subdirectories in the order of the classes: sorted by name if they
-            are named by WordNet id, by number if they are numbered, as in ImageNet-V2.
+        directory: Has one subdirectory a class, all named by WordNet id, or all by the index of
+            the class, 0 to 999, as in ImageNet-V2. Classes may be missing.
 
     Returns:
         Paths of the images, and the class index of each, 0 to 999.
 
     Raises:
-        DataError: there are not 1000 subdirectories, or one has no image.
+        DataError: a subdirectory is named otherwise, or has no image.
     """
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; give ImageNet's validation images")
-    found = (p for p in directory.iterdir() if p.is_dir() and not p.name.startswith("."))
-    folders = sorted(found, key=lambda p: (int(p.name) if p.name.isdecimal() else 0, p.name))
-    classes = len(imagenet_classes())
-    if len(folders) != classes:
+    folders = _class_folders(directory)
+    ids = {name: index for index, name in enumerate(imagenet_wordnet_ids())}
+    numbers = {str(index): index for index in range(len(ids))}
+    known = ids if folders[0].name in ids else numbers
+    if unknown := [folder.name for folder in folders if folder.name not in known]:
         raise DataError(
-            f"{directory}: holds {len(folders)} directories instead of {classes}; sort the "
-            "validation images into one directory for each class, named by its WordNet id"
+            f"{directory}: {name_some(unknown)}: no class of ImageNet; name each directory by its "
+            "WordNet id, such as n01440764, or all by a number from 0 to 999; for classes of your "
+            "own there is --classes-from-folders"
         )
+    return _images(sorted(folders, key=lambda p: known[p.name]), lambda p: known[p.name])
+
+
+def folder_classes(directory: Path) -> tuple[list[str], list[int], list[str]]:
+    """List images in one directory a class, whose name is the label.
+
+    Returns:
+        Paths of the images, the class index of each, and the labels, sorted.
+
+    Raises:
+        DataError: there is no subdirectory, or one has no image.
+    """
+    folders = _class_folders(directory)
+    labels = [folder.name for folder in folders]
+    places = {label: index for index, label in enumerate(labels)}
+    return *_images(folders, lambda p: places[p.name]), labels
+
+
+def _class_folders(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory; give one with a directory for each class")
+    try:
+        found = [p for p in directory.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be read ({error.strerror or error})") from error
+    if not found:
+        raise DataError(
+            f"{directory}: holds no directories; sort the images into one for each class"
+        )
+    return sorted(found)
+
+
+def _images(folders: list[Path], index_of: Callable[[Path], int]) -> tuple[list[str], list[int]]:
     paths, targets = [], []
-    for index, folder in enumerate(folders):
+    for folder in folders:
         files = find_images(str(folder))
         paths += files
-        targets += [index] * len(files)
+        targets += [index_of(folder)] * len(files)
     return paths, targets
 
 

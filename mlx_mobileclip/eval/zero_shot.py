@@ -16,11 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from ..caching.disk_cache import DiskCache
 from ..embedding.identity import text_identity
-from ..embedding.pipeline import text_tower
-from ..errors import DataError, ModelError
+from ..embedding.pipeline import is_unicode, text_tower
+from ..errors import DataError, ImageError, ModelError
 from ..models.clip import MobileCLIP
 from ..preprocess.image import ImageSource
 from ..preprocess.processor import Processor
@@ -29,7 +30,7 @@ PLAIN_TEMPLATE = ("a photo of a {}.",)
 TEMPLATE_SETS = ("openai", "simple")
 PROMPTS_PER_BATCH = 128
 MAX_LOGIT_SCALE = 100.0  # as in training
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Prediction:
 def imagenet_classes() -> tuple[str, ...]:
     """OpenAI's names of the 1000 ImageNet classes, in the order of the sorted WordNet ids."""
     return tuple(_data("imagenet_classes.json")["classes"])
+
+
+def imagenet_wordnet_ids() -> tuple[str, ...]:
+    """The WordNet ids of the 1000 ImageNet classes, sorted."""
+    return tuple(_data("imagenet_wordnet_ids.json")["ids"])
 
 
 def template_set(name: str) -> tuple[str, ...]:
@@ -101,16 +107,18 @@ def text_matrix(
         DataError: no labels, no templates, or a template without `{}`.
         ModelError: the model has no text tower, or an embedding is not finite.
     """
-    if isinstance(labels, str) or not labels:
-        raise DataError("there are no labels; give at least one, as a list")
-    if isinstance(templates, str) or not templates:
-        raise DataError("there are no templates; give at least one, as a list")
+    _check_texts(labels, "labels")
+    _check_texts(templates, "templates")
     for template in templates:
         if "{}" not in template:
             raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
     text_tower(model)
-    key = _cache_key(model, processor, labels, templates) if cache else ""
-    if cache and (stored := DiskCache(cache_directory()).read(key, len(labels))) is not None:
+    directory = cache_directory() if cache else None
+    store = None if directory is None else DiskCache(directory)
+    key = _cache_key(model, processor, labels, templates) if store else ""
+    columns = model.config.embed_dim
+    if store and (stored := store.read(key, len(labels), columns, unit=True)) is not None:
+        _warn_of_cuts(processor, labels, templates)
         return mx.array(stored)
     step = max(1, PROMPTS_PER_BATCH // len(templates))
     rows = []
@@ -123,16 +131,36 @@ def text_matrix(
     matrix = mx.concatenate(rows)
     if not mx.isfinite(matrix.sum()).item():
         raise ModelError("the labels' embeddings are not finite; try --dtype float32")
-    if cache:
-        DiskCache(cache_directory()).write(key, np.asarray(matrix))
+    if store:
+        store.write(key, np.asarray(matrix))
     return matrix
+
+
+def _check_texts(texts: Sequence[str], what: str) -> None:
+    if not isinstance(texts, (list, tuple)) or not texts:
+        raise DataError(f"there are no {what}; give at least one, as a list")
+    for text in texts:
+        if not isinstance(text, str) or not is_unicode(text):
+            raise DataError(f"{text!r} among the {what} is no text in UTF-8")
+
+
+def _warn_of_cuts(processor: Processor, labels: Sequence[str], templates: Sequence[str]) -> None:
+    """Warn again of prompts that are too long, as when they were embedded."""
+    prompts = (prompt for label in labels for prompt in _prompts(label, templates))
+    doubtful = [prompt for prompt in prompts if processor.tokenizer.may_be_cut(prompt)]
+    if doubtful:
+        processor.texts(doubtful)
+
+
+def _prompts(label: str, templates: Sequence[str]) -> list[str]:
+    # Not str.format: a label or a template may hold other braces.
+    return [template.replace("{}", label) for template in templates]
 
 
 def _embed_labels(
     model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
 ) -> mx.array:
-    # Not str.format: a label or a template may hold other braces.
-    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    prompts = [prompt for label in labels for prompt in _prompts(label, templates)]
     parts = [
         model.encode_text(
             processor.texts(prompts[start : start + PROMPTS_PER_BATCH]), normalize=True
@@ -144,18 +172,23 @@ def _embed_labels(
     return mean / mx.linalg.norm(mean, axis=-1, keepdims=True)
 
 
-def cache_directory() -> Path:
-    """Directory of cached text matrices: $MLX_MOBILECLIP_CACHE, or in the user's cache."""
-    if chosen := os.environ.get("MLX_MOBILECLIP_CACHE"):
-        return Path(chosen).expanduser()
+def cache_directory() -> Path | None:
+    """Directory of cached text matrices: $MLX_MOBILECLIP_CACHE, or in the user's cache.
+
+    None if the user has no home directory to put it in.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "mlx-mobileclip"
+    chosen = os.environ.get("MLX_MOBILECLIP_CACHE") or f"{home}/mlx-mobileclip"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        return None
 
 
 def _cache_key(
     model: MobileCLIP, processor: Processor, labels: Sequence[str], templates: Sequence[str]
 ) -> str:
-    content = [CACHE_FORMAT, *text_identity(model, processor), list(templates), list(labels)]
+    content = [CACHE_FORMAT, text_identity(model, processor), list(templates), list(labels)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -196,23 +229,44 @@ def classify(
         raise DataError(f"top_k is {top_k}; ask for at least 1 label")
     if texts is None:
         texts = text_matrix(model, processor, labels, templates, cache=cache)
+    choose = chooser(model, labels, texts, top_k)
+    if not isinstance(images, Sequence):  # such as a set, which has no order
+        raise ImageError(f"images takes a list of images, not a {type(images).__name__}")
+    results = []
+    for start in range(0, len(images), batch_size):
+        pixels = processor.images(images[start : start + batch_size])
+        results += choose(model.encode_image(pixels, normalize=True))
+    return results
+
+
+def chooser(
+    model: MobileCLIP, labels: Sequence[str], texts: mx.array, top_k: int
+) -> Callable[[mx.array], list[list[Prediction]]]:
+    """What finds the best labels for the embeddings of images (N, E), unit rows; see `classify`.
+
+    Raises:
+        DataError: labels and texts differ in number.
+        ModelError: the model has no text tower; on a call, an embedding is not finite.
+    """
+    texts = mx.array(texts)  # NumPy's too
     if texts.ndim != 2 or texts.shape[0] != len(labels):
         raise DataError(f"texts has shape {texts.shape}, but there are {len(labels)} labels")
     _, logit_scale = text_tower(model)
     scale = mx.minimum(mx.exp(logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
-    results = []
-    for start in range(0, len(images), batch_size):
-        pixels = processor.images(images[start : start + batch_size])
-        embeddings = model.encode_image(pixels, normalize=True).astype(mx.float32)
-        similarities = embeddings @ texts.T
+
+    def choose(embeddings: mx.array) -> list[list[Prediction]]:
+        similarities = embeddings.astype(mx.float32) @ texts.T
         probabilities = mx.softmax(scale * similarities, axis=-1)
-        for cosines, chances in zip(
-            np.asarray(similarities), np.asarray(probabilities), strict=True
-        ):
-            if not np.isfinite(chances).all():
-                raise ModelError("an image's embedding is not finite; try --dtype float32")
-            best = np.argsort(-cosines, kind="stable")[:top_k]
-            results.append(
-                [Prediction(labels[i], int(i), float(chances[i]), float(cosines[i])) for i in best]
-            )
-    return results
+        rows = zip(np.asarray(similarities), np.asarray(probabilities), strict=True)
+        return [_best(labels, cosines, chances, top_k) for cosines, chances in rows]
+
+    return choose
+
+
+def _best(
+    labels: Sequence[str], cosines: NDArray[Any], chances: NDArray[Any], top_k: int
+) -> list[Prediction]:
+    if not np.isfinite(chances).all():
+        raise ModelError("an image's embedding is not finite; try --dtype float32")
+    best = np.argsort(-cosines, kind="stable")[:top_k]
+    return [Prediction(labels[i], int(i), float(chances[i]), float(cosines[i])) for i in best]

@@ -7,8 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..concurrency import enter
 from ..errors import ImageError, ModelError, PromptError
 from ..json_fields import Fields
+from ..layers import mean_of_positions
 from ..quantization import Packed, pack, read_packed
 from .fastvit import FastViT, FastViTConfig
 from .text import TextConfig, TextTower
@@ -126,7 +128,7 @@ class ImageTower(nn.Module):
     def project(self, x: mx.array) -> mx.array:
         """The trunk's output, a map or vectors, to (B, E)."""
         if x.ndim == 4:
-            x = mx.mean(x, axis=(1, 2))  # (B, features)
+            x = mean_of_positions(x)  # (B, features)
         return self.projection(x)
 
 
@@ -163,6 +165,7 @@ class MobileCLIP(nn.Module):
         Raises:
             ImageError: the shape is not one that the tower takes.
         """
+        enter()
         if pixels.ndim != 4 or pixels.shape[3] != 3 or min(pixels.shape[:3]) < 1:
             raise ImageError(f"pixels have shape {pixels.shape}; expected (B, S, S, 3)")
         return embedding(self.image(pixels), normalize)
@@ -181,6 +184,7 @@ class MobileCLIP(nn.Module):
             ModelError: the checkpoint has no text tower.
             PromptError: the shape is not (B, L), or an id is outside the vocabulary.
         """
+        enter()
         if self.text is None or self.config.text is None:
             raise ModelError(
                 "this checkpoint holds an image tower only; texts need one with both towers, "

@@ -26,6 +26,7 @@ from ..layers import (
     StemConv,
     add_biases,
     add_product,
+    mean_of_positions,
     run,
     self_attention,
     whole,
@@ -129,7 +130,7 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: FeatureMap) -> mx.array:
         """(B, H, W, C) to the same shape."""
         x = whole(x)
-        gate = mx.mean(x, axis=(1, 2))  # (B, C)
+        gate = mean_of_positions(x)  # (B, C)
         gate = mx.sigmoid(self.fc2(nn.relu(self.fc1(gate))))
         return x * gate[:, None, None]
 

@@ -87,6 +87,21 @@ VARIANTS = {
     )
 }
 
+# What timm and Apple's code call an image tower: the variant it stands for. Others share it.
+TOWERS = {
+    "fastvit_mci0": "MobileCLIP2-S0",
+    "fastvit_mci1": "MobileCLIP-S1",
+    "fastvit_mci2": "MobileCLIP2-S2",
+    "fastvit_mci3": "MobileCLIP2-S3",
+    "fastvit_mci4": "MobileCLIP2-S4",
+    "vit_base_mci_224": "MobileCLIP2-B",
+    "vit_large_patch14_clip_224": "MobileCLIP2-L-14",
+    "mci0": "MobileCLIP-S0",
+    "mci1": "MobileCLIP-S1",
+    "mci2": "MobileCLIP-S2",
+    "vit_b16": "MobileCLIP-B",
+}
+
 
 def plain(name: str) -> str:
     """A name in lower case, without separators."""

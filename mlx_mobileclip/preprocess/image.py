@@ -4,12 +4,14 @@ Resizing is Pillow's, antialiased and on uint8, as in the reference pipelines: f
 CLIPImageProcessor of transformers 4.48 that Apple's code runs on. Results are equal bit for bit.
 """
 
+import base64
 import io
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
 MAX_IMAGE_SIDE = 16384
@@ -35,7 +37,8 @@ def open_image(source: ImageSource, name: str = "image") -> Image.Image:
     """Open an image upright and in RGB.
 
     Args:
-        source: Path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        source: Path, data URI, encoded bytes, file object, PIL image, or uint8 array (H, W),
+            (H, W, 3) or (H, W, 4).
         name: What errors call it, unless it is a path.
 
     Returns:
@@ -52,11 +55,8 @@ def open_image(source: ImageSource, name: str = "image") -> Image.Image:
         return _decode(source, name)
     if isinstance(source, (bytes, bytearray)):
         return _decode(io.BytesIO(source), name)
-    if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(
-            f"an image cannot be a {type(source).__name__}; "
-            "give a path, bytes, a PIL image or a uint8 array"
-        )
+    if not isinstance(source, (str, os.PathLike)) or is_data_uri(source):
+        return _decode(io.BytesIO(read_image(source)), name)
     path = find_image(source)
     try:
         with path.open("rb") as file:
@@ -65,17 +65,59 @@ def open_image(source: ImageSource, name: str = "image") -> Image.Image:
         raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
 
 
-def read_image(source: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file, not decoded.
+def read_image(source: str | os.PathLike[str] | BinaryIO) -> bytes:
+    """The bytes of an encoded image, not decoded.
+
+    Args:
+        source: Path, data URI, or file object; a file object that can seek is left where it was.
 
     Raises:
         ImageError: it cannot be read, or as `find_image`.
     """
     try:
-        with find_image(source).open("rb") as file:
-            return file.read(MAX_IMAGE_BYTES)
+        if isinstance(source, (str, os.PathLike)):
+            if is_data_uri(source):
+                return _from_data_uri(str(source))
+            with find_image(source).open("rb") as file:
+                return file.read(MAX_IMAGE_BYTES)
+        return _read_file(source)
     except OSError as error:
         raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def is_data_uri(source: object) -> bool:
+    """Whether a text holds an image itself: `data:image/png;base64,...`."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _from_data_uri(uri: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"{uri[:40]}: not a data URI in base64; write data:image/png;base64,...")
+    if len(body) > 4 * MAX_IMAGE_BYTES // 3:
+        raise ImageError(f"{uri[:40]}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
+    try:
+        return base64.b64decode(unquote(body), validate=True)
+    except ValueError as error:
+        raise ImageError(f"{uri[:40]}: not valid base64 ({error}); encode it again") from error
+
+
+def _read_file(source: Any) -> bytes:
+    if not hasattr(source, "read"):
+        raise ImageError(
+            f"an image cannot be a {type(source).__name__}; "
+            "give a path, a data URI, bytes, a file object, a PIL image or a uint8 array"
+        )
+    seekable = hasattr(source, "seekable") and source.seekable()
+    place = source.tell() if seekable else 0
+    data = source.read(MAX_IMAGE_BYTES + 1)
+    if seekable:
+        source.seek(place)
+    if not isinstance(data, bytes):
+        raise ImageError("an image's file object must be opened in binary mode, with 'rb'")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ImageError(f"an image is larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
+    return data
 
 
 def find_image(source: str | os.PathLike[str]) -> Path:
@@ -85,7 +127,7 @@ def find_image(source: str | os.PathLike[str]) -> Path:
         ImageError: it is a URL, no file, or larger than 512 MB.
     """
     name = os.fspath(source)
-    if "://" in name or name.startswith("data:"):
+    if "://" in name:
         raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
     try:
         path = Path(name).expanduser()

@@ -10,11 +10,12 @@ a checkpoint with a vocabulary of its own brings its merges in merges.txt.
 """
 
 import gzip
+import hashlib
 import html
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import __version__ as tokenizers_version
 
 from ..errors import ConfigError, PromptError
 from ..json_fields import read_bounded
@@ -81,6 +83,19 @@ class Tokenizer:
         self.start_id, self.end_id = len(tokens), len(tokens) + 1
         self.context_length = context_length
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that the ids of a text follow from: 64 hexadecimal digits."""
+        content = (self._backend.to_str(), self.context_length, *cleaning(), tokenizers_version)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def may_be_cut(self, text: str) -> bool:
+        """Whether a text could be too long; False only if it surely is not.
+
+        Cleaning makes plain text no longer, and no id stands for less than a byte.
+        """
+        return len(text) > self.context_length - 2 or not text.isascii() or "&" in text
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start, end and padding."""
         return list(self._backend.encode(clean(text), add_special_tokens=False).ids)
@@ -98,7 +113,8 @@ class Tokenizer:
         Raises:
             PromptError: not a list of texts, or one of more than a million characters.
         """
-        if isinstance(texts, (str, bytes)) or not len(texts):
+        is_list = isinstance(texts, Sequence) or getattr(texts, "ndim", 0) == 1  # NumPy, pandas
+        if isinstance(texts, (str, bytes)) or not is_list or not len(texts):
             raise PromptError('texts takes a list of at least one text, such as ["a cat"]')
         rows = np.zeros((len(texts), self.context_length), np.int32)
         room = self.context_length - 2
@@ -181,6 +197,16 @@ def clean(text: str) -> str:
     """Mend, unescape HTML twice, collapse white space, lower."""
     text = html.unescape(html.unescape(_mender()(text)))
     return " ".join(text.split()).lower()
+
+
+def cleaning() -> tuple[str, str]:
+    """What texts are mended with, and the version of Unicode that decides on letters and cases."""
+    mender = "plain"
+    if _mender() is not _mend:
+        from ftfy import __version__ as ftfy_version
+
+        mender = f"ftfy {ftfy_version}"
+    return mender, unicodedata.unidata_version
 
 
 @cache

@@ -103,3 +103,34 @@ def test_a_directory_of_the_repository_s_name_is_not_taken(hub: HubServer, tmp_p
         cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert f"or write ./{REPOSITORY} for the directory here" in result.stderr
+
+
+def test_the_image_processor_is_fetched(hub: HubServer, tmp_path: Path) -> None:
+    """As transformers 5 writes it, nested, and as it did before."""
+    path = hub.directory
+    synthetic.write_layout(path, "fast_vlm")
+    for name in path.glob("model-*"):
+        name.unlink()
+    (path / "model.safetensors.index.json").unlink()
+    pixels = {
+        "image_processor_type": "LlavaImageProcessorFast",
+        "do_pad": True,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 256, "width": 256},
+    }
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": pixels}))
+    (path / "preprocessor_config.json").write_text(json.dumps(pixels | {"do_pad": False}))
+    refused = generate(hub, tmp_path / "cache", "--quiet")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "processor_config.json (256 px, pad) contradicts preprocessor_config" in refused.stderr
+    (path / "preprocessor_config.json").unlink()
+    target = tmp_path / "out"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache2")}
+    command = [sys.executable, "-m", "convert", "--model", REPOSITORY, "--mlx-path", str(target)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=env | {"HF_HUB_OFFLINE": "0"}, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((target / "config.json").read_text())["image_size"] == 256

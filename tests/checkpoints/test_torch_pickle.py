@@ -144,7 +144,7 @@ def test_other_names_are_refused(asked: tuple[str, str], tmp_path: Path) -> None
         (b"}}\x81", "NEWOBJ"),
         (b"\x82\x01", "EXT1"),
         (b"\x8b\x04\x00\x00\x00aaaa", "LONG4"),
-        (b"\x8f", "EMPTY_SET"),
+        (b"\x97", "NEXT_BUFFER"),
         (b"I12345\n", "INT"),
         (b"Pname\n", "PERSID"),
         (b"}2", "DUP"),

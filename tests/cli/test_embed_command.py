@@ -118,8 +118,8 @@ def test_plain_progress_lines_elsewhere(
     monkeypatch.setattr("mlx_mobileclip.terminal.LINE_SECONDS", 0)
     args = ["embed", "--images", str(images), "--output", f"{tmp_path}/x.npz", "--batch-size", "1"]
     assert main(args) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" images")[0] for line in lines[1:4]] == ["1 of 3", "2 of 3", "3 of 3"]
+    lines = [line.split(" images")[0] for line in capsys.readouterr().err.splitlines()]
+    assert [line for line in lines if line.endswith(" of 3")][:3] == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 def test_ctrl_c_is_130_and_resumes(
@@ -143,3 +143,67 @@ def test_ctrl_c_is_130_and_resumes(
     assert not output.exists()
     assert main(args) == 0
     assert not partial.exists()
+
+
+def test_embed_says_what_it_passed_over(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "elsewhere").symlink_to(images)
+    (images / "notes.txt").touch()
+    (images / ".DS_Store").touch()
+    args = ["embed", "--images", str(images), "--output", f"{tmp_path}/x.npz", "--quiet"]
+    assert main(args) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("passed over 3: ")
+    for reason in ("1 .txt", "1 hidden", "1 linked folders that were searched already"):
+        assert reason in line
+
+
+def test_embed_finds_avif_and_linked_folders(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "red.png").rename(images / "red.jfif")
+    (images / "damaged.avif").write_bytes(b"\0\0\0\x18ftypavif")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(images)
+    args = ["embed", "--images", f"{tmp_path}/all", "--output", f"{tmp_path}/x.npz", "--quiet"]
+    assert main(args) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].startswith("skipped ") and "damaged.avif" in err[0]
+    assert "embedded 3 of 4 images" in err[1]
+
+
+def test_embed_updates_an_output(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["embed", "--images", str(images), "--output", f"{tmp_path}/x.safetensors"]
+    assert main([*args, "--model", "org/m"]) == 0
+    assert main(args) == 1
+    assert "bring it up to date with --update" in capsys.readouterr().err
+    (images / "red.png").unlink()
+    paint(images / "new.png", "blue")
+    assert main([*args, "--update"]) == 0
+    assert "embedded 3 of 3 images" in (err := capsys.readouterr().err)
+    assert "(2 kept, 1 dropped)" in err
+
+
+def test_texts_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_bytes("red\rcafé\r".encode("latin-1"))
+    assert main(["embed", "--texts", f"{tmp_path}/t.txt", "--output", f"{tmp_path}/x.npz"]) == 1
+    assert "t.txt: line 2 is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remedy", ["", "set LD_PRELOAD"])
+def test_a_slow_blas_is_told_once(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr("mlx_mobileclip.cpu.process.slow_blas_remedy", lambda: remedy)
+    args = ["classify", "--image", f"{images}/red.png", "--labels", "red"]
+    assert main(args) == 0
+    assert capsys.readouterr().err.count("note: set LD_PRELOAD") == bool(remedy)
+    assert main([*args, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""

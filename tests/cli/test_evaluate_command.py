@@ -8,29 +8,61 @@ import pytest
 from standin import paint
 
 from mlx_mobileclip.__main__ import main
-from mlx_mobileclip.eval import datasets, zero_shot
+from mlx_mobileclip.eval import zero_shot
 
+IDS = ("n01440764", "n01443537", "n01484850")
 pytestmark = pytest.mark.usefixtures("loaded")
 
 
-def test_evaluate_imagenet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    classes = ("red", "green", "blue")
-    for module in (datasets, zero_shot):
-        monkeypatch.setattr(module, "imagenet_classes", lambda: classes)
-    # The third directory holds one image of its class and one that is not.
+@pytest.fixture
+def validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three classes; the third holds one image of its class and one that is not."""
+    labels = ("red", "green", "blue")
+    monkeypatch.setattr(zero_shot, "imagenet_classes", lambda: labels)
     for i, (folder, colour) in enumerate(
-        (("n01", "red"), ("n02", "green"), ("n03", "blue"), ("n03", "red"))
+        ((IDS[0], "red"), (IDS[1], "green"), (IDS[2], "blue"), (IDS[2], "red"))
     ):
         (tmp_path / "val" / folder).mkdir(parents=True, exist_ok=True)
         paint(tmp_path / "val" / folder / f"{i}.png", colour, seed=i)
-    assert main(["evaluate", "--imagenet", f"{tmp_path}/val", "--json", "--quiet"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report == {"model": "apple/MobileCLIP2-S0", "images": 4, "top1": 75.0, "top5": 100.0}
-    (tmp_path / "val" / "n01" / "bad.png").write_bytes(b"")
-    assert main(["evaluate", "--imagenet", f"{tmp_path}/val", "--quiet"]) == 1
+    return tmp_path / "val"
+
+
+def test_evaluate_imagenet(validation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--imagenet", str(validation), "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    expected = {"model": "apple/MobileCLIP2-S0", "images": 4, "top1": 75.0, "top5": 100.0}
+    assert (json.loads(out), err) == (expected, "")
+    (validation / IDS[0] / "bad.png").write_bytes(b"")
+    assert main(["evaluate", "--imagenet", str(validation), "--quiet"]) == 1
     assert "would not be comparable" in capsys.readouterr().err
+
+
+def test_a_subset_competes_with_all_labels_and_says_so(
+    validation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (validation / IDS[0]).rename(validation.parent / "elsewhere")
+    args = ["evaluate", "--imagenet", str(validation), "--quiet"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert err == "2 of 3 classes have images; all 3 labels compete\n"
+    assert out.splitlines() == [
+        "classes: 2",
+        "labels: 3",
+        "images: 3",
+        "top1: 66.67",
+        "top5: 100.00",
+    ]
+
+
+def test_classes_of_ones_own(validation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, label in zip(IDS, ("red", "green", "blue"), strict=True):
+        (validation / name).rename(validation / label)
+    args = ["evaluate", "--imagenet", str(validation), "--quiet", "--json"]
+    assert main(args) == 1
+    assert "no class of ImageNet" in capsys.readouterr().err
+    assert main([*args, "--classes-from-folders"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["classes"], report["labels"], report["top1"]) == (3, 3, 75.0)
 
 
 def test_evaluate_retrieval(

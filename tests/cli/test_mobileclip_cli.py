@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from standin import StandIn, StandInProcessor
 
 import mlx_mobileclip
 from mlx_mobileclip.__main__ import main
+from mlx_mobileclip.cpu import process
 from mlx_mobileclip.terminal import printable
 
 ROOT = Path(__file__).parents[2]
@@ -35,12 +37,14 @@ def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
         (["embed", "--images", red, "--output", f"{tmp_path}/x.csv"], "must end in"),
         (["embed", "--images", red, "--output", f"{tmp_path}/there.npz"], "already exists"),
         (["embed", "--texts", "none.txt", "--output", f"{tmp_path}/x.npz"], "cannot be read"),
-        (["evaluate", "--imagenet", str(images)], "instead of 1000"),
+        (["evaluate", "--imagenet", str(images)], "holds no directories"),
         (["embed", "--images", "~nobodyx", "--output", f"{tmp_path}/x.npz"], "no such file"),
         (["evaluate", "--captions", "none.json"], "needs --images"),
         (["evaluate", "--captions", "x", "--images", "x", "--template", "{}"], "no --template"),
         (["evaluate", "--captions", "x", "--images", "x", "--templates", "openai"], "--templates"),
         (["evaluate", "--imagenet", "x", "--images", "x"], "no --images"),
+        (["evaluate", "--captions", "x", "--images", "x", "--classes-from-folders"], "takes no"),
+        (["embed", "--images", "", "--output", f"{tmp_path}/x.npz"], "an empty name"),
         (["evaluate", "--captions", "none.json", "--images", "x"], "cannot be read"),
     ):
         assert main(args) == 1, args
@@ -64,6 +68,8 @@ def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
         ["embed", "--images", "x", "--texts", "y", "--output", "z.npz"],
         ["embed", "--images", "x", "--output", "z.npz", "--batch-size", "many"],
         ["evaluate"],
+        ["evaluate", "--imagenet", ""],
+        ["evaluate", "--captions", "x.json", "--images", ""],
     ],
 )
 def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +80,7 @@ def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_debug_shows_the_traceback(images: Path) -> None:
-    with pytest.raises(mlx_mobileclip.ImageError):
+    with pytest.raises(mlx_mobileclip.DataError):
         main(["classify", "--image", "none.png", "--labels", "a", "--debug"])
 
 
@@ -118,3 +124,27 @@ print({"mlx", "numpy", "PIL", "safetensors", "huggingface_hub"} & set(sys.module
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "set()\n", result.stderr
+
+
+def test_when_the_blas_counts_as_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {
+        "/v/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0": True,
+        "/usr/lib/x86_64-linux-gnu/blas/libblas.so.3.10.0": True,
+        "/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3": False,
+        "/v/numpy.libs/libscipy_openblas64_-32a4b2a6.so": False,
+    }
+    monkeypatch.setattr(process, "on_cpu", lambda: True)
+    monkeypatch.setattr(process.sys, "platform", "linux")
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: SimpleNamespace())
+    for line, slow in maps.items():
+        text = f"7f00 r-xp 0 {line}\n7f01 r-xp 0 /usr/lib/libc.so.6\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_, text=text, **__: text)
+        assert ("LD_PRELOAD" in process.slow_blas_remedy()) == slow, line
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"7f {next(iter(maps))}\n")
+    fast = SimpleNamespace(openblas_set_num_threads=None)
+    for target, value in (("ctypes.CDLL", lambda _: fast), ("on_cpu", lambda: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mlx_mobileclip.cpu.process.{target}", value)
+            assert process.slow_blas_remedy() == ""
+    monkeypatch.setattr(process.sys, "platform", "darwin")
+    assert process.slow_blas_remedy() == ""

@@ -96,6 +96,11 @@ def test_what_other_runtimes_need(tmp_path: Path) -> None:
         convert("demo", tmp_path / target, "--layout", target)
         assert "<|im_start|>assistant\n" in (tmp_path / target / "chat_template.jinja").read_text()
         assert read_json(tmp_path / target / "tokenizer_config.json")["eos_token"] == "<|im_end|>"
+        ends = [488, 486]  # <|im_end|>, <|endoftext|>
+        generation = read_json(tmp_path / target / "generation_config.json")
+        assert generation["eos_token_id"] == ends and generation["pad_token_id"] == ends[1]
+        config = read_json(tmp_path / target / "config.json")
+        assert config.get("text_config", config)["eos_token_id"] == ends  # mlx-vlm: at the top
         pixels = read_json(tmp_path / target / "preprocessor_config.json")
         assert pixels["crop_size"] == {"height": 256, "width": 256} and pixels["do_pad"]
     tokenizer = json.loads((tmp_path / "transformers" / "tokenizer.json").read_text())

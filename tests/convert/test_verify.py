@@ -12,6 +12,7 @@ import synthetic
 import synthetic_clip
 from retrace import UnaccountedError, report_fastvlm, report_mobileclip
 from synthetic_clip import tiny_config, tiny_shapes, values
+from tolerances import BATCHED, relative_error
 
 from convert import __main__ as command
 from convert import pipeline
@@ -290,4 +291,5 @@ def test_stages_end_in_the_embeddings(tmp_path: Path) -> None:
     expected = mx.concatenate([model.encode_image(each, normalize=True) for each in pixels])
     assert mx.array_equal(images, expected).item()
     (texts,) = [each.value for each in outputs if each.stage == TEXTS]
-    assert mx.array_equal(texts, model.encode_text(processor.texts(LABELS), normalize=True)).item()
+    expected = model.encode_text(processor.texts(LABELS), normalize=True)
+    assert relative_error(texts, expected) < BATCHED  # which divides the texts among cores

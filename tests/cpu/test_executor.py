@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cores import divide, graph_names
-from tolerances import relative_error
+from tolerances import BATCHED, relative_error
 
 from mlx_mobileclip.cpu import executor
 from mlx_mobileclip.cpu.rows import whole
@@ -55,7 +55,9 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     mx.eval(undivided)
     started = divide(monkeypatch, cores)
     divided = whole(layer(x)), whole(layer(x[:1])), self_attention(qkv, training=False)
-    assert all(mx.array_equal(a, b).item() for a, b in zip(divided, undivided, strict=True))
+    errors = [relative_error(a, b) for a, b in zip(divided, undivided, strict=True)]
+    assert errors[:2] == [0, 0]  # each strip is the product that it was
+    assert errors[2] < BATCHED  # of some of the queries
     tiles = min(3, cores)  # rows of tiles
     rows, positions = started[:tiles], started[2 * tiles :]
     assert started == rows + rows + positions

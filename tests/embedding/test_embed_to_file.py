@@ -17,7 +17,8 @@ from standin import COLOURS, WIDTH, StandIn, StandInProcessor, paint
 
 from mlx_mobileclip.embedding import writers
 from mlx_mobileclip.embedding.embed_to_file import embed_images, embed_texts
-from mlx_mobileclip.embedding.files import find_images, read_lines
+from mlx_mobileclip.embedding.files import find_images
+from mlx_mobileclip.embedding.lines import read_lines
 from mlx_mobileclip.embedding.resume_log import ResumeLog
 from mlx_mobileclip.errors import DataError
 
@@ -107,9 +108,9 @@ def test_metadata(photos: Path, tmp_path: Path) -> None:
 
 def test_texts(tmp_path: Path) -> None:
     lines = tmp_path / "texts.txt"
-    lines.write_bytes("a red bus\r\n\nein grünes Haus\na red bus\n".encode() + b"\xff\xfe\n")
+    lines.write_bytes("a red bus\r\n\nein grünes Haus\na red bus\n".encode())
     output = tmp_path / "texts.npz"
-    texts = read_lines(lines)
+    texts = [*read_lines(lines), "\udcff\udcfe"]
     summary = embed_texts(StandIn(), StandInProcessor(), texts, output)
     names, rows = read(output)
     assert names == ["a red bus", "", "ein grünes Haus", "a red bus"]
@@ -241,46 +242,62 @@ def test_resumes_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "header", "other model", "garbage", "length"])
-def test_damaged_partial_files(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_batch_is_embedded_again(tmp_path: Path) -> None:
     paths = many(tmp_path, 6)
     output, partial = tmp_path / "x.npz", tmp_path / "x.npz.partial"
     with pytest.raises(KeyboardInterrupt):
         run(paths, output, interrupted(2), batch_size=2)
     data = bytearray(partial.read_bytes())
-    if damage == "flip":
-        data[-3] ^= 1
-    elif damage == "header":
+    data[-3] ^= 1
+    partial.write_bytes(data)
+    assert run(paths, output, batch_size=2).resumed == 2
+    expected = StandIn().encode_image(StandInProcessor().images(paths))
+    np.testing.assert_allclose(read(output)[1], np.array(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["header", "other model", "garbage", "length", "link", "pipe"])
+def test_a_log_that_cannot_be_used_is_refused_and_kept(tmp_path: Path, damage: str) -> None:
+    paths = many(tmp_path, 6)
+    output, partial = tmp_path / "x.npz", tmp_path / "x.npz.partial"
+    with pytest.raises(KeyboardInterrupt):
+        run(paths, output, interrupted(2), batch_size=2)
+    data = bytearray(partial.read_bytes())
+    if damage == "header":
         data[20] ^= 1
     elif damage == "garbage":
         data[:] = os.urandom(500)
     elif damage == "length":
         data[4:8] = b"\xff\xff\xff\xff"
     partial.write_bytes(data)
+    if damage == "link":
+        partial.rename(tmp_path / "precious")
+        partial.symlink_to(tmp_path / "precious")
+    elif damage == "pipe":
+        partial.unlink()
+        os.mkfifo(partial)
     model = StandIn(seed=3 if damage == "other model" else 0)
-    summary = run(paths, output, model, batch_size=2)
-    assert summary.resumed == (2 if damage == "flip" else 0)
-    expected = model.encode_image(StandInProcessor().images(paths))
-    np.testing.assert_allclose(read(output)[1], np.array(expected), atol=1e-6)
+    match = (
+        "other weights, .* run that one again" if damage == "other model" else "another --output"
+    )
+    with pytest.raises(DataError, match=match):
+        run(paths, output, model, batch_size=2)
+    assert model.image_batches == []
+    assert damage == "pipe" or partial.read_bytes() == data
 
 
-def test_another_tokenizer_starts_afresh(tmp_path: Path) -> None:
-    class Interrupted(StandIn):
-        def encode_text(self, ids: mx.array, normalize: bool = True) -> mx.array:
-            if self.texts_seen:
-                raise KeyboardInterrupt
-            return super().encode_text(ids, normalize)
+def test_the_spelling_of_the_model_does_not_matter(tmp_path: Path) -> None:
+    paths = many(tmp_path, 6)
+    with pytest.raises(KeyboardInterrupt):
+        run(paths, tmp_path / "x.npz", interrupted(2), batch_size=2, name="org/m")
+    assert run(paths, tmp_path / "x.npz", batch_size=3, name="/models/m/").resumed == 4
+    with np.load(tmp_path / "x.npz") as data:
+        assert data["model"] == "/models/m/"
 
-    class Plain(StandInProcessor):
-        def texts(self, texts: list[str]) -> mx.array:
-            return super().texts([text.replace("\u201c", '"') for text in texts])
 
-    texts, output = ["red", "green"], tmp_path / "x.npz"
-    for processor, resumed in ((Plain(), 0), (StandInProcessor(), 1)):
-        with pytest.raises(KeyboardInterrupt):
-            embed_texts(Interrupted(), StandInProcessor(), texts, output, batch_size=1)
-        assert embed_texts(StandIn(), processor, texts, output).resumed == resumed
-        output.unlink()
+def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(many(tmp_path, 2), tmp_path / "x.npz", interrupted(0))
+    assert not list(tmp_path.glob("x.npz*"))
 
 
 def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from standin import paint
 
-from mlx_mobileclip.embedding.files import find_images
+from mlx_mobileclip.embedding.files import PassedOver, find_images
 from mlx_mobileclip.errors import DataError
 
 
@@ -38,7 +38,74 @@ def test_find_images(photos: Path, tmp_path: Path) -> None:
         (str(empty), "holds no image"),
         (f"{empty}/*.png", "no file matches"),
         (str(tmp_path / "none"), "no such file"),
-        (str(tmp_path / "binary.dat"), "no list of images"),
+        (str(tmp_path / "binary.dat"), "line 1 holds a NUL"),
     ):
         with pytest.raises(DataError, match=match):
             find_images(source)
+
+
+def names(source: Path, passed_over: PassedOver | None = None) -> list[str]:
+    return [str(Path(p).relative_to(source)) for p in find_images(str(source), None, passed_over)]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "HEIC", "hif", "jxl", "png", "dib"])
+def test_every_suffix_of_a_photo_counts(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"x.{suffix}").write_bytes(b"x")
+    assert names(tmp_path) == [f"x.{suffix}"]
+
+
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for name in ("root/z/a.png", "elsewhere/b.png", "elsewhere/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        paint(tmp_path / name, "red")
+    (root / "a").symlink_to("z")  # before the real one in the order of names
+    (root / "album").symlink_to(elsewhere)
+    (root / "album2").symlink_to(elsewhere)
+    (root / "deep").symlink_to(elsewhere / "deep")
+    (root / "z" / "up").symlink_to(root)
+    (elsewhere / "back").symlink_to(tmp_path)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "self").symlink_to("self")
+    passed = PassedOver()
+    assert names(root, passed) == ["gone.png", "z/a.png", "album/b.png", "album/deep/c.png"]
+    assert passed == {
+        "broken links": 2,
+        "linked folders that were searched already": 4,
+        "folders that were searched already": 2,
+    }
+    found = find_images(f"{root}/**/*.png", passed_over=passed)
+    assert sorted(Path(p).name for p in found) == ["a.png", "b.png", "c.png", "gone.png"]
+    assert f"{root}/z/a.png" in found
+
+
+def test_what_is_passed_over_is_counted(photos: Path, tmp_path: Path) -> None:
+    passed = PassedOver()
+    assert str(passed) == ""
+    (photos / "sub" / "more.txt").touch()
+    (photos / "README").touch()
+    assert len(names(photos, passed)) == 7
+    assert passed == {".txt": 2, "hidden": 1, "hidden folders": 1, "without a suffix": 1}
+    assert str(passed).startswith("passed over 5: 2 .txt, ")
+    find_images(f"{photos}/*", passed_over=passed)
+    assert passed["folders that match a glob"] == 1
+    (tmp_path / "raw").mkdir()
+    for i in range(12):
+        (tmp_path / "raw" / f"x.{i}").touch()
+    with pytest.raises(DataError, match=r"no image \(passed over 12: .*, 4 others\)"):
+        find_images(str(tmp_path / "raw"))
+
+
+def test_a_single_image_needs_no_suffix(tmp_path: Path) -> None:
+    for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff"):
+        paint(tmp_path / f"x.{kind}", "red")
+        bare = (tmp_path / f"x.{kind}").rename(tmp_path / kind)
+        assert find_images(str(bare)) == [str(bare)]
+    (tmp_path / "list").write_text("BMW/a.png\n")
+    assert find_images(str(tmp_path / "list")) == ["BMW/a.png"]
+
+
+def test_the_empty_name_is_refused() -> None:
+    with pytest.raises(DataError, match="an empty name"):
+        find_images("")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from standin import COLOURS, WIDTH, StandIn, StandInProcessor, paint
 
+from mlx_mobileclip.embedding.embed_to_file import embed_images, embed_texts
 from mlx_mobileclip.embedding.pipeline import iter_embeddings, iter_text_embeddings
 from mlx_mobileclip.errors import DataError, ImageError, ModelError
 
@@ -19,6 +20,7 @@ class Recording(StandInProcessor):
     """Counts what is decoded; each image waits for its turn if there is a gate."""
 
     def __init__(self, gates: dict[str, threading.Event] | None = None) -> None:
+        super().__init__()
         self.gates = gates or {}
         self.started: list[str] = []
 
@@ -132,3 +134,13 @@ def test_options_are_checked_at_the_call() -> None:
     model.text = None
     with pytest.raises(ModelError, match="image tower only"):
         iter_text_embeddings(model, StandInProcessor(), ["red"])
+
+
+@pytest.mark.parametrize("names", ["ab.png", b"ab", 3, None])
+def test_one_name_is_no_list(names: Any, tmp_path: Path) -> None:
+    for iterate in (iter_embeddings, iter_text_embeddings):
+        with pytest.raises(DataError, match="takes a list, not a"):
+            iterate(StandIn(), StandInProcessor(), names)
+    for embed in (embed_images, embed_texts):
+        with pytest.raises(DataError, match="takes a list, not a"):
+            embed(StandIn(), StandInProcessor(), names, tmp_path / "x.npz")

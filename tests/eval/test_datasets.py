@@ -4,15 +4,72 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mobileclip.errors import DataError
 from mlx_mobileclip.eval import datasets
+from mlx_mobileclip.eval.zero_shot import imagenet_classes, imagenet_wordnet_ids
 
 
-def test_numbered_classes_are_in_the_order_of_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets, "imagenet_classes", lambda: ("class",) * 12)
-    for i in range(12):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "x.png").touch()
-    paths, targets = datasets.imagenet_images(tmp_path)
-    assert [int(Path(path).parent.name) for path in paths] == targets == list(range(12))
+def folders(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "x.png").touch()
+    return root
+
+
+def test_wordnet_ids_are_those_of_imagenet() -> None:
+    ids = imagenet_wordnet_ids()
+    assert len(set(ids)) == len(imagenet_classes()) == 1000
+    assert list(ids) == sorted(ids)
+    # Tench, goldfish, golden retriever, toilet paper: the places that OpenAI's names have.
+    assert (ids[0], ids[1], ids[207], ids[999]) == (
+        *("n01440764", "n01443537"),
+        *("n02099601", "n15075141"),
+    )
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_subsets_keep_their_classes(tmp_path: Path, numbered: bool) -> None:
+    chosen = [999, 2, 10, 207]
+    names = [str(i) if numbered else imagenet_wordnet_ids()[i] for i in chosen]
+    paths, targets = datasets.imagenet_images(folders(tmp_path / "val", *names, ".hidden"))
+    assert targets == sorted(chosen)
+    assert [Path(p).parent.name for p in paths] == [names[chosen.index(t)] for t in targets]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("cat", "dog"),
+        ("n01440764", "dog"),
+        ("n01440764", "7"),
+        ("n99999999",),
+        ("1000",),
+        ("01", "1"),
+        ("\u0661",),  # a digit, but not of ASCII
+        ("n01440764 ",),
+        tuple(f"class{i}" for i in range(1000)),
+        tuple(f"n{i:08}" for i in range(1000)),
+    ],
+)
+def test_what_is_no_class_of_imagenet_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"no class of ImageNet; .*--classes-from-folders"):
+        datasets.imagenet_images(folders(tmp_path / "val", *names))
+
+
+def test_classes_of_ones_own(tmp_path: Path) -> None:
+    root = folders(tmp_path / "val", "red heart", "blue, star")
+    (root / "notes.txt").touch()
+    paths, targets, labels = datasets.folder_classes(root)
+    assert labels == ["blue, star", "red heart"]
+    assert [Path(p).parent.name for p in paths] == [labels[t] for t in targets]
+    (root / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: holds no image"):
+        datasets.folder_classes(root)
+
+
+def test_directories_without_classes(tmp_path: Path) -> None:
+    for read in (datasets.folder_classes, datasets.imagenet_images):
+        with pytest.raises(DataError, match="holds no directories"):
+            read(tmp_path)
+        with pytest.raises(DataError, match="no such directory"):
+            read(tmp_path / "none")

@@ -1,18 +1,17 @@
-"""Zero-shot classification: the ensemble against numpy, the cache against damage."""
+"""Zero-shot classification: the ensemble against numpy."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from standin import StandIn, StandInProcessor, paint
 
-from mlx_mobileclip.caching import disk_cache
-from mlx_mobileclip.caching.disk_cache import DiskCache
-from mlx_mobileclip.errors import DataError, ImageError, ModelError
+from mlx_mobileclip.errors import DataError, ImageError, ModelError, PromptError
 from mlx_mobileclip.eval import zero_shot as zeroshot
+from mlx_mobileclip.preprocess.tokenizer import clip_tokenizer
 
 DATA = Path(__file__).parents[2] / "mlx_mobileclip/data"
 TEMPLATES = ("a photo of a {}.", "a {} thing", "{} {}")
@@ -20,9 +19,8 @@ LABELS = ["red", "green", "blue", "a {} brace"]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_MOBILECLIP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -85,6 +83,24 @@ def test_classify(model: StandIn, tmp_path: Path) -> None:
         assert [p.probability for p in best] == sorted((p.probability for p in best), reverse=True)
 
 
+def test_numpy_texts_are_taken(model: StandIn, tmp_path: Path) -> None:
+    image = paint(tmp_path / "a.png", "blue")
+    texts: Any = np.array(zeroshot.text_matrix(model, StandInProcessor(), LABELS))
+    (best,) = zeroshot.classify(model, StandInProcessor(), [image], LABELS, texts=texts)
+    assert best[0].label == "blue"
+
+
+def test_what_is_no_list_of_texts() -> None:
+    tokenizer = clip_tokenizer()
+    for texts in ({"a"}, {"a": 1}, (t for t in ["a"]), 3, None, np.array("a"), "a", b"a", []):
+        with pytest.raises(PromptError, match="takes a list"):
+            tokenizer(texts)
+    for texts in ([1], np.array([1]), [b"a"], [None]):
+        with pytest.raises(PromptError, match="a text cannot be"):
+            tokenizer(texts)
+    assert np.array_equal(tokenizer(np.array(["a", "b"])), tokenizer(("a", "b")))
+
+
 def test_scale_is_clipped_and_ties_keep_the_order(model: StandIn, tmp_path: Path) -> None:
     model.logit_scale = mx.array(20.0)
     image = paint(tmp_path / "a.png", "red")
@@ -101,6 +117,10 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
         ("cat", TEMPLATES, "no labels"),
         (["cat"], [], "no templates"),
         (["cat"], ["a photo"], "has no {}"),
+        ({"cat"}, TEMPLATES, "no labels"),
+        (["caf\udce9"], TEMPLATES, "no text in UTF-8"),
+        ([1], TEMPLATES, "no text in UTF-8"),
+        (["cat"], ["\udce9 {}"], "no text in UTF-8"),
     ):
         with pytest.raises(DataError, match=match):
             zeroshot.text_matrix(model, processor, labels, templates)
@@ -108,6 +128,9 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
         zeroshot.classify(model, processor, [image], ["cat"], top_k=0)
     with pytest.raises(DataError, match="2 labels"):
         zeroshot.classify(model, processor, [image], ["a", "b"], texts=mx.zeros((3, 4)))
+    for images in ({image}, (i for i in [image]), 3, None):
+        with pytest.raises(ImageError, match="takes a list"):
+            zeroshot.classify(model, processor, images, ["cat"])
     with pytest.raises(ImageError, match="no such file"):
         zeroshot.classify(model, processor, [str(tmp_path / "none.png")], ["cat"])
     image_only = StandIn()
@@ -119,112 +142,6 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
     model.text.weight = mx.full(model.text.weight.shape, float("nan"))
     with pytest.raises(ModelError, match="float32"):
         zeroshot.text_matrix(model, processor, ["cat"])
-
-
-# The cache.
-
-
-def matrix(model: StandIn, **changes: object) -> np.ndarray:
-    options = {"labels": LABELS, "templates": TEMPLATES} | changes
-    return np.array(zeroshot.text_matrix(model, StandInProcessor(), **options))
-
-
-def test_cache_saves_the_work_and_knows_its_content(model: StandIn, cache: Path) -> None:
-    first = matrix(model)
-    seen = model.texts_seen
-    assert np.array_equal(matrix(model), first)
-    assert np.array_equal(matrix(StandIn()), first)
-    assert model.texts_seen == seen
-    assert len(list(cache.iterdir())) == 1
-    matrix(model, labels=LABELS[::-1])
-    matrix(model, templates=TEMPLATES[:2])
-    assert len(list(cache.iterdir())) == 3
-    other = matrix(StandIn(seed=5))
-    assert not np.allclose(other, first)
-    model.config.text = "another mask"
-    matrix(model)
-    assert len(list(cache.iterdir())) == 5
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "grow", "directory"])
-def test_damaged_entry_counts_as_absent(model: StandIn, cache: Path, damage: str) -> None:
-    first = matrix(model)
-    (entry,) = cache.iterdir()
-    data = bytearray(entry.read_bytes())
-    if damage == "flip":
-        data[40] ^= 1
-    elif damage == "cut":
-        del data[-4:]
-    elif damage == "empty":
-        data.clear()
-    elif damage == "grow":
-        data += bytes(48)
-    entry.unlink()
-    if damage == "directory":
-        entry.mkdir()
-    else:
-        entry.write_bytes(data)
-    assert np.array_equal(matrix(model), first)
-    if damage != "directory":
-        seen = model.texts_seen
-        assert np.array_equal(matrix(model), first)
-        assert model.texts_seen == seen, "the entry was not rewritten"
-
-
-def test_renamed_entry_is_refused(model: StandIn, cache: Path) -> None:
-    matrix(model)
-    (entry,) = cache.iterdir()
-    entry.rename(cache / ("0" * 64 + entry.suffix))
-    assert DiskCache(cache).read(entry.stem, len(LABELS)) is None
-    assert DiskCache(cache).read("0" * 64, len(LABELS)) is None
-
-
-def test_cache_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = DiskCache(cache, max_bytes=1000)
-    cache.mkdir()
-    stale, foreign = cache / "killed.matrix-partial", cache / "photo.jpg"
-    for path in (stale, foreign):  # a user may name a directory that holds other files
-        path.write_bytes(bytes(2000))
-        os.utime(path, (1, 1))
-    for i in range(6):
-        store.write(f"{i:064}", np.full((10, 8), i, np.float32))
-        os.utime(cache / f"{i:064}.matrix", (100 + i, 100 + i))
-    kept = {path.name for path in cache.iterdir()}
-    assert kept == {"photo.jpg", f"{4:064}.matrix", f"{5:064}.matrix"}
-    monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 100)
-    store.write("f" * 64, np.zeros((10, 8), np.float32))
-    assert not (cache / ("f" * 64 + ".matrix")).exists()
-
-
-def test_hostile_entries_end_within_bounds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe would be waited for, a device read without end."""
-    monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 1 << 20)
-    cache.mkdir()
-    os.mkfifo(cache / "pipe.matrix")
-    (cache / "endless.matrix").symlink_to("/dev/zero")
-    with (cache / "huge.matrix").open("wb") as file:
-        file.truncate(disk_cache.MAX_ENTRY_BYTES + 1)
-    for key in ("pipe", "endless", "huge"):
-        assert DiskCache(cache).read(key, 4) is None
-    DiskCache(cache).write("pipe", np.ones((4, 2), np.float32))
-    stored = DiskCache(cache).read("pipe", 4)
-    assert stored is not None and np.array_equal(stored, np.ones((4, 2)))
-
-
-def test_unwritable_cache_is_no_error(
-    model: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MLX_MOBILECLIP_CACHE", str(tmp_path / "file" / "below"))
-    assert matrix(model).shape[0] == len(LABELS)
-
-
-def test_cache_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("MLX_MOBILECLIP_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert zeroshot.cache_directory() == tmp_path / "mlx-mobileclip"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert zeroshot.cache_directory() == Path.home() / ".cache" / "mlx-mobileclip"
 
 
 def test_data_files_name_their_source() -> None:

@@ -1,6 +1,7 @@
 """The loop: streaming, stopping, sampling, guards."""
 
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 import synthetic
 
-from mlx_fastvlm import FastVLM, ModelError, Processor, PromptError, generate, load, stream_generate
+from mlx_fastvlm import (
+    FastVLM,
+    ModelError,
+    Processor,
+    PromptCache,
+    PromptError,
+    generate,
+    load,
+    stream_generate,
+)
 from mlx_fastvlm.generation.sampling import BLOCK, BLOCKS, Sampler, Sampling, _least_of_top_p
 
 IMAGE = np.full((30, 40, 3), 77, np.uint8)
@@ -149,7 +159,7 @@ def test_not_finite_is_an_error_not_a_text(tiny: tuple[FastVLM, Processor], tmp_
             generate(Scripted([5], fill=bad), tiny[1], "q")
     model, processor = load(synthetic.write_layout(tmp_path, "llava_qwen2"))
     model.vision_tower.stem.conv_bias = mx.full((8,), mx.inf)
-    with pytest.raises(ModelError, match=r"image tower overflowed.*--dtype float32"):
+    with pytest.raises(ModelError, match="image tower overflowed in float32; its weights"):
         generate(model, processor, "q", IMAGE)
 
 
@@ -303,6 +313,28 @@ def test_repetition_penalty_follows_its_formula() -> None:
     assert sampler(logits).item() == 0  # now both are halved: 1.0 > 0.95
     only_negative = mx.array([-1.0, -1.5, -9.0, -9.0])
     assert Sampler(Sampling(repetition_penalty=2.0), 4, [0])(only_negative).item() == 1
+
+
+@pytest.mark.parametrize("value", [2e4, 6e4])
+def test_a_tower_that_overflows_in_half_runs_in_float32(tmp_path: Path, value: float) -> None:
+    """It says so, the answer is that of float32, and the embeddings are kept like any others."""
+    synthetic.write_layout(tmp_path, "llava_qwen2")
+    answers = []
+    for dtype in (mx.float16, mx.float32):
+        model, processor = load(tmp_path, dtype=dtype)
+        model.vision_tower.stem.conv_bias = mx.full((8,), value, dtype)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            first = generate(
+                model, processor, "the", IMAGE, max_tokens=4, prompt_cache=PromptCache()
+            )
+            again = generate(model, processor, "the", IMAGE, max_tokens=4)
+        said = ["run again in float32" in str(warning.message) for warning in caught]
+        assert said == ([True] if dtype == mx.float16 else [])
+        assert again.token_ids == first.token_ids
+        assert model.vision_tower.stem.conv_bias.dtype == dtype
+        answers.append(first.token_ids)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -9,12 +9,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import transformers
+from PIL import Image
 from reference import torch
 from tolerances import STAGE_FLOAT32, relative_error
 from world import HELD_OUT, render, scene
 
 from convert import __main__ as command
 from mlx_fastvlm import generate, load
+from mlx_fastvlm.checkpoints.image_fields import image_settings
+from mlx_mobileclip.json_fields import Fields
+from mlx_mobileclip.preprocess.image import resize_crop, resize_pad, to_array
 
 pytestmark = pytest.mark.parity
 ONE_LEVEL = 1.01 / 255  # torchvision rounds a resized image otherwise than Pillow
@@ -71,8 +76,57 @@ def test_transformers(tmp_path: Path) -> None:
         said = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, len(ids) :]
     ours = model(inputs.input_ids[None], pixels=mx.array(pixels))[0, :, : processor.tokenizer.size]
     assert relative_error(ours, expected) < STAGE_FLOAT32
-    answer = generate(model, processor, QUESTION, image, max_tokens=24).token_ids
-    assert said.tolist()[: len(answer)] == answer
+    answer = generate(model, processor, QUESTION, image, max_tokens=24)
+    assert answer.finish_reason == "stop"
+    assert said.tolist() == [*answer.token_ids, processor.tokenizer.added["<|im_end|>"]]
+    assert prepare.decode(said, skip_special_tokens=True) == answer.text
+
+
+@pytest.mark.parametrize("question", ["Describe the image.", "What colour is the background?"])
+def test_transformers_ends_its_answers(question: str, tmp_path: Path) -> None:
+    """With nothing but what the directory says; and with no generation_config.json as well."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    convert(tmp_path / "there", "--layout", "transformers")
+    model, processor = load("demo", dtype="float32")
+    image = render(scene(HELD_OUT + 1))
+    expected = generate(model, processor, question, image, max_tokens=60)
+    assert expected.finish_reason == "stop"
+    prepare = AutoProcessor.from_pretrained(tmp_path / "there")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = prepare.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    given = prepare(images=image, text=text, return_tensors="pt")
+    for _ in range(2):
+        theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "there").eval()
+        with torch.no_grad():
+            said = theirs.generate(**given, max_new_tokens=60)[0, given["input_ids"].shape[1] :]
+        assert prepare.decode(said, skip_special_tokens=True) == expected.text
+        (tmp_path / "there" / "generation_config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "LlavaImageProcessor"])
+@pytest.mark.parametrize("do_pad", [False, True])
+@pytest.mark.parametrize("size", [(300, 201), (97, 500), (1023, 1025)])
+def test_pixels_of_the_processors_on_tensors(
+    kind: str, do_pad: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """Noise, which is the worst case: where torchvision rounds otherwise, by 2 levels at most."""
+    identity = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+    crop = {"height": 256, "width": 256}
+    theirs = getattr(transformers, kind)(
+        size={"shortest_edge": 256}, crop_size=crop, do_pad=do_pad, **identity
+    )
+    theirs.save_pretrained(tmp_path)
+    side, mode = image_settings(Fields({"model_type": "fast_vlm"}, "config"), tmp_path, 64)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+    resize = {"pad": resize_pad, "crop": resize_crop}[mode]
+    ours = to_array(resize(image, side)).transpose(2, 0, 1)
+    pixels = theirs(image, return_tensors="np")["pixel_values"][0]
+    levels = np.rint(np.abs(ours - pixels) * 255)
+    assert levels.max() <= 2 and (levels > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("options", [(), ("-q", "--q-mixed")], ids=["float", "mixed"])

@@ -65,7 +65,7 @@ def test_the_format_of_a_conversation_with_images_in_it() -> None:
     ]
     assert flat(render(messages, 2)) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nIs <image> older than <image>?<|im_end|>\n"
+        "<|im_start|>user\nIs <image>\n older than <image>\n?<|im_end|>\n"
         "<|im_start|>assistant\nYes.<|im_end|>\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -242,8 +242,7 @@ def test_planted_partial_directory(sound: Path, tmp_path: Path) -> None:
     (victim / "precious").touch()
     (tmp_path / ".new.partial").symlink_to(victim)
     done = convert("--model", sound, "--mlx-path", tmp_path / "new")
-    assert done.returncode == 1
-    assert "cannot be written" in done.stderr
+    assert done.returncode == 0 and done.stderr == ""
     assert [path.name for path in victim.iterdir()] == ["precious"]
 
 

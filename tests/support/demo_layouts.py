@@ -13,7 +13,7 @@ from convert.export.unfold import unfold
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_fastvlm.models.config import FastVLMConfig
 
-# Layouts. Apple's names are those of the listing in tests/keys, so that they are real ones.
+# Layouts. Apple's names are those of the listing in keys/, so that they are real ones.
 
 
 def apple_names() -> dict[str, str]:

@@ -38,7 +38,7 @@ class StandIn(nn.Module):
         self.image = Tower(SIZE * SIZE * 3, seed)
         self.text = Tower(77, seed + 1)
         self.logit_scale = mx.array(np.log(50.0), mx.float32)
-        self.config = SimpleNamespace(image="tower", text="tower", preprocess=SIZE)
+        self.config = SimpleNamespace(image="tower", text="tower", preprocess=SIZE, embed_dim=WIDTH)
         self.image_batches: list[int] = []
         self.texts_seen = 0
 
@@ -55,6 +55,11 @@ class StandIn(nn.Module):
 
 
 class StandInProcessor:
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(
+            fingerprint="stand-in", may_be_cut=lambda prompt: len(prompt) > 73
+        )
+
     def pixels(self, source: Any) -> Any:
         return to_array(open_image(source).resize((SIZE, SIZE)))
 

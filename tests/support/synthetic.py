@@ -1,6 +1,6 @@
 """Random FastVLM checkpoints of any size, in every layout, without torch.
 
-Names and shapes come from the listings in tests/keys, which were taken from the reference
+Names and shapes come from the listings in keys/, which were taken from the reference
 classes. The maps between layouts are written here a second time, from Apple's names to the
 others, so that they check the converter's own.
 """
@@ -67,7 +67,7 @@ FULL_TEXT = {
 
 
 def read_keys(name: str) -> dict[str, tuple[int, ...]]:
-    """A listing of tests/keys: tensor name to shape."""
+    """A listing of keys/: tensor name to shape."""
     shapes = {}
     for line in (KEYS / f"{name}.txt").read_text().splitlines():
         if line and not line.startswith("#"):

@@ -11,7 +11,7 @@ STAGE_FLOAT32 = 1e-4  # the contract: float32 against PyTorch, per stage, at ful
 FOLD_FLOAT32 = 2e-5  # folding in float64 against running the unfolded branches in float32
 # For another number of rows, or for another place of a row among them, OpenBLAS multiplies with
 # another kernel, which sums in another order: a difference of about 2^-24 sqrt(n) for a sum of n
-# products, 1e-6 for the longest sums of the tiny models (256). Largest found: 1.3e-6.
+# products, 1.3e-6 for the longest sums of the tiny models (512). The largest found is 1.3e-6.
 BATCHED = 1e-5  # one row or image of a batch against the same alone, or at another place
 REUSED = 1e-5  # a prompt in two passes against one
 SAME_WEIGHTS = 1e-6  # the same canonical weights by another route; sums may be ordered otherwise

@@ -1,0 +1,301 @@
+"""Interpret the pickle of a PyTorch file as hostile input, without pickle.
+
+A pickle is a program. This module goes through the instructions that checkpoints take and refuses
+every other one by name. Nothing that a pickle names is ever imported or called: the few names
+on the list below are labels that are recognised here, and every other one, with whatever would be
+made of it, is an `Opaque` that holds a name and nothing else.
+
+Instructions: `pickletools` of the standard library, which also parses them.
+"""
+
+import io
+import itertools
+import math
+import pickletools
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+
+MAX_STEPS = 500_000  # of the pickle; the largest MobileCLIP takes some 100,000
+MAX_DIMENSIONS = 8
+MAX_COUNT = 1 << 40
+
+# Storage class: (item type as numpy reads it, type it is in MLX).
+STORAGES: dict[str, tuple[str, mx.Dtype]] = {
+    "torch DoubleStorage": ("<f8", mx.float32),
+    "torch FloatStorage": ("<f4", mx.float32),
+    "torch HalfStorage": ("<f2", mx.float16),
+    "torch BFloat16Storage": ("<u2", mx.bfloat16),
+    "torch LongStorage": ("<i8", mx.int64),
+    "torch IntStorage": ("<i4", mx.int32),
+    "torch ByteStorage": ("u1", mx.uint8),
+    "torch BoolStorage": ("?", mx.bool_),
+}
+ORDERED_DICT = "collections OrderedDict"
+REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
+REBUILD_PARAMETER_WITH_STATE = "torch._utils _rebuild_parameter_with_state"
+PARAMETERS = {REBUILD_PARAMETER: 3, REBUILD_PARAMETER_WITH_STATE: 4}  # and their arguments
+GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, *PARAMETERS, *STORAGES}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Global:
+    """One of the names on the list; it stands on the stack in place of what it names."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """Stands in place of anything else that the file names or makes of such a name."""
+
+    name: str
+
+    @property
+    def shown(self) -> str:
+        """The name as messages show it."""
+        return self.name.replace(" ", ".")[:100]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A named run of items in the file."""
+
+    kind: str
+    key: str
+    items: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorView:
+    """How a tensor lies in its storage; counts are in items."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def interpret(data: bytes, where: str) -> Any:
+    """What a pickle makes: plain values, `TensorView`s, and `Opaque`s for all else.
+
+    Raises:
+        CheckpointError: it is damaged, endless, or uses an instruction that is not known.
+    """
+    return _Machine(data, where).run()
+
+
+class _Machine:
+    """A pickle interpreter that can build tensors' descriptions and plain values, no more."""
+
+    def __init__(self, data: bytes, where: str):
+        self.data = data
+        self.where = where
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {problem}; the file is not read")
+
+    def run(self) -> Any:
+        """Interpret to the end; returns the object that is left."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # about escapes in names, which have none
+            return self._run()
+
+    def _run(self) -> Any:
+        steps = pickletools.genops(io.BytesIO(self.data))
+        try:
+            for opcode, argument, _ in itertools.islice(steps, MAX_STEPS):
+                if opcode.name == "STOP":
+                    return self.pop()
+                step = _STEPS.get(opcode.name)
+                if step is not None:
+                    step(self, argument)
+                elif opcode.name in _CONSTANTS:
+                    self.stack.append(_CONSTANTS[opcode.name])
+                elif opcode.name in _LITERALS:
+                    self.stack.append(argument)
+                else:
+                    raise self.error(f"its pickle uses the instruction {opcode.name}")
+        except (ValueError, KeyError, IndexError, TypeError, DeprecationWarning) as error:
+            raise self.error(f"its pickle is damaged ({str(error)[:120]})") from error
+        raise self.error(f"its pickle has no end within {MAX_STEPS} steps")
+
+    def pop(self) -> Any:
+        if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
+            raise ValueError("nothing on the stack")
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def top(self, kind: type) -> Any:
+        if not self.stack or not isinstance(self.stack[-1], kind):
+            raise ValueError(f"no {kind.__name__} where one is needed")
+        return self.stack[-1]
+
+    def on_opaque(self) -> bool:
+        """Whether the top of the stack is opaque; what it is given then is dropped."""
+        return bool(self.stack) and isinstance(self.stack[-1], Opaque)
+
+    # The instructions. Each takes the machine and its argument from the file.
+
+    def find_global(self, name: str) -> None:
+        self.stack.append(Global(name) if name in GLOBALS else Opaque(name))
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError("a name that is no string")
+        self.find_global(f"{module} {name}")
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(len(self.stack))
+
+    def tuple_of(self, count: int) -> None:
+        items = [self.pop() for _ in range(count)]
+        self.stack.append(tuple(reversed(items)))
+
+    def append(self, items: list[Any]) -> None:
+        if not self.on_opaque():
+            self.top(list).extend(items)
+
+    def add_items(self, items: list[Any]) -> None:
+        if not self.on_opaque():
+            raise ValueError(f"{len(items)} items for something that is no set")
+
+    def frozen_set(self) -> None:
+        self.pop_to_mark()
+        self.stack.append(Opaque("builtins frozenset"))
+
+    def set_items(self, items: list[Any]) -> None:
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        if self.on_opaque():
+            return
+        target = self.top(dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Other keys could hide work in their hash.
+            if not isinstance(key, (str, int)):
+                raise ValueError(f"a {type(key).__name__} as a key")
+            target[key] = value
+
+    def build(self, _: Any) -> None:
+        # PyTorch hangs the modules' versions on the dictionary of tensors; they do not matter.
+        state = self.pop()
+        if self.on_opaque():
+            return
+        if not isinstance(state, dict):
+            raise self.error("its pickle sets the state of an object")
+        self.top(dict)
+
+    def reduce(self, _: Any) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, (Global, Opaque)) or not isinstance(arguments, tuple):
+            raise ValueError("a call of something that is no function")
+        if isinstance(function, Opaque):
+            self.stack.append(function)
+        elif function.name == ORDERED_DICT and not arguments:
+            self.stack.append({})
+        elif function.name == REBUILD_TENSOR and 6 <= len(arguments) <= 7:
+            opaque = isinstance(arguments[0], Opaque)
+            self.stack.append(arguments[0] if opaque else self._tensor(*arguments[:4]))
+        elif PARAMETERS.get(function.name) == len(arguments):
+            if not isinstance(arguments[0], (TensorView, Opaque)):
+                raise ValueError("a parameter that is no tensor")
+            self.stack.append(arguments[0])
+        else:
+            raise self.error(f"its pickle calls {function.name.replace(' ', '.')} oddly")
+
+    def new(self, count: int) -> None:
+        """NEWOBJ, NEWOBJ_EX: an object of a class, which only an opaque one can be."""
+        arguments = [self.pop() for _ in range(count)]
+        if not self.on_opaque() or not isinstance(arguments[-1], tuple):
+            raise self.error("for what is no class its pickle uses the instruction NEWOBJ")
+
+    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorView:
+        numbers = [offset, *shape, *strides]
+        if not isinstance(storage, Storage) or any(type(n) is not int for n in numbers):
+            raise ValueError("a tensor with an odd place, shape or stride")
+        if not all(0 <= n < MAX_COUNT for n in numbers) or 0 in shape:
+            raise ValueError("a tensor with a size or stride out of range")
+        if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"a tensor with {len(shape)} sizes and {len(strides)} strides")
+        count = math.prod(shape)
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if count > storage.items or last >= storage.items:
+            raise ValueError("a tensor that reaches beyond its storage")
+        return TensorView(storage, offset, tuple(shape), tuple(strides))
+
+    def persistent_id(self, _: Any) -> None:
+        found = self.pop()
+        match found:
+            case ("storage", Global(name=kind), str(key), str(), int(items)) if kind in STORAGES:
+                if not re.fullmatch(r"[0-9]{1,9}", key):
+                    raise self.error(f"a storage is called {key[:40]!r}")
+                if items < 0:
+                    raise ValueError("a storage of negative size")
+                self.stack.append(Storage(kind, key, items))
+            case ("storage", Opaque() as kind, str(), str(), int()):
+                self.stack.append(kind)  # of a type that is not read
+            case _:
+                raise ValueError("a reference to something that is no storage")
+
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda m, a: None,
+    "FRAME": lambda m, a: None,
+    "GLOBAL": _Machine.find_global,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "BINPUT": _Machine.put,
+    "LONG_BINPUT": _Machine.put,
+    "MEMOIZE": _Machine.memoize,
+    "BINGET": _Machine.get,
+    "LONG_BINGET": _Machine.get,
+    "MARK": _Machine.mark,
+    "EMPTY_DICT": lambda m, a: m.stack.append({}),
+    "EMPTY_LIST": lambda m, a: m.stack.append([]),
+    "EMPTY_TUPLE": lambda m, a: m.stack.append(()),
+    "TUPLE": lambda m, a: m.stack.append(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, a: m.tuple_of(1),
+    "TUPLE2": lambda m, a: m.tuple_of(2),
+    "TUPLE3": lambda m, a: m.tuple_of(3),
+    "APPEND": lambda m, a: m.append([m.pop()]),
+    "APPENDS": lambda m, a: m.append(m.pop_to_mark()),
+    "SETITEM": lambda m, a: m.set_items([m.pop(), m.pop()][::-1]),
+    "SETITEMS": lambda m, a: m.set_items(m.pop_to_mark()),
+    "EMPTY_SET": lambda m, a: m.stack.append(Opaque("builtins set")),
+    "ADDITEMS": lambda m, a: m.add_items(m.pop_to_mark()),
+    "FROZENSET": lambda m, a: m.frozen_set(),
+    "BUILD": _Machine.build,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": lambda m, a: m.new(1),
+    "NEWOBJ_EX": lambda m, a: m.new(2),
+    "BINPERSID": _Machine.persistent_id,
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = {
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8"),
+}

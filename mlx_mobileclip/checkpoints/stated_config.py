@@ -1,0 +1,364 @@
+"""What the JSON files of a source checkpoint say of it, in open_clip's, Apple's or timm's fields.
+
+Every field is honoured, or known to change no answer, or refused by name: a field that is passed
+over in silence would give answers that look right and are not.
+
+Source of the fields and their defaults: open_clip 3.3.0 `model.py`, `transform.py`,
+`timm_model.py`; apple/ml-mobileclip 4144bb1 `mobileclip/text_encoder.py`; timm 1.0.31
+`models/_hub.py`, `models/_pretrained.py`. Published files: those of Hugging Face's apple and timm.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..errors import ConfigError
+from ..json_fields import Fields
+from ..models.clip import MobileCLIPConfig, PreprocessConfig
+from ..models.text import TextConfig
+from ..models.variants import OPENAI, TOWERS
+from ..models.vit import ViTConfig
+
+MODEL_SECTIONS = ("embed_dim", "vision_cfg", "image_cfg", "text_cfg")
+OPEN_CLIP_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # with all three it fills in the rest
+TIMM_SECTIONS = ("architecture", "pretrained_cfg")
+
+# Fields that change no answer: of training, of files, of parts that are not built.
+ABOUT = {
+    *("_name_or_path", "architectures", "library_name", "license", "model_type", "name", "tags"),
+    *("torch_dtype", "transformers_version"),
+}
+MODEL_FREE = {
+    *("custom_text", "init_logit_scale", "nonscalar_logit_scale", "output_dict", "preprocess_cfg"),
+    *MODEL_SECTIONS,
+}
+VISION_FREE = {
+    *("timm_model_pretrained", "timm_drop", "timm_drop_path", "timm_proj_bias", "patch_dropout"),
+    # Of open_clip's own towers; it does not look at them where timm's is named.
+    *("layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value", "pool_type"),
+    *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre", "block_type"),
+    *("pos_embed_type", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs"),
+    *("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"),
+}
+TEXT_FREE = {
+    *("pad_id", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    *("embed_dropout", "no_scale_embedding"),  # Apple's code never applies the scale
+}
+TIMM_FREE = {
+    *("num_classes", "num_features", "label_names", "label_descriptions", *TIMM_SECTIONS),
+}
+TIMM_ARGS_FREE = {
+    *("num_classes", "inference_mode", "drop_rate", "drop_path_rate", "proj_drop_rate"),
+    *("pos_drop_rate", "patch_drop_rate", "attn_drop_rate"),
+}
+PRETRAINED_FREE = {
+    *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load"),
+    *("test_input_size", "min_input_size", "fixed_input_size", "test_crop_pct", "num_classes"),
+    *("label_offset", "label_names", "label_descriptions", "pool_size", "test_pool_size"),
+    *("first_conv", "classifier", "license", "description", "origin_url", "paper_name"),
+    *("paper_ids", "notes"),
+}
+# Fields that must have one of these values.
+OFF = (False, None)
+MODEL_FIXED: dict[str, tuple[Any, ...]] = {
+    "quick_gelu": OFF,
+    "init_logit_bias": (None,),
+    "multimodal_cfg": (None,),
+}
+TEXT_FIXED: dict[str, tuple[Any, ...]] = {
+    "mlp_ratio": (4,),
+    "pool_type": ("argmax",),
+    "proj_type": ("linear",),
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}, {"eps": 1e-5}),
+    "block_type": (None, "default"),
+    "tokenizer_kwargs": (None, {}, {"clean": "lower"}),
+    "norm_layer": ("layer_norm_fp32", "layer_norm"),
+    **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), (None, "")),
+    **dict.fromkeys(("ls_init_value", "tokenizer_mode"), (None,)),
+    **dict.fromkeys(("embed_cls", "final_ln_after_pool", "proj_bias", "output_tokens"), OFF),
+    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), OFF),
+    **dict.fromkeys(("scale_attn", "scale_fc", "no_pos_embedding"), OFF),
+}
+# Fields that are honoured: ours, its other name in Apple's files, what open_clip takes without it.
+TEXT_SIZES = (
+    ("width", "dim", 512),
+    ("layers", "n_transformer_layers", 12),
+    ("heads", "n_heads_per_layer", 8),
+    ("vocab_size", None, 49408),
+    ("context_length", None, 77),
+)
+TEXT_KNOWN = {
+    *("causal_masking", "no_causal_mask", "model_name", "ffn_multiplier_per_layer"),
+    *(name for sizes in TEXT_SIZES for name in sizes[:2] if name),
+}
+PREPROCESS_KNOWN = {"fill_color", "mean", "std", "interpolation", "size"}  # the first is no matter
+PREPROCESS_FIXED: dict[str, tuple[Any, ...]] = {
+    "resize_mode": ("shortest", None),
+    "mode": ("RGB", None),
+}
+# timm's published files state its own preparation for classifiers, bicubic and of this part of the
+# image; the towers were trained with CLIP's, which is used.
+TIMM_CROPS = {
+    "fastvit_mci0": (0.95, 1.0),
+    "vit_base_mci_224": (0.9,),
+    "vit_large_patch14_clip_224": (1.0,),
+}
+TIMM_CROP = (0.95,)  # of the other towers
+OPEN_CLIP_PREPROCESS = {"mean": OPENAI[0], "std": OPENAI[1], "interpolation": "bicubic"}
+
+
+def describes_a_model(fields: Fields) -> bool:
+    """Whether a JSON file holds anything that this module reads."""
+    sections = ("model_cfg", "preprocess_cfg", *MODEL_SECTIONS, *TIMM_SECTIONS)
+    return any(fields.has(key) for key in sections)
+
+
+def described_variant(fields: Fields) -> str | None:
+    """The published model whose image tower a file names; None if it names none.
+
+    Raises:
+        ConfigError: it names one that none of them has.
+    """
+    found = _tower(fields)
+    if found is None:
+        return None
+    where, key, name = found
+    variant = TOWERS.get(name)
+    if variant is None:
+        raise where.error(key, f"{name[:40]!r} is not one of {', '.join(TOWERS)}")
+    model = _model(fields)
+    plain_text = model.has("text_cfg") and model.object("text_cfg").get("model_name", "") == "base"
+    return "MobileCLIP2-S0" if variant == "MobileCLIP-S0" and plain_text else variant
+
+
+def honoured(
+    fields: Fields,
+    config: MobileCLIPConfig,
+    registry: Mapping[str, MobileCLIPConfig],
+    *,
+    port: bool = False,
+    with_preprocess: bool = True,
+) -> MobileCLIPConfig:
+    """The config of a variant, changed as a file says.
+
+    Args:
+        fields: The whole file.
+        config: Of the variant, or as another file has left it.
+        registry: The configs of all variants.
+        port: Whether this is one of Apple's models as published for open_clip or timm. The file
+            of B then names timm's tower, but the weights were trained in Apple's.
+        with_preprocess: Whether what the file says of preprocessing counts.
+
+    Raises:
+        ConfigError: a field is not known, or wants what is not computed here.
+    """
+    described = described_variant(fields)
+    if described is not None and registry[described].image != config.image and not port:
+        part, key, name = _tower(fields) or (fields, "architecture", "")
+        fits = [v for v in registry if registry[v].image == registry[described].image]
+        raise part.error(
+            key, f"{name!r} is not the image tower of {config.variant}, but of {', '.join(fits)}"
+        )
+    if any(fields.has(key) for key in TIMM_SECTIONS):
+        return _timm(fields, config, with_preprocess)
+    model = _model(fields)
+    complete = all(model.has(key) for key in OPEN_CLIP_SECTIONS)
+    if describes_a_model(model):
+        _check(model, MODEL_FREE if model is not fields else MODEL_FREE | ABOUT, MODEL_FIXED)
+    if model.has("embed_dim"):
+        config = replace(config, embed_dim=model.integer("embed_dim", 1, 65536))
+    if model.has("text_cfg") and config.text is not None:
+        text = _text(model.object("text_cfg"), config.text, config.variant, complete)
+        config = replace(config, text=text)
+    stated = _vision(model, config, complete)
+    where = fields.where
+    if fields.has("preprocess_cfg"):
+        given = fields.object("preprocess_cfg")
+        if with_preprocess:
+            where = given.where
+            stated |= _preprocess(given, stated, complete)
+    elif complete and model is not fields:  # open_clip loads such a file with its own defaults
+        stated |= OPEN_CLIP_PREPROCESS
+    return with_preprocessing(config, stated, where) if with_preprocess else config
+
+
+def with_preprocessing(
+    config: MobileCLIPConfig, stated: Mapping[str, Any], where: str
+) -> MobileCLIPConfig:
+    """The config with other preprocessing, checked, also against the image tower."""
+    fields = Fields({**asdict(config.preprocess), **stated}, where)
+    preprocess = PreprocessConfig.from_json(fields)
+    size = preprocess.image_size
+    if isinstance(config.image, ViTConfig) and size != config.image.image_size:
+        raise fields.error("image_size", f"{size} is not the {config.image.image_size} it is for")
+    return replace(config, preprocess=preprocess)
+
+
+def _model(fields: Fields) -> Fields:
+    return fields.object("model_cfg") if fields.has("model_cfg") else fields
+
+
+def _tower(fields: Fields) -> tuple[Fields, str, str] | None:
+    """Where a file names the image tower: section, field, and the name without timm's tag."""
+    model = _model(fields)
+    for section, key in (("vision_cfg", "timm_model_name"), ("image_cfg", "model_name")):
+        if model.has(section) and model.object(section).has(key):
+            part = model.object(section)
+            return part, key, part.string(key).partition(".")[0]
+    if fields.has("architecture"):
+        return fields, "architecture", fields.string("architecture").partition(".")[0]
+    return None
+
+
+def _check(
+    fields: Fields, known: Collection[str], fixed: Mapping[str, tuple[Any, ...]] | None = None
+) -> None:
+    """Refuse fields that are not known, or whose value is not one of those it is fixed to."""
+    for key, value in fields.values.items():
+        if fixed and key in fixed:
+            allowed = fixed[key]
+            if not any(value == each and type(value) is type(each) for each in allowed) and not (
+                type(value) in (int, float) and value in allowed
+            ):
+                raise _unlike(fields, key, value, allowed[0])
+        elif key not in known:
+            shown = key[:40] if key.isprintable() else ascii(key[:40])
+            raise ConfigError(
+                f"{fields.where}: {shown}: is not a field that is known here, and may change the "
+                "answers; remove it if it does not"
+            )
+
+
+def _unlike(fields: Fields, key: str, value: Any, expected: Any) -> ConfigError:
+    """The error for a model unlike those that are computed here."""
+    given, wanted = ("null" if v is None else repr(v)[:60] for v in (value, expected))
+    return ConfigError(
+        f"{fields.where}: {key}: {given} is not {wanted}, which is all that is computed here; the "
+        "answers would be wrong; run this checkpoint in the program it was made with"
+    )
+
+
+def _text(fields: Fields, text: TextConfig, variant: str, complete: bool) -> TextConfig:
+    """The text tower as a file describes it."""
+    _check(fields, TEXT_KNOWN | TEXT_FREE, TEXT_FIXED)
+    causal = text.causal
+    if fields.has("causal_masking"):
+        causal = fields.boolean("causal_masking")
+    elif fields.has("no_causal_mask") or complete:
+        causal = not fields.boolean("no_causal_mask", False)
+    if causal != text.causal:
+        raise fields.error(
+            "causal_masking" if fields.has("causal_masking") else "no_causal_mask",
+            f"the causal mask is {'on' if causal else 'off'}, unlike that of {variant}; "
+            "choose the --variant it was trained as",
+        )
+    kind = "mct" if text.rep_mixers else "base"
+    if complete and text.rep_mixers:
+        raise fields.error("model_name", f"is missing, and {variant} has Apple's text tower")
+    if fields.get("model_name", kind) != kind:
+        raise fields.error(
+            "model_name", f"is not the {kind!r} of {variant}; choose the --variant it is built like"
+        )
+    values: dict[str, Any] = asdict(text)
+    for ours, apples, default in TEXT_SIZES:
+        key = ours if apples is None or fields.has(ours) else apples
+        if fields.has(key):
+            values[ours] = _same(fields, key)
+        elif complete:
+            values[ours] = default
+    ratio = "ffn_multiplier_per_layer"
+    if fields.has(ratio) and _same(fields, ratio) != 4:
+        raise _unlike(fields, ratio, fields.get(ratio), 4)
+    return TextConfig.from_json(Fields(values, fields.where))
+
+
+def _same(fields: Fields, key: str) -> Any:
+    """A field of Apple's that may be a list with one entry for each layer, all of them equal."""
+    value = fields.get(key)
+    if not isinstance(value, list):
+        return value
+    if not value or any(each != value[0] for each in value):
+        raise fields.error(key, "differs from layer to layer, which is not computed here")
+    return value[0]
+
+
+def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str, Any]:
+    """Check what a file says of the image tower; returns the image size if it states one."""
+    stated: dict[str, Any] = {}
+    if model.has("vision_cfg"):
+        fields = model.object("vision_cfg")
+        pool = "token" if isinstance(config.image, ViTConfig) else "avg"
+        fixed = {"timm_pool": (pool,), "timm_proj": (None, "")}
+        _check(fields, VISION_FREE | {"timm_model_name", "image_size"}, fixed)
+        if complete:
+            if not fields.has("timm_model_name"):
+                raise fields.error("timm_model_name", "is missing; only towers of timm's are known")
+            defaults = {"timm_pool": "avg", "timm_proj": "linear"}
+            _check(Fields({**defaults, **fields.values}, fields.where), fields.values, fixed)
+            stated["image_size"] = 224
+        stated |= _image_size(fields, "image_size")
+    if model.has("image_cfg"):
+        fields = model.object("image_cfg")
+        _check(fields, {"model_name", "image_size"})
+        stated |= _image_size(fields, "image_size")
+    return stated
+
+
+def _image_size(fields: Fields, key: str) -> dict[str, int]:
+    """The side of the square image, which may be stated as a number or twice in a list."""
+    if not fields.has(key):
+        return {}
+    value = fields.get(key)
+    if isinstance(value, list):
+        sides = fields.integers(key, 1, 1 << 20, length=len(value) if len(value) == 1 else 2)
+        if len(set(sides)) > 1:
+            raise fields.error(key, f"{list(sides)} is not square, which is all that is computed")
+        return {"image_size": sides[0]}
+    return {"image_size": fields.integer(key, 1, 1 << 20)}
+
+
+def _preprocess(fields: Fields, stated: Mapping[str, Any], complete: bool) -> dict[str, Any]:
+    """What open_clip's `preprocess_cfg` says, with its defaults if the file is complete."""
+    _check(fields, PREPROCESS_KNOWN, PREPROCESS_FIXED)
+    result = dict(OPEN_CLIP_PREPROCESS) if complete else {}
+    result |= {key: fields.values[key] for key in OPEN_CLIP_PREPROCESS if fields.has(key)}
+    size = _image_size(fields, "size")
+    if size and stated.get("image_size", size["image_size"]) != size["image_size"]:
+        raise fields.error("size", f"is not the image_size of the model, {stated['image_size']}")
+    return result | size
+
+
+def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> MobileCLIPConfig:
+    """The config as a timm file says."""
+    pool: dict[str, tuple[Any, ...]] = {
+        "global_pool": ("token" if isinstance(config.image, ViTConfig) else "avg", None)
+    }
+    _check(fields, TIMM_FREE | ABOUT | {"model_args"}, pool)
+    if fields.has("model_args"):
+        _check(fields.object("model_args"), TIMM_ARGS_FREE, pool)
+    if not fields.has("pretrained_cfg"):
+        return config
+    given = fields.object("pretrained_cfg")
+    known = {"architecture", "input_size", "mean", "std", "crop_pct", "interpolation"}
+    _check(given, PRETRAINED_FREE | known, {"crop_mode": ("center", None), "state_dict": (None,)})
+    if not with_preprocess:
+        return config
+    name = fields.string("architecture", "").partition(".")[0]
+    if given.has("architecture") and given.string("architecture").partition(".")[0] != name:
+        raise given.error("architecture", f"is not the {name[:40]!r} of the file")
+    crop, how = given.get("crop_pct", None), given.get("interpolation", None)
+    published = crop in (None, *TIMM_CROPS.get(name, TIMM_CROP)) and how in (None, "bicubic")
+    if not published and (crop, how) != (1.0, config.preprocess.interpolation):
+        key = "crop_pct" if how in (None, "bicubic") else "interpolation"
+        raise ConfigError(
+            f"{given.where}: {key}: {given.get(key)!r:.60} is neither what the published models "
+            "state nor CLIP's preprocessing; state it with preprocess=PreprocessConfig(...)"
+        )
+    stated = {key: given.values[key] for key in ("mean", "std") if given.has(key)}
+    if given.has("input_size"):
+        channels, *sides = given.integers("input_size", 1, 1 << 20, length=3)
+        if channels != 3:
+            raise given.error("input_size", f"has {channels} channels instead of 3")
+        stated |= _image_size(Fields({"input_size": list(sides)}, given.where), "input_size")
+    return with_preprocessing(config, stated, given.where)

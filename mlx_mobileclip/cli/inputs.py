@@ -1,0 +1,30 @@
+"""Find the images that the options name, and say on stderr what was left out."""
+
+import sys
+
+from ..embedding.files import PassedOver, find_images
+from ..terminal import printable
+
+
+def find_all_images(sources: list[str]) -> tuple[list[str], int]:
+    """Find the images of all sources; see `find_images`.
+
+    Returns:
+        Paths in the order of the sources, and the number of folders that cannot be read, each
+        named on stderr. One more line there counts what was passed over.
+
+    Raises:
+        DataError: a source does not exist, holds no image, or cannot be read.
+    """
+    unreadable: set[str] = set()
+    passed_over = PassedOver()
+
+    def skip(folder: str, reason: str) -> None:
+        if folder not in unreadable:
+            print(printable(f"skipped {folder}: {reason}"), file=sys.stderr)
+        unreadable.add(folder)
+
+    paths = [path for source in sources for path in find_images(source, skip, passed_over)]
+    if passed_over:
+        print(printable(str(passed_over)), file=sys.stderr)
+    return paths, len(unreadable)

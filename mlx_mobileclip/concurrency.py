@@ -1,0 +1,79 @@
+"""What a process with threads, or with forked children, needs to use MLX safely.
+
+MLX 0.32.4 keeps what it has compiled for each thread, and frees it when the thread of the operating
+system ends. That needs Python's lock, and ends the process with an abort if Python shuts down at
+that moment. Before Python 3.13 a thread counts as joined somewhat earlier, so at the end of the
+process we wait for the threads that have used a model. A forked child has none of its parent's
+threads, MLX's included, and would wait for them without end.
+"""
+
+import atexit
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .errors import ModelError
+
+WAIT_S = 1.0  # at most, for all threads
+FALLBACK_S = 0.05  # where threads of the operating system cannot be listed
+TASKS = Path("/proc/self/task")  # on Linux, a directory for each thread of the process
+
+
+class _Process:
+    """State of this process."""
+
+    uses_mlx = False
+    is_forked = False  # from a process that used MLX
+
+
+class _Thread(threading.local):
+    """State of one Python thread."""
+
+    is_known = False
+
+
+_process = _Process()
+_thread = _Thread()
+_workers: set[int] = set()  # threads other than the main one that have used a model
+
+
+def enter() -> None:
+    """Begin to use MLX in this thread; every function that runs a model calls it first.
+
+    Raises:
+        ModelError: the process was forked from one that had used MLX.
+    """
+    if _process.is_forked:
+        raise ModelError(
+            "this process was forked from one that had loaded a model, and MLX cannot compute "
+            "here; start it with multiprocessing's 'spawn' method, or fork before the first load"
+        )
+    if not _thread.is_known:
+        _thread.is_known = _process.uses_mlx = True
+        if threading.current_thread() is not threading.main_thread():
+            _workers.add(threading.get_native_id())
+
+
+def _after_fork() -> None:
+    _process.is_forked = _process.uses_mlx
+    _workers.clear()
+
+
+def _wait_for_workers() -> None:
+    """Wait until the ended threads that have used a model are gone from the operating system."""
+    running = {thread.native_id for thread in threading.enumerate()}
+    ended = _workers - running
+    if not ended or sys.version_info >= (3, 13):
+        return
+    if not TASKS.is_dir():
+        time.sleep(FALLBACK_S)
+        return
+    deadline = time.monotonic() + WAIT_S
+    while any((TASKS / str(i)).exists() for i in ended) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_wait_for_workers)

@@ -1,0 +1,68 @@
+"""Read the lines of a text file, or say which line is not text."""
+
+import os
+import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
+from pathlib import Path
+
+from ..errors import DataError
+
+# A byte order mark and its encoding; UTF-32's first, since it begins like UTF-16's.
+MARKS = (
+    (BOM_UTF32_LE, ""),
+    (BOM_UTF32_BE, ""),
+    (BOM_UTF8, "utf-8"),
+    (BOM_UTF16_LE, "utf-16-le"),
+    (BOM_UTF16_BE, "utf-16-be"),
+)
+LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str]:
+    """Read a file of UTF-8, or of UTF-16 with a byte order mark.
+
+    Args:
+        path: The file. Lines end with LF, CRLF or CR.
+        paths: The lines are paths, which need not be UTF-8: bytes that are not become surrogates,
+            as in the names that the system gives.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no text in these encodings.
+    """
+    try:
+        data = expand(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason})") from error
+    mark, encoding = next((m for m in MARKS if data.startswith(m[0])), (b"", "utf-8"))
+    if not encoding:
+        raise DataError(f"{path}: line 1 is UTF-32; save the file as UTF-8")
+    data = data[len(mark) :]
+    lenient = paths and encoding == "utf-8"
+    try:
+        text = data.decode(encoding, "surrogateescape" if lenient else "strict")
+    except UnicodeDecodeError as error:
+        number = len(LINE_END.split(data[: error.start].decode(encoding, "ignore")))
+        name = encoding[:6].upper().rstrip("-")
+        raise DataError(
+            f"{path}: line {number} is not {name} (byte 0x{data[error.start]:02X}); save the file "
+            "as UTF-8"
+        ) from error
+    lines = LINE_END.split(text)
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise DataError(
+                f"{path}: line {number} holds a NUL, so it is no text, or UTF-16 without a byte "
+                "order mark; save the file as UTF-8"
+            )
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with a ~ at its start replaced by the home directory, if there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~ of an unknown user: a file name such as ~$a.png
+        return Path(path)
