@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mobileclip.checkpoints.hub import is_repository
+from mlx_mobileclip.cpu.process import slow_blas_remedy
 from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import find_image, is_data_uri
 from mlx_mobileclip.terminal import printable, progress
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         commit = f" at {checkpoint.revision[:12]}" if checkpoint.revision else ""
         set_status(f"loaded {args.model}{commit}")
     load_s = time.perf_counter() - started
+    if not args.quiet and (remedy := slow_blas_remedy()):
+        print(f"note: {remedy}", file=sys.stderr)
     options = _options(args)
     messages: list[dict[str, str]] = []
     for question in _questions(prompt, chat=args.chat):

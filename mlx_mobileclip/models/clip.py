@@ -166,6 +166,7 @@ class MobileCLIP(nn.Module):
             ImageError: the shape is not one that the tower takes.
         """
         enter()
+        pixels = as_pixels(pixels)
         if pixels.ndim != 4 or pixels.shape[3] != 3 or min(pixels.shape[:3]) < 1:
             raise ImageError(f"pixels have shape {pixels.shape}; expected (B, S, S, 3)")
         return embedding(self.image(pixels), normalize)
@@ -190,6 +191,7 @@ class MobileCLIP(nn.Module):
                 "this checkpoint holds an image tower only; texts need one with both towers, "
                 "such as apple/MobileCLIP2-S0"
             )
+        ids = _as_ids(ids)
         length, vocab_size = self.config.text.context_length, self.config.text.vocab_size
         if ids.ndim != 2 or ids.shape[1] != length or not len(ids):
             raise PromptError(f"ids have shape {ids.shape}; expected (B, {length})")
@@ -203,3 +205,23 @@ def embedding(x: mx.array, normalize: bool) -> mx.array:
     """A tower's output as it is given out, float32 (B, E)."""
     x = x.astype(mx.float32)  # the sum of squares can exceed float16
     return x / mx.linalg.norm(x, axis=-1, keepdims=True) if normalize else x
+
+
+def as_pixels(pixels: mx.array) -> mx.array:
+    """Pixels in an MLX array of floats; raises ImageError if they are neither that nor NumPy's."""
+    if isinstance(pixels, np.ndarray) and np.issubdtype(pixels.dtype, np.floating):
+        pixels = mx.array(pixels.astype(np.float32))
+    if not isinstance(pixels, mx.array) or not mx.issubdtype(pixels.dtype, mx.floating):
+        kind = getattr(pixels, "dtype", type(pixels).__name__)
+        raise ImageError(f"pixels cannot be {kind}; give what the processor makes of an image")
+    return pixels
+
+
+def _as_ids(ids: mx.array) -> mx.array:
+    """Ids in an MLX array of integers; raises PromptError if they are neither that nor NumPy's."""
+    if isinstance(ids, np.ndarray) and np.issubdtype(ids.dtype, np.integer):
+        ids = mx.array(ids)
+    if not isinstance(ids, mx.array) or not mx.issubdtype(ids.dtype, mx.integer):
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        raise PromptError(f"ids cannot be {kind}; give what Processor.texts returns")
+    return ids

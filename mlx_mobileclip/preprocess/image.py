@@ -254,8 +254,7 @@ def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) ->
     longer = size * max(width, height) // min(width, height)
     if longer > MAX_IMAGE_SIDE:
         raise ImageError(
-            f"an image of {width} x {height} px is too elongated to cut a square from; crop it, "
-            "or use --image-mode pad where there is one"
+            f"an image of {width} x {height} px is too elongated to cut a square from; crop it"
         )
     return image.resize((size, longer) if width <= height else (longer, size), resample)
 

@@ -47,7 +47,10 @@ class Processor:
         Raises:
             ImageError: naming the image that cannot be used.
         """
-        if isinstance(sources, (str, bytes, Image.Image)) or not len(sources):
+        is_list = isinstance(sources, (Sequence, np.ndarray)) and not isinstance(
+            sources, (str, bytes, bytearray)
+        )
+        if not is_list or not len(sources):
             raise ImageError("images takes a list of at least one image")
         return mx.array(np.stack([self.pixels(source) for source in sources]))
 

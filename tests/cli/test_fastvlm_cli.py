@@ -121,7 +121,9 @@ def test_image_cache_option(
 def test_errors_take_one_line_and_exit_1(model: Path, options: list[str], message: str) -> None:
     result = run(*([] if "--model" in options else ["--model", model]), "--prompt", "q", *options)
     assert result.returncode == 1 and result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("loaded")]
+    lines = [
+        line for line in result.stderr.splitlines() if not line.startswith(("loaded", "note:"))
+    ]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
