@@ -172,9 +172,11 @@ def _config(
         )
         name = next((each for each in found if each), None)
         if name is None:
+            config_too = ", nor does its config name a tower (timm_model_name)" if described else ""
             raise ConfigError(
-                f"{checkpoint.name}: its name is not that of a published model; say which one it "
-                f"is built like with --variant (variant= in Python): {', '.join(VARIANTS)}"
+                f"{checkpoint.name}: its name is not that of a published model{config_too}; say "
+                "which one it is built like with --variant (variant= in Python): "
+                f"{', '.join(VARIANTS)}"
             )
     port = published is not None and is_port(published) and published_variant(published) == name
     config = VARIANTS[name]
