@@ -26,10 +26,15 @@ FIELDS = {"model_type": "fast_vlm"}
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def importable_torchvision() -> None:
+    """Where torch is installed, transformers imports torchvision, which needs the oracle's help."""
+    if find_spec("torch"):
+        import oracle  # noqa: F401
+
+
 def image_processor(kind: str, **changes: Any) -> Any:
     """transformers' own, on Pillow."""
-    if find_spec("torch"):
-        import oracle  # noqa: F401 which makes torchvision importable
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
