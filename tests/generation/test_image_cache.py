@@ -221,19 +221,24 @@ def test_each_model_has_a_cache_of_its_own_that_ends_with_it(
     assert len(image_cache._default_caches) == before - 2
 
 
-def test_a_shared_cache_serves_one_model_at_a_time(checkpoint: Path, work: list[str]) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_shared_cache_serves_one_model_at_a_time(
+    checkpoint: Path, tmp_path: Path, on_disk: bool
+) -> None:
     """Two models whose towers differ: each answers as it does alone, in turns and in threads."""
     pair = [load(checkpoint), load(checkpoint)]
     other = pair[1][0].vision_tower.stem
     other.conv_bias = mx.array(np.linspace(-3, 3, 8, dtype=np.float32))
     alone = [ask(each, SCENE) for each in pair]
-    cache = ImageCache()
+    cache = ImageCache(directory=tmp_path if on_disk else None)
     for _ in range(3):
         assert [ask(each, SCENE, image_cache=cache) for each in pair] == alone
     with ThreadPoolExecutor(4) as pool:
         turns = [i % 2 for i in range(24)]
         found = pool.map(lambda i: ask(pair[i], SCENE, image_cache=cache), turns)
         assert list(found) == [alone[i] for i in turns]
+    afresh = ImageCache(directory=tmp_path if on_disk else None)
+    assert [ask(each, SCENE, image_cache=afresh) for each in pair] == alone
 
 
 def test_embeddings_of_old_weights_are_not_kept(tiny: tuple[FastVLM, Processor]) -> None:
