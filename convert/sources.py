@@ -172,7 +172,7 @@ def find_source(options: ConvertOptions) -> tuple[type[ModelSource], Checkpoint]
 
 
 def _is_mobileclip(options: ConvertOptions) -> bool:
-    """By its name, as a single file, or by a config.json that names no other model."""
+    """Whether a name, a single file or a config.json is that of a MobileCLIP."""
     name = os.fspath(options.model)
     if options.variant is not None or published_variant(name) is not None:
         return True

@@ -35,7 +35,7 @@ FASTVIT_NAMES = (
 
 
 def unfold(config: FastVLMConfig, tensors: Tensors) -> Tensors:
-    """The tensors of a source checkpoint that is read as these canonical tensors.
+    """The tensors that a source checkpoint holds for these canonical ones.
 
     Args:
         config: Of the FastVLM.

@@ -57,7 +57,7 @@ RunStages = Callable[[Read, Units, list[Sample]], Iterator[StageOutput]]
 
 @contextmanager
 def rounded(model: nn.Module, packed: Packed) -> Iterator[None]:
-    """Round the weights of some layers to what quantising leaves of them, within the block."""
+    """Quantise and dequantise the weights of some layers, within the block."""
     modules = dict(model.named_modules())
     layers: dict[str, Any] = {path: modules[path] for path in packed}
     exact = {path: layer.weight for path, layer in layers.items()}

@@ -42,7 +42,7 @@ REP_MIXER_NAMES = (  # of a text tower's blocks; their parts are called as in an
 
 
 def unfold_mobileclip(config: MobileCLIPConfig, tensors: Tensors, apple: bool) -> Tensors:
-    """The tensors of a source checkpoint that is read as these canonical tensors.
+    """The tensors that a source checkpoint holds for these canonical ones.
 
     Apple's code has the weight of the projection transposed.
     """
