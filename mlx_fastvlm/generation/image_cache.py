@@ -63,8 +63,9 @@ class ImageCache:
                 return self._entries[key]
         if self._disk is None:
             return None
-        stored = self._disk.read(_file_name(model, weights, key), count)
-        if stored is None or stored.shape[1] != model.config.text.hidden_size:
+        width = model.config.text.hidden_size
+        stored = self._disk.read(_file_name(model, weights, key), count, width)
+        if stored is None:
             return None
         features = mx.array(stored)[None]
         mx.eval(features)

@@ -9,6 +9,7 @@ also give it the right digest.
 import hashlib
 import os
 import stat
+import struct
 import time
 import warnings
 from contextlib import suppress
@@ -26,7 +27,10 @@ SUFFIX = ".matrix"
 PARTIAL = ".matrix-partial"
 MAX_ENTRY_BYTES = 256 << 20
 STALE_SECONDS = 3600  # a partial entry this old was left by a run that was killed
+# An entry is a SHA-256, this header and the values.
 DIGEST_BYTES = 32
+HEADER = struct.Struct("<8sQQ")  # dtype, rows, columns
+DTYPE = b"float32"
 UNIT_TOLERANCE = 1e-3  # of a row's length
 NEW_AND_PRIVATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
@@ -44,14 +48,14 @@ class DiskCache:
     max_bytes: int = 512 << 20
 
     def read(
-        self, key: str, rows: int, columns: int | None = None, *, unit: bool = False
+        self, key: str, rows: int, columns: int, *, unit: bool = False
     ) -> NDArray[np.float32] | None:
         """The matrix stored under a key, or None.
 
         Args:
             key: Name of the entry, hexadecimal.
             rows: How many rows it must have.
-            columns: How many columns it must have; None if the caller sees to that.
+            columns: How many columns it must have.
             unit: Its rows must have length 1.
 
         Returns:
@@ -67,10 +71,14 @@ class DiskCache:
         with suppress(OSError):  # on a read-only file system
             os.utime(path)  # recently used entries survive the longest
         body = data[DIGEST_BYTES:]
-        if data[:DIGEST_BYTES] != _digest(key, body) or not body or len(body) % (4 * rows):
+        header = HEADER.pack(DTYPE, rows, columns)
+        if data[:DIGEST_BYTES] != _digest(key, body) or not body.startswith(header):
             return None
-        matrix = np.frombuffer(body, "<f4").reshape(rows, -1).astype(np.float32)
-        if columns not in (None, matrix.shape[1]) or not np.isfinite(matrix).all():
+        if len(body) != len(header) + 4 * rows * columns:
+            return None
+        values = np.frombuffer(body, "<f4", offset=len(header))
+        matrix = values.reshape(rows, columns).astype(np.float32)
+        if not np.isfinite(matrix).all():
             return None
         if unit and np.abs(np.linalg.norm(matrix, axis=1) - 1).max() > UNIT_TOLERANCE:
             return None
@@ -78,7 +86,7 @@ class DiskCache:
 
     def write(self, key: str, matrix: NDArray[np.float32]) -> None:
         """Store a matrix under a key, then drop the entries not used for longest."""
-        body = matrix.astype("<f4").tobytes()
+        body = HEADER.pack(DTYPE, *matrix.shape) + matrix.astype("<f4").tobytes()
         if len(body) + DIGEST_BYTES > MAX_ENTRY_BYTES:
             return
         try:

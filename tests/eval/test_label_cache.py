@@ -89,8 +89,8 @@ def test_renamed_entry_is_refused(model: StandIn, cache: Path) -> None:
     matrix(model)
     (entry,) = cache.iterdir()
     entry.rename(cache / ("0" * 64 + entry.suffix))
-    assert DiskCache(cache).read(entry.stem, len(LABELS)) is None
-    assert DiskCache(cache).read("0" * 64, len(LABELS)) is None
+    assert DiskCache(cache).read(entry.stem, len(LABELS), WIDTH) is None
+    assert DiskCache(cache).read("0" * 64, len(LABELS), WIDTH) is None
 
 
 def test_cache_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +119,9 @@ def test_hostile_entries_end_within_bounds(cache: Path, monkeypatch: pytest.Monk
     with (cache / "huge.matrix").open("wb") as file:
         file.truncate(disk_cache.MAX_ENTRY_BYTES + 1)
     for key in ("pipe", "endless", "huge"):
-        assert DiskCache(cache).read(key, 4) is None
+        assert DiskCache(cache).read(key, 4, 2) is None
     DiskCache(cache).write("pipe", np.ones((4, 2), np.float32))
-    stored = DiskCache(cache).read("pipe", 4)
+    stored = DiskCache(cache).read("pipe", 4, 2)
     assert stored is not None and np.array_equal(stored, np.ones((4, 2)))
 
 
@@ -195,6 +195,22 @@ def test_a_resume_log_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other weights, settings or version"):
         embed_texts(StandIn(), other, texts, output)
     assert embed_texts(StandIn(), StandInProcessor(), texts, output).resumed == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float16", (4, 6)), ("float32", (6, 4)), ("float32", (24, 1))]
+)
+def test_an_entry_of_another_shape_or_dtype_is_absent(
+    cache: Path, dtype: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its length and its digest are right."""
+    store = DiskCache(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_cache, "DTYPE", dtype.encode())
+        store.write("a", np.ones(shape, np.float32))
+    assert store.read("a", 4, 6) is None
+    store.write("a", np.ones((4, 6), np.float32))
+    assert store.read("a", 4, 6) is not None
 
 
 @pytest.mark.parametrize("forged", ["width", "nan", "infinite", "length"])
