@@ -56,6 +56,8 @@ class FastVLMSource:
         self.default_parts = tuple(self.parts) if options.max_size else ("decoder",)
         self._layout, self._vision_from = options.layout, options.vision_from
         self._config, tensors = self.read()
+        if options.layout:
+            runtimes.check_image_mode(options.layout, self._config.image_mode)
         self._tokenizer = read_fastvlm_tokenizer(checkpoint, self._config)
         self.model = FastVLM(self._config)
         check_fit(self.model, tensors, checkpoint.name)

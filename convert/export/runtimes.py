@@ -60,6 +60,23 @@ def check_packing(target: str, packed: Packed) -> None:
         raise ConfigError("mlx-vlm loads no packed image tower; leave it out of --q-parts")
 
 
+def check_image_mode(target: str, mode: str) -> None:
+    """Check that a runtime prepares images as the checkpoint wants them.
+
+    Args:
+        target: One of TARGETS.
+        mode: The checkpoint's `image_mode`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if target == "mlx-vlm" and mode != "pad":
+        raise ConfigError(
+            f"mlx-vlm pads every image to a square, but this checkpoint has image mode {mode!r}, "
+            "so its answers would differ there; use --layout transformers, or leave --layout out"
+        )
+
+
 def to_layout(
     config: FastVLMConfig, tensors: Tensors, target: str, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], Tensors]:
@@ -138,7 +155,7 @@ def _mlx_vlm_config(config: FastVLMConfig, text: dict[str, Any]) -> dict[str, An
     return text | {
         "model_type": "llava_qwen2",
         "architectures": ["LlavaQwen2ForCausalLM"],
-        "image_aspect_ratio": "pad" if config.image_mode == "pad" else "square",
+        "image_aspect_ratio": "pad",
         "image_token_index": -200,
         "mm_hidden_size": config.vision.features,
         "mm_projector_type": config.projector_type,

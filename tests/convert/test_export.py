@@ -130,3 +130,15 @@ def test_what_cannot_be_written(
     assert command.main([*base, *options]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_mlx_vlm_pads_every_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that crops them would give other answers there."""
+    source = synthetic.write_layout(tmp_path / "source", "llava_qwen2")
+    config = read_json(source / "config.json") | {"image_aspect_ratio": "square"}
+    (source / "config.json").write_text(json.dumps(config))
+    base = ["--model", str(tmp_path / "source"), "--mlx-path", str(tmp_path / "out")]
+    assert command.main([*base, "--layout", "mlx-vlm"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "mlx-vlm" in line]
+    assert "has image mode 'crop'" in line
+    assert command.main([*base, "--layout", "transformers", "--quiet"]) == 0

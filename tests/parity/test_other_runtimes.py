@@ -31,16 +31,19 @@ sys.modules |= dict.fromkeys(("torch", "torchvision"))
 import mlx.core as mx, numpy as np
 from pathlib import Path
 from mlx_vlm.models.fastvlm import VisionConfig
-source, inputs, output = sys.argv[1:]
+source, inputs, output, image, question = sys.argv[1:]
 # mlx-vlm's tower has the published size whatever config.json says.
 shape = json.loads((Path(source) / "config.json").read_text())["vision_config"]
 for name in ("layers", "embed_dims", "mlp_ratios"):
     setattr(VisionConfig, name, shape[name])
-from mlx_vlm.utils import load_model
-model = load_model(Path(source))
+from mlx_vlm import generate, load
+from mlx_vlm.prompt_utils import apply_chat_template
+model, processor = load(source)
 given = np.load(inputs)
 ids, pixels = mx.array(given["ids"]), mx.array(given["pixels"])
 np.savez(output, np.array(model(ids, pixels, mx.ones(ids.shape, mx.int32)).logits))
+prompt = apply_chat_template(processor, model.config, question, num_images=1)
+print(generate(model, processor, prompt, image=[image], max_tokens=60, temperature=0.0).text)
 """
 
 
@@ -131,25 +134,30 @@ def test_pixels_of_the_processors_on_tensors(
 
 @pytest.mark.parametrize("options", [(), ("-q", "--q-mixed")], ids=["float", "mixed"])
 def test_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
-    """The same logits of the same pixels and prompt."""
-    if importlib.util.find_spec("mlx_vlm") is None:
-        pytest.skip("mlx-vlm is not installed: pip install --no-deps mlx-vlm")
+    """The same logits of the same pixels and prompt, and the same whole answer."""
+    if any(importlib.util.find_spec(name) is None for name in ("mlx_vlm", "requests")):
+        pytest.skip("not installed: pip install --no-deps mlx-vlm; pip install requests")
     convert(tmp_path / "there", "--layout", "mlx-vlm", *options)
     model, processor = load(tmp_path / "there", dtype="float32")
-    inputs = processor(QUESTION, render(scene(HELD_OUT)))
+    image = render(scene(HELD_OUT))
+    image.save(tmp_path / "image.png")
+    inputs = processor(QUESTION, image)
     ids, side = np.array(inputs.input_ids), processor.image_size
     first, last = np.flatnonzero(ids < 0)[[0, -1]]
     short = np.concatenate([ids[:first], [-200], ids[last + 1 :]])  # mlx-vlm's one id an image
     assert inputs.pixels is not None and side == 256
     pixels = np.array(inputs.pixels).transpose(0, 3, 1, 2)
     np.savez(tmp_path / "inputs.npz", ids=short[None], pixels=pixels)
-    paths = (tmp_path / name for name in ("there", "inputs.npz", "output.npz"))
-    command_line = [sys.executable, "-c", MLX_VLM, *map(str, paths)]
+    paths = (tmp_path / name for name in ("there", "inputs.npz", "output.npz", "image.png"))
+    command_line = [sys.executable, "-c", MLX_VLM, *map(str, paths), QUESTION]
     done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     theirs = np.load(tmp_path / "output.npz")["arr_0"][0]
     ours = np.array(model(inputs.input_ids[None], pixels=inputs.pixels))[0]
     assert relative_error(ours, theirs) < STAGE_FLOAT32
+    answer = generate(model, processor, QUESTION, image, max_tokens=60)
+    assert answer.finish_reason == "stop"
+    assert done.stdout.splitlines()[-1] == answer.text
 
 
 def test_a_text_alone_is_rendered_alike(tmp_path: Path) -> None:
