@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from questions import TASKS, Question, ask, count, describe, thirds
+from harder_questions import compare
+from questions import Question, count, describe, thirds
 from reference import cell, torch
+from tasks import TASKS, ask
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from world import COLOURS, KINDS, Scene, Shape, scene
@@ -17,11 +19,14 @@ from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
 from mlx_fastvlm.preprocess import tokenizer as runtime
 from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT, Control, Image, encode, render
 
-VOCABULARY = 512
+VOCABULARY = 640
 ORDINALS = ("first", "second", "third")
 IGNORED = -100  # a label that is not trained on
 MAX_LENGTH = 1024
 LENGTHS = 2  # parts of a batch that are padded apart
+IMAGES = {1: 0.62, 2: 0.3, 3: 0.08}  # how often a conversation is about so many
+COMPARING = 0.4  # share of the questions about two images
+READING = 3.0  # how much more often texts are read where there are several images
 
 
 def train_tokenizer(directory: Path) -> runtime.Tokenizer:
@@ -35,6 +40,9 @@ def train_tokenizer(directory: Path) -> runtime.Tokenizer:
             if question is not None:
                 asked = about(question.text, rng.choice(ORDINALS)) if seed % 4 else question.text
                 lines += [asked, question.answer]
+        compared = compare(plain, scene(seed + 3000, text=0), rng)
+        if compared is not None:
+            lines += [compared.text, compared.answer]
     added = [runtime.TEXT_END, runtime.TURN_START, runtime.TURN_END]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,12 +79,12 @@ class Conversation:
 
     Attributes:
         tokens: Id, label and number of the turn of each.
-        asked: The questions, each with the scene it is about.
+        asked: The questions, each with the scene it is about; None where that is two.
         images: Which images.
     """
 
     tokens: list[tuple[int, int, int]]
-    asked: list[tuple[Scene, Question]]
+    asked: list[tuple[Scene | None, Question]]
     images: list[int]
 
 
@@ -114,8 +122,7 @@ class Conversations:
 
     def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
         """Conversations of at most `turns` questions; `shares` is how often each task is asked."""
-        self.shares = [0.3 if task == "describe" else 1 for task in TASKS]  # these are long
-        self.higher = False  # whether to ask less for what is there once only
+        self.shares = dict.fromkeys(TASKS, 1.0)
         self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
         self.end = tokenizer.added[runtime.TURN_END]
 
@@ -152,8 +159,10 @@ class Conversations:
                 where[b, *at] = torch.tensor(_share(shown, shape))
         return (alone == 1).flatten(1), where[alone == 1]
 
-    def _words(self, shown: Scene, shape: Shape) -> list[int]:
-        words = shape.kind, shape.colour, shape.size, *thirds(shown, shape.x, shape.y)
+    def _words(self, shown: Scene | None, shape: Shape) -> list[int]:
+        words = [shape.kind, shape.colour, shape.size]
+        if shown is not None:
+            words += thirds(shown, shape.x, shape.y)
         return [i for word in words for i in self.tokenizer.encode(f" {word}")]
 
     def batches(self, scenes: list[Scene], rng: random.Random) -> list[Batch]:
@@ -161,7 +170,7 @@ class Conversations:
         said = []
         start = 0
         for group in _groups(scenes, rng):
-            asked = list(self._questions(group, rng)) or [(group[0], describe(group[0], rng))]
+            asked = list(self._questions(group, rng))
             tokens = self.encode(len(group), [question for _, question in asked])
             said.append(Conversation(tokens, asked, list(range(start, start + len(group)))))
             start += len(group)
@@ -207,23 +216,34 @@ class Conversations:
             (first, _, _), (second, label, turn) = said.tokens[at - 1 : at + 1]
             if turn >= 0 and label < 0:
                 shown, question = said.asked[turn]
-                for thing in question.things:
+                for thing in question.things if shown else ():
                     if [first, second] == self.tokenizer.encode(f" {thing.name}"):
                         yield at, shown, thing
 
     def _questions(
         self, group: list[Scene], rng: random.Random
-    ) -> Iterator[tuple[Scene, Question]]:
+    ) -> Iterator[tuple[Scene | None, Question]]:
+        """Some questions about one or two of the images; at least one."""
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
-            index = rng.randrange(len(group))
-            task = rng.choices(list(TASKS), self.shares)[0]
-            question = ask(group[index], rng, task)
-            if self.higher and task == "count":
-                question = max(question, count(group[index], rng), key=lambda q: len(q.things))
-            if question is None:
+            compares = len(group) == 2 and rng.random() < COMPARING
+            compared = compare(group[0], group[1], rng) if compares else None
+            if compared is not None:
+                yield None, compared
                 continue
-            text = question.text if len(group) == 1 else about(question.text, ORDINALS[index])
-            yield group[index], replace(question, text=text)
+            index = rng.randrange(len(group))
+            question = self._question(group[index], rng, several=len(group) > 1)
+            if len(group) > 1:
+                question = replace(question, text=about(question.text, ORDINALS[index]))
+            yield group[index], question
+
+    def _question(self, shown: Scene, rng: random.Random, *, several: bool) -> Question:
+        """One question about one image, a description where the task drawn has none."""
+        shares = self.shares | ({"read": READING * self.shares["read"]} if several else {})
+        (task,) = rng.choices(list(shares), list(shares.values()))
+        question = ask(shown, rng, task)
+        if question is not None and task == "count":  # less often for what is there once only
+            question = max(question, count(shown, rng), key=lambda q: len(q.things))
+        return question or describe(shown, rng)
 
     def encode(self, images: int, asked: list[Question]) -> list[tuple[int, int, int]]:
         """Ids, labels and turn numbers; every answer and its end are labels.
@@ -257,6 +277,6 @@ def _share(shown: Scene, shape: Shape) -> tuple[float, float]:
 def _groups(scenes: list[Scene], rng: random.Random) -> Iterator[list[Scene]]:
     rest = list(scenes)
     while rest:
-        size = rng.choices((1, 2, 3), (0.7, 0.22, 0.08))[0]
+        (size,) = rng.choices(list(IMAGES), list(IMAGES.values()))
         yield rest[:size]
         rest = rest[size:]

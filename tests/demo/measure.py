@@ -25,7 +25,9 @@ import mlx.core as mx
 import numpy as np
 from captions import LABELS
 from PIL.Image import Image
-from questions import TASKS, Question, article, ask, description
+from questions import Question, article, description
+from tasks import TASKS, ask
+from variations import COUNT, detailed, variations
 from world import HELD_OUT, Scene, render, scene
 
 import mlx_fastvlm
@@ -54,7 +56,8 @@ PACKED: dict[str, tuple[str, ...]] = {  # options of convert
     **{f"at most {size}": ("-q", "--max-size", size) for size in ("3MB", "2MB", "1.5MB")},
 }
 KV_BITS = {"8-bit KV cache": 8, "4-bit KV cache": 4}
-ZERO_SHOT, RETRIEVAL = HELD_OUT + 1_000_000, HELD_OUT + 2_000_000  # first seeds of other scenes
+# First seeds of other scenes.
+ZERO_SHOT, RETRIEVAL, VARIATIONS = (HELD_OUT + i * 1_000_000 for i in (1, 2, 3))
 
 
 def right(
@@ -151,10 +154,16 @@ def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, f
     many = [scene(RETRIEVAL + i, central=True) for i in range(among)]
     texts = clip.encode_text(processor.texts([description(s) for s in many]), normalize=True)
     found = recall(embed_images(many), texts, range(len(many)))
+    close = [s for i in range(among // COUNT) for s in variations(VARIATIONS + i)]
+    said = [text for shown in close if (text := detailed(shown))]
+    texts = clip.encode_text(processor.texts(said), normalize=True)
+    hard = recall(embed_images(close), texts, range(len(close)))
     return {
         "zero-shot top-1": 100 * top_k_accuracy(embed_images(single), labels, targets)[1],
         "image to text R@1": 100 * found.image_to_text[1],
         "text to image R@1": 100 * found.text_to_image[1],
+        "variations, image to text R@1": 100 * hard.image_to_text[1],
+        "variations, text to image R@1": 100 * hard.text_to_image[1],
     }
 
 

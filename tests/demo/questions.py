@@ -1,4 +1,4 @@
-"""Questions about scenes of the world, with their answers.
+"""Questions about one thing or the whole of a scene, with their answers.
 
 Every question has one right answer that can be seen in the image: where two things could be
 meant, or a position lies between two names, it is not asked. About one question in eight asks
@@ -6,7 +6,7 @@ for something that is not there, and the answer says so.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from world import COLOURS, KINDS, Scene, Shape
@@ -52,36 +52,36 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def _plural(kind: str) -> str:
-    return f"{kind}es" if kind == "cross" else f"{kind}s"
+def plural(kind: str) -> str:
+    return f"{kind}es" if kind.endswith("cross") else f"{kind}s"
 
 
-def _there_are(count: int, singular: str, plural: str) -> str:
+def _there_are(count: int, one: str, many: str) -> str:
     if count == 0:
-        return f"There are no {plural}."
-    return f"There is 1 {singular}." if count == 1 else f"There are {count} {plural}."
+        return f"There are no {many}."
+    return f"There is 1 {one}." if count == 1 else f"There are {count} {many}."
 
 
 def count(scene: Scene, rng: random.Random) -> Question:
     """How many shapes there are, or of a kind, or of a colour."""
     which = rng.random()
     if which < 0.3:
-        singular, plural, things = "shape", "shapes", list(scene.shapes)
+        one, many, things = "shape", "shapes", list(scene.shapes)
     elif which < 0.75:
         kind = rng.choice(scene.shapes).kind if rng.random() < 0.8 else rng.choice(KINDS)
-        singular, plural = kind, _plural(kind)
+        one, many = kind, plural(kind)
         things = [s for s in scene.shapes if s.kind == kind]
     else:
         colour = (
             rng.choice(scene.shapes).colour if rng.random() < 0.8 else rng.choice(list(COLOURS))
         )
-        singular, plural = f"{colour} shape", f"{colour} shapes"
+        one, many = f"{colour} shape", f"{colour} shapes"
         things = [s for s in scene.shapes if s.colour == colour]
     text = rng.choice(
         ("How many {} are there?", "How many {} do you see?", "Count the {}.",
          "How many {} are in the image?")
-    ).format(plural)  # fmt: skip
-    answer = _there_are(len(things), singular, plural)
+    ).format(many)  # fmt: skip
+    answer = _there_are(len(things), one, many)
     return Question("count", text, answer, tuple(things))
 
 
@@ -126,23 +126,23 @@ def shape(scene: Scene, rng: random.Random) -> Question | None:
     return Question("shape", text, f"The {colour} shape is a {thing.kind}.", (thing,))
 
 
-def _unique(scene: Scene) -> list[Shape]:
+def unique(scene: Scene) -> list[Shape]:
     return [s for s in scene.shapes if sum(o.name == s.name for o in scene.shapes) == 1]
 
 
-def _missing(scene: Scene, rng: random.Random) -> str:
+def missing(scene: Scene, rng: random.Random) -> str:
     """A coloured shape that is not there, often made of what is."""
     colours = [s.colour for s in scene.shapes] if rng.random() < 0.5 else list(COLOURS)
     kinds = [s.kind for s in scene.shapes] if rng.random() < 0.5 else list(KINDS)
     names = {f"{c} {k}" for c in colours for k in kinds} - {s.name for s in scene.shapes}
     if names:
         return rng.choice(sorted(names))
-    return _missing(scene, rng)
+    return missing(scene, rng)
 
 
 def position(scene: Scene, rng: random.Random) -> Question | None:
     """Where a shape is, or whether it is left of, right of, above or below another."""
-    things = _unique(scene)
+    things = unique(scene)
     if not things:
         return None
     if len(things) > 1 and rng.random() < 0.4:
@@ -151,7 +151,7 @@ def position(scene: Scene, rng: random.Random) -> Question | None:
         ("Where is the {}?", "Where do you see the {}?", "Where in the image is the {}?")
     )
     if rng.random() < 0.12:
-        name = _missing(scene, rng)
+        name = missing(scene, rng)
         return Question("position", text.format(name), f"There is no {name}.")
     thing = rng.choice(things)
     where = place(scene, thing.x, thing.y)
@@ -178,7 +178,7 @@ def _relation(things: list[Shape], rng: random.Random) -> Question | None:
 
 def size(scene: Scene, rng: random.Random) -> Question | None:
     """Which of two shapes is larger, or how large one is."""
-    things = _unique(scene)
+    things = unique(scene)
     if not things:
         return None
     if len(things) > 1 and rng.random() < 0.6:
@@ -206,7 +206,7 @@ def presence(scene: Scene, rng: random.Random) -> Question:
         present = [f"{s.colour} shape" for s in scene.shapes]
         absent = [f"{c} shape" for c in COLOURS if f"{c} shape" not in present]
     else:
-        present, absent = [s.name for s in scene.shapes], [_missing(scene, rng)]
+        present, absent = [s.name for s in scene.shapes], [missing(scene, rng)]
     name = rng.choice(present if there else absent)
     things = tuple(s for s, n in zip(scene.shapes, present, strict=True) if n == name)
     text = rng.choice(("Is there {}?", "Do you see {}?", "Can you see {} in the image?")).format(
@@ -244,17 +244,3 @@ def description(scene: Scene) -> str:
 def listed(things: list[str]) -> str:
     """Things in one phrase: "a, b and c"."""
     return things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
-
-
-TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
-    task.__name__: task for task in (count, colour, shape, position, size, presence, read, describe)
-}
-
-
-def ask(scene: Scene, rng: random.Random, task: str) -> Question | None:
-    """A question of the task; None where this scene leaves none that has one answer."""
-    for _ in range(4):
-        question = TASKS[task](scene, rng)
-        if question is not None:
-            return question
-    return None

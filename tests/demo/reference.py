@@ -41,6 +41,7 @@ class Tower(nn.Module):
         """`crop` tells whether images are cropped to a square rather than padded."""
         super().__init__()
         self.crop = crop
+        self.empty_weight = 0.1  # of cells that hold nothing, in the losses that name kinds
         self.trunk = timm.create_model(
             "fastvit_mci3", num_classes=0, global_pool="", layer_scale_init_value=0.1, **TOWER
         ).to(memory_format=torch.channels_last)
@@ -69,14 +70,14 @@ class Tower(nn.Module):
             (self.kinds, len(COLOURS), self.letters), 1
         )
         target = Targets(scenes, grid, self.crop)
-        losses["middle kind"] = _rare(names, target.kinds)
+        losses["middle kind"] = _rare(names, target.kinds, 0.1)
         losses["middle colour"] = F.cross_entropy(colours, target.colours, ignore_index=-1)
-        losses["middle letter"] = _rare(letters, target.letters)
+        losses["middle letter"] = _rare(letters, target.letters, 0.1)
         grid = final.shape[-1]
         target = Targets(scenes, grid * SUBCELLS, self.crop)
         cells = F.pixel_shuffle(self.final_head(final), SUBCELLS)
         names, colours, sizes, offsets = cells.split((self.kinds, len(COLOURS), len(SIZES), 2), 1)
-        losses["kind"] = _rare(names, target.kinds)
+        losses["kind"] = _rare(names, target.kinds, self.empty_weight)
         losses["colour"] = F.cross_entropy(colours, target.colours, ignore_index=-1)
         losses["size"] = F.cross_entropy(sizes, target.sizes, ignore_index=-1)
         known = (target.colours >= 0)[:, None].expand_as(offsets)
@@ -103,9 +104,8 @@ class FastVLM(nn.Module):
         )
         self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
         self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # left behind after training
-        # Likewise where things are and how many, both taught late.
-        self.places: nn.Linear | None = None
-        self.numbers: nn.Linear | None = None
+        self.places = nn.Linear(narrow, 2)  # likewise
+        self.numbers = nn.Linear(narrow, 1)  # likewise
 
     def project(self, features: Tensor) -> Tensor:
         """Features (n, D, s, s) to image tokens (n, s * s, H)."""
@@ -148,10 +148,10 @@ class MobileCLIP(nn.Module):
         return F.normalize(self.text(ids), dim=-1)
 
 
-def _rare(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy where most cells hold nothing: these count a tenth."""
+def _rare(logits: Tensor, target: Tensor, empty_weight: float) -> Tensor:
+    """Cross entropy where most cells hold nothing: these have a weight of their own."""
     weight = torch.ones(logits.shape[1])
-    weight[0] = 0.1
+    weight[0] = empty_weight
     return F.cross_entropy(logits, target, weight)
 
 

@@ -37,7 +37,7 @@ def embeddings(demo: Demo) -> tuple[mx.array, mx.array]:
 def test_share_found() -> None:
     found = similarities("demo", count=60, among=60)
     print(found)  # seen with -rP
-    assert found.keys() == FLOORS.keys()
+    assert found.keys() >= FLOORS.keys()
     assert {name: share for name, share in found.items() if share < FLOORS[name]} == {}
 
 

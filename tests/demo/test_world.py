@@ -1,12 +1,16 @@
 """The demo models' world: scenes that hold what they say, questions with one right answer."""
 
+import json
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
-from captions import LABELS, caption
-from questions import TASKS, ask, description, place
+from captions import LABELS, Caption, caption
+from harder_questions import SIDES, compare
+from questions import description, place
+from tasks import TASKS, ask
+from variations import COUNT, detailed, variations
 from world import COLOURS, GAP, HELD_OUT, KINDS, SIZES, Scene, render, scene
 
 SEEDS = range(HELD_OUT, HELD_OUT + 150)
@@ -78,6 +82,74 @@ def test_questions_have_one_answer_and_some_have_nothing_to_name(task: str) -> N
     if task == "presence":
         answers = Counter(question.answer.partition(",")[0] for question in asked)
         assert min(answers["Yes"], answers["No"]) > len(asked) / 4
+
+
+def test_relations_are_those_of_the_scene() -> None:
+    rng = random.Random(3)
+    checked = 0
+    for seed in SEEDS:
+        shown = scene(seed)
+        question = ask(shown, rng, "relation")
+        if question is None or question.answer.startswith("There is no "):
+            continue
+        thing, *found = question.things
+        side = next(side for side in SIDES if f" {side} the " in question.text)
+        on_it = [s for s in shown.shapes if s is not thing and SIDES[side](s, thing) > 0]
+        assert sorted(s.name for s in on_it) == sorted(s.name for s in found)
+        assert all(f"{s.colour} {s.kind}" in question.answer.lower() for s in found)
+        assert question.answer.startswith("Nothing is") == (not found)
+        checked += 1
+    assert checked > len(SEEDS) / 2
+
+
+def test_answers_as_json_say_what_the_scene_holds() -> None:
+    rng = random.Random(4)
+    keys = set()
+    for seed in SEEDS:
+        question = ask(shown := scene(seed), rng, "structured")
+        if question is None:
+            continue
+        (key, *rest), value = (said := json.loads(question.answer)), next(iter(said.values()))
+        keys.add(key)
+        if key == "text" or rest:
+            assert said["text"] == (shown.text.content if shown.text else None)
+        if key == "shapes":
+            names = [f"{each['colour']} {each['shape']}" for each in value]
+            assert names == [s.name for s in sorted(shown.shapes, key=lambda s: s.x)]
+        if key == "colour" and value is None:
+            assert all(s.kind not in question.text for s in shown.shapes)
+    assert keys == {"count", "colour", "shape", "present", "text", "shapes"}
+
+
+def test_comparisons_are_of_both_images() -> None:
+    rng = random.Random(5)
+    begins: Counter[str] = Counter()
+    for seed in SEEDS:
+        first, second = scene(seed), scene(seed + 10_000)
+        question = compare(first, second, rng)
+        assert question is None or question.task == "compare"
+        if question is None:
+            continue
+        begins[" ".join(question.answer.split()[:2])] += 1
+        if question.text == "Which image has more shapes?":
+            a, b = len(first.shapes), len(second.shapes)
+            ordinal = "first" if a > b else "second"
+            assert (f"The {ordinal} image" in question.answer) == (a != b)
+    assert {"Only the", "Both images", "Neither image", "No, the"} <= begins.keys()
+
+
+def test_variations_differ_in_one_thing() -> None:
+    for seed in SEEDS[:40]:
+        first, resized, moved, added = variations(seed)
+        assert first.shapes[0].size != resized.shapes[0].size
+        assert place(first, first.shapes[0].x, first.shapes[0].y) != place(
+            moved, moved.shapes[0].x, moved.shapes[0].y
+        )
+        assert len(added.shapes) == len(first.shapes) + 1
+        said = {detailed(shown) for shown in (first, resized, moved, added)}
+        assert len(said) == COUNT and None not in said
+        true = [Caption("", (), detailed(first)).is_true_of(s) for s in variations(seed)]
+        assert true == [True, False, False, False]
 
 
 def test_colour_and_count_are_those_of_the_scene() -> None:

@@ -9,53 +9,55 @@ import argparse
 import random
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import data
+import numpy as np
 from conversation import Batch, Conversations, train_tokenizer
 from export import convert_fastvlm, write_apple_fastvlm
-from questions import TASKS
 from reference import TOWER, F, FastVLM, Tower, torch
-from torch import Tensor, nn
+from torch import Tensor
 from training import train
 from world import Scene, scene
 
 from mlx_fastvlm.preprocess.tokenizer import Tokenizer
 from mlx_mobileclip.preprocess.image import resize_pad
 
-SIDE = 256
-SCENES, FEATURES = 60_000, 24_000  # the decoder learns from the latter
+SIDE = 384
+FEATURES = 40_000  # scenes that the decoder learns from
+LATER = 200_000  # the first scene for the whole model
+PREPARE = partial(resize_pad, size=SIDE)
 TEXT = {
-    "hidden_size": 192,
+    "hidden_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
+    "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "intermediate_size": 448,
+    "intermediate_size": 640,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2400, 600, 32
-DECODER_STEPS, ANSWER_STEPS, COUNTING_STEPS, ANSWER_BATCH = 3000, 2200, 1200, 16
-RECOUNTING_STEPS = 1600
+TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2600, 800, 32
+DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 7000, 500, 16
 TURNS = 7  # questions in a conversation
-# How often tasks are asked in phases four to six; others 0.7, 0.6 and 0.7.
-HARDER = {"count": 1.5, "position": 1.5, "size": 1.2, "read": 1.2, "describe": 0.3}
-COUNTING = {"count": 4.0, "read": 1.0, "describe": 0.3}
-RECOUNTING = {"count": 3.0, "read": 1.0, "describe": 0.6}
+# How often tasks are asked; others once.
+SHARES = {"count": 1.8, "position": 1.5, "size": 1.2, "read": 1.2, "relation": 1.2, "describe": 0.7}
+SEEING = 0.2  # weight of the tower's own losses while it learns with the decoder
 SHOWING = 50.0  # weight of the losses that tie image tokens to words
 FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
 
 Loss = tuple[Tensor, dict[str, float]]
 
 
-def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
+def train_tower(tower: Tower, out: Path) -> None:
     """Phases one and two: the tower learns to name what it sees, then also where in the scene.
 
-    The second is apart because naming what is in a cell needs its surroundings only.
+    The second is apart because naming what is in a cell needs its surroundings only. In it cells
+    that hold nothing count as much as others, so that a thing between two cells is named once.
     """
     tower.train()
 
@@ -65,11 +67,17 @@ def train_tower(tower: Tower, scenes: data.Scenes, out: Path) -> None:
         taught = [value for name, value in losses.items() if name not in left_out]
         return sum(taught), {name: value.item() for name, value in losses.items()}
 
-    parameters, source = list(tower.parameters()), partial(scenes.batches, TOWER_BATCH)
-    groups = [{"params": parameters, "lr": 3e-3}]
-    train("tower", tower, groups, source, partial(step, left_out=("where",)), TOWER_STEPS, out)
-    groups = [{"params": parameters, "lr": 1e-3}]
-    train("places", tower, groups, source, step, PLACES_STEPS, out)
+    def batches(phase_start: int, done: int) -> Iterator[Any]:
+        return data.draw_batches(scene, PREPARE, TOWER_BATCH, phase_start + done)
+
+    groups: list[dict[str, Any]] = [{"params": list(tower.parameters()), "lr": 3e-3}]
+    train(
+        "tower", tower, groups, partial(batches, 0), partial(step, left_out=("where",)),
+        TOWER_STEPS, out,
+    )  # fmt: skip
+    groups[0]["lr"] = 1e-3
+    tower.empty_weight = 1.0
+    train("places", tower, groups, partial(batches, TOWER_STEPS), step, PLACES_STEPS, out)
 
 
 def naming(logits: Tensor, words: Tensor) -> Tensor:
@@ -84,12 +92,13 @@ def before_answers(labels: Tensor) -> Tensor:
 
 
 class Teaching:
-    """The loss of phases three to six: the answers, and what helps to find them."""
+    """The loss of phases three and four: the answers, and what helps to find them."""
 
     def __init__(self, model: FastVLM, tokenizer: Tokenizer):
         """Teach `model` with conversations in the tokens of `tokenizer`."""
         self.model = model
         self.conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
+        self.conversations.shares |= SHARES
 
     def loss(self, phase: str, features: Tensor, shown: list[Scene]) -> Loss:
         """Loss of a batch of scenes, whose features are given, and what to log."""
@@ -113,14 +122,12 @@ class Teaching:
         """Image tokens that resemble the words for what they show are soon found by them."""
         model, conversations = self.model, self.conversations
         images = model.project(features)
-        losses = {
+        known, where = conversations.places(shown)
+        return {
             "naming": SHOWING * naming(model.named(images), conversations.named(shown)),
             "pairs": SHOWING * naming(model.pairs(images), conversations.pairs(shown)),
+            "places": F.smooth_l1_loss(model.places(images[known]), where),
         }
-        if model.places is not None:
-            known, where = conversations.places(shown)
-            losses["places"] = F.smooth_l1_loss(model.places(images[known]), where)
-        return losses
 
     def _conversations(
         self, features: Tensor, said: Batch, right: dict[str, list[float]]
@@ -130,8 +137,7 @@ class Teaching:
         where = said.labels[:, 1:] >= 0
         labels = said.labels[:, 1:][where]
         asking = (said.turns >= 0) & (said.labels < 0)
-        if model.places is not None:
-            asking[said.names] = False  # these tokens tell of one thing
+        asking[said.names] = False  # these tokens tell of one thing
         with torch.autocast("cpu", torch.bfloat16):
             before, last = model.hidden(features, said.ids)
             logits = model.decoder.lm_head(last[:, :-1][where]).float()
@@ -139,54 +145,56 @@ class Teaching:
             named = before[said.names]
             called = model.named(named).float()
         losses = {"foretelling": FORETELLING * naming(foretold, said.words[said.turns[asking]])}
-        if model.places is not None and len(said.called):
+        if len(said.called):
             places = F.smooth_l1_loss(model.places(named.float()), said.places)
             losses["calling"] = FORETELLING * (naming(called, said.called) + places)
-        if model.numbers is not None:
-            read = asking & before_answers(said.labels)
-            number = model.numbers(before[read].float())[:, 0]
-            losses["counting"] = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
+        read = asking & before_answers(said.labels)
+        number = model.numbers(before[read].float())[:, 0]
+        losses["counting"] = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
         wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
         for turn, task in enumerate(said.tasks):
             right[task].append(turn not in wrong)
         return F.cross_entropy(logits, labels, reduction="sum"), len(labels), losses
 
 
-def train_answers(model: FastVLM, tokenizer: Tokenizer, scenes: data.Scenes, out: Path) -> None:
-    """Phases three to six: projector and decoder learn to answer from what the tower sees.
+def train_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Phases three and four: projector and decoder learn to answer, then the tower with them.
 
-    In the fourth they are also taught where exactly each thing is, and which words and which
-    place belong to each thing that a question names: what it takes to compare two of them. The
-    last two are about counting.
+    In the third the tower only looked once at each of FEATURES scenes; in the fourth it is trained
+    on new ones, with the statistics of its BatchNorms as they are.
     """
+    model.train()
     model.tower.eval()
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
     apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
     others = [p for p in model.parameters() if id(p) not in apart]
     teaching = Teaching(model, tokenizer)
-    seen = data.looked_at(out / "features.npy", scenes, FEATURES, lambda x: model.tower(x)[1])
 
-    def phase(name: str, steps: int) -> None:
-        def step(batch: Any) -> Loss:
-            chosen, shown = batch
-            return teaching.loss(name, torch.from_numpy(seen[chosen]).float(), shown)
+    def see(pixels: Tensor) -> Tensor:
+        return model.tower(pixels)[1]
 
-        source = partial(scenes.choices, ANSWER_BATCH, count=FEATURES)
-        groups = [{"params": others, "lr": 1e-3}]
-        train(name, model, groups, source, step, steps, out, matrices)
+    seen = data.looked_at(out / "features.npy", FEATURES, scene, PREPARE, see)
 
-    phase("decoder", DECODER_STEPS)
-    teaching.conversations.shares = [HARDER.get(task, 0.7) for task in TASKS]
-    model.places = nn.Linear(TEXT["hidden_size"], 2)
-    others += model.places.parameters()
-    phase("answers", ANSWER_STEPS)
-    teaching.conversations.shares = [COUNTING.get(task, 0.6) for task in TASKS]
-    teaching.conversations.higher = True
-    model.numbers = nn.Linear(TEXT["hidden_size"], 1)
-    others += model.numbers.parameters()
-    phase("counting", COUNTING_STEPS)
-    teaching.conversations.shares = [RECOUNTING.get(task, 0.7) for task in TASKS]
-    phase("recounting", RECOUNTING_STEPS)
+    def answer(chosen: np.ndarray) -> Loss:
+        features = torch.from_numpy(seen[chosen]).float()
+        return teaching.loss("decoder", features, [scene(int(seed)) for seed in chosen])
+
+    groups = [{"params": others, "lr": 1e-3}]
+    source = partial(data.choose, ANSWER_BATCH, count=FEATURES)
+    train("decoder", model, groups, source, answer, DECODER_STEPS, out, matrices)
+
+    def look_and_answer(batch: tuple[Tensor, list[Scene]]) -> Loss:
+        pixels, shown = batch
+        middle, final = model.tower(pixels)
+        loss, figures = teaching.loss("together", final, shown)
+        named = model.tower.loss(middle, final, shown)
+        return loss + SEEING * sum(named.values()), figures
+
+    def new_scenes(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
+        return data.draw_batches(scene, PREPARE, ANSWER_BATCH, LATER // ANSWER_BATCH + done)
+
+    groups = [{"params": list(model.parameters()), "lr": 2e-4}]
+    train("together", model, groups, new_scenes, look_and_answer, TOGETHER_STEPS, out)
 
 
 def run(out: Path) -> FastVLM:
@@ -194,12 +202,11 @@ def run(out: Path) -> FastVLM:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tower = Tower(crop=False)
-    scenes = data.Scenes(out / "scenes.bin", SCENES, scene, partial(resize_pad, size=SIDE), SIDE)
-    train_tower(tower, scenes, out)
+    train_tower(tower, out)
     tokenizer = train_tokenizer(out)
     text = {**TEXT, "vocab_size": tokenizer.size}
     model = FastVLM(tower, text)
-    train_answers(model, tokenizer, scenes, out)
+    train_answers(model, tokenizer, out)
     source = out / "source"
     write_apple_fastvlm(model, TOWER, text, SIDE, source)
     shutil.copy(out / "tokenizer.json", source)

@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor, nn
 from training import train
-from world import Scene, scene
+from variations import COUNT, variations
+from world import SIZES, Scene, scene
 
 from mlx_mobileclip.preprocess.processor import _resize_crop
 from mlx_mobileclip.preprocess.tokenizer import (
@@ -40,23 +41,48 @@ from mlx_mobileclip.preprocess.tokenizer import (
 
 SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
 TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 3}
-SCENES = 24_000
-TOWER_STEPS, TOWER_BATCH = 1500, 32
+SCENES = 24_000  # that texts are learned from
+PREPARE = partial(_resize_crop, size=SIDE, resample=Resampling.BILINEAR)
+GROUP = 8  # scenes that come together, so that a caption meets those that it is nearly true of
+FACTS = len(LABELS) * (1 + len(SIZES) + 1 + 9)
+TOWER_STEPS, TOWER_BATCH = 1800, 32
 TEXT_STEPS, TEXT_BATCH = 600, 192
 TOGETHER_STEPS, TOGETHER_BATCH = 120, 96
+PRESENT = 60.0  # weight of telling from the tower's mean what there is
 SEEING = 0.1  # weight of the tower's own losses while it learns with the texts
 MOST_SIMILAR = 100.0
 
 
 def central(seed: int) -> Scene:
-    """A scene that cropping leaves whole; every fourth has one shape."""
-    return scene(seed, (1, 1) if seed % 4 == 0 else (1, 5), central=True)
+    """A scene that cropping leaves whole.
+
+    Of GROUP scenes in a row, the first four are variations of one; of the others one has one shape.
+    """
+    group, number = divmod(seed, GROUP)
+    if number < COUNT:
+        return variations(group)[number]
+    return scene(seed, (1, 1) if number == COUNT else (1, 5), central=True)
+
+
+def facts(shown: Scene) -> list[int]:
+    """Which things are there, of which size, where, and twice: numbers below FACTS."""
+    found = set()
+    for shape in shown.shapes:
+        label, of_size = LABELS.index(shape.name), list(SIZES).index(shape.size)
+        found |= {label, len(LABELS) * (1 + of_size) + label}
+        if shown.width == shown.height:
+            row, column = (min(2, int(3 * v)) for v in (shape.y, shape.x))
+            found.add(len(LABELS) * (5 + 3 * row + column) + label)
+        if sum(other.name == shape.name for other in shown.shapes) == 2:
+            found.add(len(LABELS) * 4 + label)
+    return sorted(found)
 
 
 def train_merges(directory: Path) -> Tokenizer:
     """Learn byte pairs from captions without printed texts, which are spelled by letters."""
     rng = random.Random(0)
     lines = [caption(scene(seed, text=0), rng).text for seed in range(4000)]
+    lines += [caption(each, rng).text for seed in range(1000) for each in variations(seed)]
     lines += ["The text says"] * 400
     backend = Backend(models.BPE(end_of_word_suffix=WORD_END))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,7 +92,7 @@ def train_merges(directory: Path) -> Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=400, end_of_word_suffix=WORD_END, min_frequency=20, show_progress=False
+        vocab_size=440, end_of_word_suffix=WORD_END, min_frequency=20, show_progress=False
     )
     backend.train_from_iterator(map(clean, lines), trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
@@ -103,28 +129,28 @@ def reinforced(
 class Training:
     """The phases of one model."""
 
-    def __init__(self, scenes: data.Scenes, words: Tokenizer, out: Path):
-        self.scenes, self.words, self.out = scenes, words, out
+    def __init__(self, words: Tokenizer, out: Path):
+        self.words, self.out = words, out
         self.text = {**TEXT, "vocab_size": words.end_id + 1}
         self.tower = Tower(crop=True)
 
     def see(self) -> None:
         """Phase one: the tower learns to name what is where, and its mean what there is."""
-        present = nn.Linear(self.tower.trunk.num_features, len(LABELS))
+        present = nn.Linear(self.tower.trunk.num_features, FACTS)
         model = nn.ModuleList([self.tower, present]).train()
 
         def step(batch: Any) -> tuple[Tensor, dict[str, float]]:
             pixels, shown = batch
             middle, final = self.tower(pixels)
             losses = self.tower.loss(middle, final, shown)
-            there = torch.zeros(len(shown), len(LABELS))
+            there = torch.zeros(len(shown), FACTS)
             for row, one in zip(there, shown, strict=True):
-                row[[LABELS.index(shape.name) for shape in one.shapes]] = 1
+                row[facts(one)] = 1
             logits = present(final.mean((2, 3)))
-            losses["present"] = 10 * F.binary_cross_entropy_with_logits(logits, there)
+            losses["present"] = PRESENT * F.binary_cross_entropy_with_logits(logits, there)
             return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-        self._train("tower", model, 3e-3, step, TOWER_STEPS, TOWER_BATCH)
+        self._train("tower", model, 3e-3, step, TOWER_STEPS, TOWER_BATCH, 0)
         self.tower.eval()  # BatchNorm keeps its statistics from now on, as when it is folded
 
     def match(self, name: str, teacher: MobileCLIP | None = None) -> MobileCLIP:
@@ -142,8 +168,8 @@ class Training:
         learning = nn.ModuleList([model.text, model.projection])
         learning.logit_scale = model.logit_scale
 
-        def step(batch: tuple[np.ndarray, list[Scene]]) -> tuple[Tensor, dict[str, float]]:
-            chosen, shown = batch
+        def step(chosen: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+            shown = [central(int(seed)) for seed in chosen]
             means = torch.from_numpy(seen[chosen]).float()
             images = F.normalize(model.projection(means), dim=-1)
             captions = self._captions("texts", shown)
@@ -157,7 +183,11 @@ class Training:
             return reinforced(images, texts, model.logit_scale, similar)
 
         groups = [{"params": list(learning.parameters()), "lr": 1e-3}]
-        source = partial(self.scenes.choices, TEXT_BATCH)
+
+        def source(done: int) -> Iterator[np.ndarray]:
+            for groups in data.choose(TEXT_BATCH // GROUP, done, SCENES // GROUP):
+                yield (GROUP * groups[:, None] + np.arange(GROUP)).ravel()
+
         train(name, learning, groups, source, step, TEXT_STEPS, self.out)
         return model
 
@@ -175,20 +205,25 @@ class Training:
             seen = model.tower.loss(middle, final, shown)
             return loss + SEEING * sum(seen.values()), figures
 
-        self._train("together", model, 5e-4, step, TOGETHER_STEPS, TOGETHER_BATCH)
+        first = TOWER_STEPS * TOWER_BATCH // TOGETHER_BATCH
+        self._train("together", model, 5e-4, step, TOGETHER_STEPS, TOGETHER_BATCH, first)
 
     def convert(self, model: MobileCLIP, name: str) -> None:
         convert_mobileclip(model, TOWER, self.text, SIDE, self.out / name)
 
     def _train(
-        self, name: str, model: nn.Module, lr: float, step: Any, steps: int, batch: int
+        self, name: str, model: nn.Module, lr: float, step: Any, steps: int, size: int, first: int
     ) -> None:
+        """Train on batches of new scenes, from the one numbered `first` on."""
+
+        def batches(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
+            return data.draw_batches(central, PREPARE, size, first + done)
+
         groups = [{"params": list(model.parameters()), "lr": lr}]
-        source = partial(self.scenes.batches, batch)
-        train(name, model, groups, source, step, steps, self.out)
+        train(name, model, groups, batches, step, steps, self.out)
 
     def _looked_at(self, name: str, see: Callable[[Tensor], Tensor]) -> np.ndarray:
-        return data.looked_at(self.out / f"{name}.npy", self.scenes, len(self.scenes.scenes), see)
+        return data.looked_at(self.out / f"{name}.npy", SCENES, central, PREPARE, see)
 
     def _captions(self, name: str, shown: list[Scene]) -> list[Caption]:
         rng = random.Random(f"{name} {sum(one.seed for one in shown)}")
@@ -203,9 +238,7 @@ def run(out: Path) -> MobileCLIP:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     words = train_merges(out)
-    prepare = partial(_resize_crop, size=SIDE, resample=Resampling.BILINEAR)
-    scenes = data.Scenes(out / "scenes.bin", SCENES, central, prepare, SIDE)
-    training = Training(scenes, words, out)
+    training = Training(words, out)
     training.see()
     model = training.match("texts")
     training.convert(model, "plain")

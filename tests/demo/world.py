@@ -37,7 +37,7 @@ SNOW SUN TENT TIGER TRAIN TREE VAN WIND WOLF YARN ZEBRA
 
 GAP = 0.015  # between two things, at least
 MARGIN = 0.01  # to the image's edge
-LONG_SIDES = (240, 360)  # px
+LONG_SIDES = (240, 480)  # px
 SHORT_SIDES = (0.6, 1.0)
 OVERSAMPLING = 3  # shapes are drawn this much larger and averaged
 
@@ -178,7 +178,7 @@ def _shape(
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image, 240 to 360 px on its longer side."""
+    """The scene as an RGB image, 240 to 480 px on its longer side."""
     rng = random.Random(f"pixels {scene.seed}")
     side = rng.randint(*LONG_SIDES)
     width, height = round(scene.width * side), round(scene.height * side)
