@@ -10,7 +10,7 @@ from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.quantization import MODES
-from mlx_mobileclip.terminal import run_command
+from mlx_mobileclip.terminal import CommandParser, run_command
 
 from .export.runtimes import TARGETS
 from .options import ConvertOptions
@@ -19,8 +19,13 @@ from .pipeline import run
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `python -m convert`; names follow mlx-lm's."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}",  # mlx_fastvlm.convert once installed
+    prog = f"python -m {__package__}"  # mlx_fastvlm.convert once installed
+    parser = CommandParser(
+        prog=prog,
+        examples=(
+            f"{prog} --model demo --mlx-path demo-4bit -q --verify",
+            f"{prog} --model demo --mlx-path demo-transformers --layout transformers",
+        ),
         description="Convert a FastVLM or MobileCLIP checkpoint of any known layout to the form "
         "that loads fastest: re-parameterised, folded, NHWC.",
     )
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="checkpoint to take the image tower from, for app exports, which have none",
+        help="checkpoint to take the image tower from, if it has none, or for that of its package",
     )
     parser.add_argument(
         "--layout",

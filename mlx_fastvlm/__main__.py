@@ -1,9 +1,9 @@
 """The console script `mlx-fastvlm`, with a subcommand for each command of the package."""
 
-import argparse
 import sys
 
 from mlx_mobileclip import __version__
+from mlx_mobileclip.terminal import CommandParser
 
 from .cli import generate
 
@@ -16,8 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in COMMANDS:
         run, _ = COMMANDS[argv[0]]
         return run(argv[1:], prog=f"mlx-fastvlm {argv[0]}")
-    parser = argparse.ArgumentParser(
-        prog="mlx-fastvlm", description="Apple's FastVLM, natively in MLX."
+    parser = CommandParser(
+        prog="mlx-fastvlm",
+        description="Apple's FastVLM, natively in MLX.",
+        examples=(
+            "mlx-fastvlm generate --model demo --image examples/scene.png",
+            "mlx-fastvlm generate --help",
+        ),
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

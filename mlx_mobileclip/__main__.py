@@ -8,7 +8,7 @@ import sys
 
 from . import __version__
 from .cli import classify_command, embed_command, evaluate_command
-from .terminal import run_command
+from .terminal import CommandParser, run_command
 
 COMMANDS = {
     "classify": classify_command,
@@ -19,16 +19,20 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mlx_mobileclip",
         description="Classify and embed images and texts with Apple's MobileCLIP, natively in MLX.",
         epilog="The result goes to stdout, progress to stderr. "
         "Exit status: 0 done, 1 error or something skipped, 2 usage, 130 interrupted.",
+        examples=(
+            *classify_command.EXAMPLES[:1],
+            *embed_command.EXAMPLES[:1],
+        ),
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.HELP)
+        subparser = subparsers.add_parser(name, help=command.HELP, examples=command.EXAMPLES)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser

@@ -1,15 +1,18 @@
-"""Behaviour shared by all command lines: exit status, one-line errors, progress.
+"""Behaviour shared by all command lines: usage errors, exit status, one-line errors, progress.
 
 stdout is reserved for the result; everything here writes to stderr.
 """
 
+import argparse
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from difflib import get_close_matches
+from typing import Any, NoReturn, TextIO
 
 from .errors import ModelError
 
@@ -17,6 +20,59 @@ INTERRUPTED = 130
 BAR_WIDTH = 24
 REDRAW_SECONDS = 0.1  # on a terminal
 LINE_SECONDS = 10.0  # between plain lines, where stderr is no terminal
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that suggests the right spelling, and ends its help with examples."""
+
+    def __init__(self, *, examples: Sequence[str] = (), **options: Any):
+        """Make a parser.
+
+        Args:
+            examples: Command lines to show at the end of the help.
+            options: Those of `argparse.ArgumentParser`.
+        """
+        super().__init__(**options)
+        self.examples = examples
+        self._given: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        """The help, with the examples at its end, each in a line of its own."""
+        text = super().format_help()
+        if self.examples:
+            text += "\nexamples:\n" + "".join(f"  {example}\n" for example in self.examples)
+        return text
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments, and refuse unknown ones, in a subcommand's parser as well."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        namespace, unknown = super().parse_known_args(self._given, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with a usage error, and suggest what may have been meant."""
+        meant = [
+            f"did you mean {right}?"
+            for wrong, choices in (*self._wrong_options(), *_wrong_choices(message))
+            for right in get_close_matches(wrong, choices, 1)
+        ]
+        super().error("; ".join([message, *meant]))
+
+    def _wrong_options(self) -> Iterator[tuple[str, list[str]]]:
+        known = list(self._option_string_actions)
+        for word in self._given:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(option.startswith(name) for option in known):
+                yield name, known
+
+
+def _wrong_choices(message: str) -> Iterator[tuple[str, list[str]]]:
+    """The value that argparse's message refuses, and those to choose from."""
+    found = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
+    if found:
+        yield found[1], [choice.strip(" '") for choice in found[2].split(",")]
 
 
 def run_command(command: Callable[[], None], *, debug: bool) -> int:

@@ -48,7 +48,7 @@ def check_supported(fields: Fields, supported: Mapping[str, tuple[Any, ...]]) ->
     """Refuse fields with a value that is not supported; null is a value, as in transformers."""
     for key, allowed in supported.items():
         value = fields.values.get(key, allowed[0])
-        if value not in allowed:
+        if not any(value == each and type(value) is type(each) for each in allowed):
             raise fields.error(key, f"{_shown(value)}, only {_shown(allowed[0])} is supported")
 
 

@@ -6,15 +6,19 @@ stdout carries the answer (or one JSON object) and nothing else; all the rest is
 import argparse
 
 from mlx_mobileclip import __version__
-from mlx_mobileclip.terminal import run_command
+from mlx_mobileclip.terminal import CommandParser, run_command
 
 from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT, PRESETS
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The options; `prog` is what the usage message calls the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
+        examples=(
+            f'{prog} --model demo --image examples/scene.png --prompt "How many shapes are there?"',
+            f"{prog} --model demo --image examples/scene.png --chat",
+        ),
         description="Answer a question about images with Apple's FastVLM, natively in MLX.",
         epilog="The answer goes to stdout, statistics and progress to stderr. "
         "Exit status: 0 done, 1 error, 2 usage, 130 interrupted.",
@@ -89,7 +93,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="checkpoint to take the image tower from, for app exports, which have none",
+        help="checkpoint to take the image tower from, if it has none, or for that of its package",
     )
     parser.add_argument(
         "--chat",

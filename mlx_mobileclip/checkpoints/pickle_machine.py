@@ -10,7 +10,6 @@ Instructions: `pickletools` of the standard library, which also parses them.
 
 import io
 import itertools
-import math
 import pickletools
 import re
 import warnings
@@ -58,9 +57,7 @@ class Opaque:
 
     name: str
 
-    @property
-    def shown(self) -> str:
-        """The name as messages show it."""
+    def __str__(self) -> str:
         return self.name.replace(" ", ".")[:100]
 
 
@@ -141,6 +138,13 @@ class _Machine:
         del self.stack[start:]
         return items
 
+    def drop(self, _: Any) -> None:
+        """As does `drop_to_mark`, in the pickle of a tuple that holds itself."""
+        self.pop()
+
+    def drop_to_mark(self, _: Any) -> None:
+        self.pop_to_mark()
+
     def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
             raise ValueError(f"no {kind.__name__} where one is needed")
@@ -196,10 +200,9 @@ class _Machine:
             return
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys could hide work in their hash.
-            if not isinstance(key, (str, int)):
-                raise ValueError(f"a {type(key).__name__} as a key")
-            target[key] = value
+            # Other keys, such as tuples in tuples, could hide work in their hash.
+            plain = isinstance(key, (str, int, float))
+            target[key if plain else Opaque(type(key).__name__)] = value
 
     def build(self, _: Any) -> None:
         # PyTorch hangs the modules' versions on the dictionary of tensors; they do not matter.
@@ -238,13 +241,12 @@ class _Machine:
         numbers = [offset, *shape, *strides]
         if not isinstance(storage, Storage) or any(type(n) is not int for n in numbers):
             raise ValueError("a tensor with an odd place, shape or stride")
-        if not all(0 <= n < MAX_COUNT for n in numbers) or 0 in shape:
+        if not all(0 <= n < MAX_COUNT for n in numbers):
             raise ValueError("a tensor with a size or stride out of range")
         if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"a tensor with {len(shape)} sizes and {len(strides)} strides")
-        count = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if count > storage.items or last >= storage.items:
+        if last >= storage.items and 0 not in shape:
             raise ValueError("a tensor that reaches beyond its storage")
         return TensorView(storage, offset, tuple(shape), tuple(strides))
 
@@ -274,6 +276,8 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "BINGET": _Machine.get,
     "LONG_BINGET": _Machine.get,
     "MARK": _Machine.mark,
+    "POP": _Machine.drop,
+    "POP_MARK": _Machine.drop_to_mark,
     "EMPTY_DICT": lambda m, a: m.stack.append({}),
     "EMPTY_LIST": lambda m, a: m.stack.append([]),
     "EMPTY_TUPLE": lambda m, a: m.stack.append(()),

@@ -290,13 +290,12 @@ def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str
         fields = model.object("vision_cfg")
         pool = "token" if isinstance(config.image, ViTConfig) else "avg"
         fixed = {"timm_pool": (pool,), "timm_proj": (None, "")}
-        _check(fields, VISION_FREE | {"timm_model_name", "image_size"}, fixed)
         if complete:
             if not fields.has("timm_model_name"):
                 raise fields.error("timm_model_name", "is missing; only towers of timm's are known")
-            defaults = {"timm_pool": "avg", "timm_proj": "linear"}
-            _check(Fields({**defaults, **fields.values}, fields.where), fields.values, fixed)
-            stated["image_size"] = 224
+            defaults = {"timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
+            fields = Fields({**defaults, **fields.values}, fields.where)
+        _check(fields, VISION_FREE | {"timm_model_name", "image_size"}, fixed)
         stated |= _image_size(fields, "image_size")
     if model.has("image_cfg"):
         fields = model.object("image_cfg")
@@ -335,10 +334,13 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
         "global_pool": ("token" if isinstance(config.image, ViTConfig) else "avg", None)
     }
     _check(fields, TIMM_FREE | ABOUT | {"model_args"}, pool)
+    built: dict[str, int] = {}
     if fields.has("model_args"):
-        _check(fields.object("model_args"), TIMM_ARGS_FREE, pool)
+        arguments = fields.object("model_args")
+        _check(arguments, TIMM_ARGS_FREE | {"img_size"}, pool | {"in_chans": (3, None)})
+        built = _image_size(arguments, "img_size")
     if not fields.has("pretrained_cfg"):
-        return config
+        return with_preprocessing(config, built, fields.where) if with_preprocess else config
     given = fields.object("pretrained_cfg")
     known = {"architecture", "input_size", "mean", "std", "crop_pct", "interpolation"}
     _check(given, PRETRAINED_FREE | known, {"crop_mode": ("center", None), "state_dict": (None,)})
@@ -353,7 +355,7 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
         key = "crop_pct" if how in (None, "bicubic") else "interpolation"
         raise ConfigError(
             f"{given.where}: {key}: {given.get(key)!r:.60} is neither what the published models "
-            "state nor CLIP's preprocessing; state it with preprocess=PreprocessConfig(...)"
+            "state nor CLIP's preprocessing; state it with --preprocess (preprocess= in Python)"
         )
     stated = {key: given.values[key] for key in ("mean", "std") if given.has(key)}
     if given.has("input_size"):
@@ -361,4 +363,7 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
         if channels != 3:
             raise given.error("input_size", f"has {channels} channels instead of 3")
         stated |= _image_size(Fields({"input_size": list(sides)}, given.where), "input_size")
-    return with_preprocessing(config, stated, given.where)
+        if built and built["image_size"] != stated["image_size"]:
+            size = built["image_size"]
+            raise given.error("input_size", f"is not the img_size of model_args, {size}")
+    return with_preprocessing(config, stated | built, given.where)

@@ -9,7 +9,6 @@ File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6).
 
 import io
 import math
-import re
 import struct
 import zipfile
 from collections import defaultdict
@@ -25,7 +24,6 @@ from .pickle_machine import STORAGES, Opaque, TensorView, interpret
 MAX_PICKLE_BYTES = 16 << 20
 MAX_ENTRIES = 100_000
 MAX_REPEATS = 2  # how often the file's bytes may appear in tensors: tied weights, not floods
-PLAIN_NAME = re.compile(r"[\w.\-+= ]+(/[\w.\-+= ]+)*")
 # Where checkpoints keep their tensors, the more usual first. Weights averaged over training come
 # after those themselves, as open_clip takes them.
 WRAPPERS = (
@@ -97,7 +95,8 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     total = 0
     for entry in entries:
         name = entry.filename
-        if not PLAIN_NAME.fullmatch(name) or ".." in name.split("/"):
+        # PyTorch puts the name of the file it wrote before all of them: "weights (1)/data.pkl".
+        if "\\" in name or {"", ".."} & set(name.split("/")):
             raise CheckpointError(f"{where}: {name[:80]!r} is not a plain name for an entry")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(
@@ -127,7 +126,7 @@ def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
             inner = (found.get(name) for name in WRAPPERS)
             found = next((each for each in inner if _holding(each)), found)
     if not isinstance(found, dict):
-        what = found.shown if isinstance(found, Opaque) else type(found).__name__
+        what = found if isinstance(found, Opaque) else type(found).__name__
         raise CheckpointError(
             f"{where}: holds a {what}, no dictionary of tensors; save the model's state_dict()"
         )
@@ -145,14 +144,14 @@ def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
     tensors = _own(found)
     if not tensors:
         keys = [
-            f"{str(key)[:40]} ({value.shown})" if isinstance(value, Opaque) else str(key)[:40]
+            f"{str(key)[:40]} ({value})" if isinstance(value, Opaque) else str(key)[:40]
             for key, value in found.items()
         ]
         raise CheckpointError(f"{where}: holds no tensors, only {name_some(keys) or 'nothing'}")
     for key, value in found.items():
         if isinstance(value, Opaque):
             raise CheckpointError(
-                f"{where}: {str(key)[:200]}, among its tensors, is a {value.shown}, which is not "
+                f"{where}: {str(key)[:200]}, among its tensors, is a {value}, which is not "
                 "read; save the model's tensors by themselves"
             )
     return tensors
@@ -223,6 +222,8 @@ def _load(
 
 def _array(data: bytes, view: TensorView) -> mx.array:
     kind, dtype = STORAGES[view.storage.kind]
+    if 0 in view.shape:
+        return mx.zeros(view.shape, dtype)
     items = np.frombuffer(data, kind, view.storage.items)[view.offset :]
     strides = [stride * items.itemsize for stride in view.strides]
     array = np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=False)

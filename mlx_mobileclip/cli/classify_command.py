@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     Result = tuple[str, list[Prediction]]
 
 HELP = "tell which label fits an image best"
+EXAMPLES = (
+    'mlx-mobileclip classify --model demo --image examples/scene.png --labels "blue heart,star"',
+    "mlx-mobileclip classify --model demo --image examples --labels heart,star --format csv",
+)
 COLUMNS = ("image", "rank", "label", "index", "probability", "similarity")
 
 

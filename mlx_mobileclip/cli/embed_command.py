@@ -3,15 +3,21 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..embedding.lines import read_lines
 from ..errors import DataError
-from .inputs import find_all_images
+from .inputs import find_all_images, folders_among
 from .loading import load_model
 from .options import add_batch_size_argument, add_model_arguments
 
 HELP = "write embeddings of images or texts to a file"
+EXAMPLES = (
+    "mlx-mobileclip embed --model demo --images examples --output images.npz",
+    "mlx-mobileclip embed --model demo --images examples --output images.npz --update",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="X may exist: embed what is new or has changed, drop the files that are gone",
+        help="X may exist: embed the files that are new or have changed, drop those that are gone "
+        "from their folder or with it from SRC, keep the others, also those that SRC does not name",
     )
     add_batch_size_argument(parser)
 
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         DataError: an input was skipped (the others are in the file), or nothing was written.
         ModelError: the model cannot be used.
     """
-    from ..embedding.embed_to_file import embed_images, embed_texts
+    from ..embedding.embed_to_file import Summary, embed_images, embed_texts
     from ..embedding.writers import check_names, check_output
 
     check_output(args.output, update=args.update)
@@ -56,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     check_names(args.output, items)
     model, processor = load_model(args)
     started = time.perf_counter()
-    embed = embed_images if args.images else embed_texts
+    embed: Callable[..., Summary] = embed_texts
+    if args.images:
+        embed = partial(embed_images, directories=folders_among(args.images))
     try:
         summary = embed(
             model,

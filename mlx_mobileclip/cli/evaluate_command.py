@@ -15,6 +15,10 @@ from .options import (
 )
 
 HELP = "measure accuracy on a data set"
+EXAMPLES = (
+    "mlx-mobileclip evaluate --model demo --imagenet photos --classes-from-folders",
+    "mlx-mobileclip evaluate --model demo --imagenet photos --classes-from-folders --json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

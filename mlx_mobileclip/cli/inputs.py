@@ -1,9 +1,16 @@
 """Find the images that the options name, and say on stderr what was left out."""
 
+import os
 import sys
 
 from ..embedding.files import PassedOver, find_images
+from ..embedding.lines import expand
 from ..terminal import printable
+
+
+def folders_among(sources: list[str]) -> list[str]:
+    """The sources that are directories, named as the paths that `find_images` finds there."""
+    return [str(expand(source)) for source in sources if os.path.isdir(expand(source))]  # noqa: PTH112
 
 
 def find_all_images(sources: list[str]) -> tuple[list[str], int]:

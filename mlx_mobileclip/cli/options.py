@@ -16,6 +16,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "that comes with this package (default: %(default)s)",
     )
     parser.add_argument("--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not tell")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON that describes M, open_clip's, Apple's or timm's, in place of those beside it",
+    )
+    parser.add_argument(
+        "--preprocess",
+        metavar="JSON",
+        help="how images are prepared, in place of what M states, such as "
+        """'{"image_size": 256, "interpolation": "bicubic", "mean": [0,0,0], "std": [1,1,1]}'""",
+    )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--dtype",

@@ -19,13 +19,7 @@ from ..preprocess.processor import Processor
 from ..terminal import Bar
 from .files import openable
 from .identity import image_identity, text_identity
-from .pipeline import (
-    Embedded,
-    check_batch_size,
-    check_sequence,
-    iter_embeddings,
-    iter_text_embeddings,
-)
+from .pipeline import Embedded, check_sequence, iter_embeddings, iter_text_embeddings
 from .progress import consume
 from .readers import Stored, read_embeddings
 from .resume_log import Key, ResumeLog
@@ -65,6 +59,7 @@ def embed_images(
     workers: int | None = None,
     quiet: bool = True,
     update: bool = False,
+    directories: Sequence[str] = (),
 ) -> Summary:
     """Embed image files into one file; unreadable images are reported on stderr and skipped.
 
@@ -81,7 +76,10 @@ def embed_images(
         quiet: Report skipped images only.
         update: Bring an output that exists up to date: embed the files that are new or have
             changed since, drop those that are gone, keep the others. Files in it that `paths`
-            does not name stay, after those of `paths`.
+            does not name stay, after those of `paths`, unless they are gone from a folder that is
+            still there: if the folder is gone as well, its disk may only be absent.
+        directories: Folders that were searched for `paths`; what is gone from them is dropped
+            together with its folder.
 
     Raises:
         DataError: the output cannot be written, is another model's, or no image could be embedded.
@@ -90,7 +88,8 @@ def embed_images(
     stamps = {path: _stamp(path) or "" for path in paths}
     about = {"kind": "images", "model": name, "fingerprint": image_identity(model)}
     iterate = partial(iter_embeddings, model, processor, batch_size=batch_size, workers=workers)
-    run = partial(_run, iterate, paths, stamps, Path(output), about, _stamp)
+    stamp = partial(_stamp_of_unnamed, directories=directories)
+    run = partial(_run, iterate, paths, stamps, Path(output), about, stamp)
     return run(batch_size=batch_size, quiet=quiet, update=update)
 
 
@@ -133,6 +132,15 @@ def _stamp(path: str) -> str | None:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
+def _stamp_of_unnamed(path: str, directories: Sequence[str]) -> str | None:
+    """The stamp of a file that an update does not name; None if it is gone for certain."""
+    stamp, file = _stamp(path), Path(path)
+    if stamp is None and not file.parent.is_dir():
+        searched = any(file.is_relative_to(directory) for directory in directories)
+        return None if searched else ""
+    return stamp
+
+
 def _run(
     iterate: Callable[[list[str]], Generator[Embedded, None, None]],
     names: Sequence[str],
@@ -145,7 +153,6 @@ def _run(
     quiet: bool,
     update: bool,
 ) -> Summary:
-    check_batch_size(batch_size)
     check_output(output, update=update)
     if update and output.is_symlink():
         output = output.resolve()

@@ -60,21 +60,25 @@ def find_images(
         raise DataError("an empty name; give a directory (. for this one), a glob or a list")
     path = expand(source)
     passed_over = PassedOver() if passed_over is None else passed_over
-    if path.is_dir():
+    # os.path's functions take what cannot be reached for absent, where Path's raise.
+    if os.path.isdir(path):  # noqa: PTH112
         found = [_literal(str(file)) for file in _walk(path, on_skip, passed_over)]
         if not found:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             left_out = f" ({passed_over})" if passed_over else ""
             raise DataError(f"{source}: holds no image{left_out}; looked for {kinds}")
         return found
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return [_literal(str(path))] if _is_image(path) else _read_list(path)
     if glob.has_magic(source):
         found = [_literal(match) for match in _match(str(path), passed_over)]
         if not found:
             raise DataError(f"{source}: no file matches; put a glob in quotes")
         return found
-    raise DataError(f"{source}: no such file or directory; give a directory, a glob or a list")
+    raise DataError(
+        f"{source[:200]}: no such file or directory, or no access to it; give a directory, a glob "
+        "or a list"
+    )
 
 
 def openable(path: str) -> str:
@@ -95,7 +99,7 @@ def _match(pattern: str, passed_over: PassedOver) -> list[str]:
     parts = pattern.split("/")
     if "**" not in parts:
         matches = glob.glob(pattern)  # noqa: PTH207 (the glob may be absolute)
-        files = [match for match in matches if not Path(match).is_dir()]
+        files = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
         if len(matches) > len(files):
             passed_over["folders that match a glob"] += len(matches) - len(files)
         return sorted(files)
@@ -103,8 +107,12 @@ def _match(pattern: str, passed_over: PassedOver) -> list[str]:
     base, rest = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
     bases = glob.glob(f"{base}/") if place else ["."]  # noqa: PTH207
     found: set[str] = set()
+
+    def unreadable(_: OSError) -> None:
+        passed_over["folders that cannot be read"] += 1
+
     for start in bases:
-        for folder, _ in _search(Path(start), lambda _: None, passed_over):
+        for folder, _ in _search(Path(start), unreadable, passed_over):
             inner = PassedOver()  # the folders within this one are searched in their turn
             found.update(_match(str(Path(glob.escape(folder), rest)), inner))
     return sorted(found)
@@ -165,7 +173,7 @@ def _search(
                 path = Path(folder, name)
                 if name.startswith("."):
                     passed_over["hidden folders"] += 1
-                elif path.is_symlink():
+                elif os.path.islink(path):  # noqa: PTH114
                     links.append(path)
                 elif linked and _identity(path) in searched:
                     passed_over["folders that were searched already"] += 1
@@ -182,7 +190,7 @@ def _reason_to_pass_over(path: Path) -> str:
         return "hidden"
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return ""  # a broken link too: it is skipped by name
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114
         return "broken links"
     return path.suffix.lower() or "without a suffix"
 

@@ -156,11 +156,11 @@ CHANGES: dict[str, list[Any]] = {
     "do_normalize": [False, None],
     "do_pad": [True, None],
     "do_rescale": [False, None],
-    "do_resize": [False, None],
+    "do_resize": [False, None, 1],
     "image_mean": [None, [], CLIP_MEAN, [0.0, 0.0, 0.1], 0.0, 0.5],
     "image_processor_type": ["LlavaImageProcessor", "CLIPImageProcessor", "ViTImageProcessor"],
     "image_std": [None, CLIP_STD, [1.0, 1.0, 0.5], 1.0, 0.5],
-    "resample": [None, 0, 1, 2, 4, 5],
+    "resample": [None, 0, 1, 2, 4, 5, 3.0],
     "rescale_factor": [None, 0.00392, 1 / 127.5, 1],
     "size": [
         None, 128, 256, {"shortest_edge": 288}, {"height": 256, "width": 256},

@@ -244,6 +244,11 @@ def test_timms_file(tmp_path: Path) -> None:
     options = {"tensors": tensors, "config_name": "config.json", "name": "model.safetensors"}
     found = load(source(tmp_path / "ft", timms(), **options))[0].config
     assert found.variant == S0 and found.preprocess == tiny_config(S0).preprocess
+    written = timms() | {"model_args": {"in_chans": 3, "num_classes": 512, "global_pool": "avg"}}
+    assert load(source(tmp_path / "ft", written, **options))[0].config == found
+    for built in ({"img_size": [96, 96]}, {"img_size": 96, "in_chans": 1}, {"img_size": [9, 8]}):
+        with pytest.raises(ConfigError, match=r"img_size|in_chans"):
+            load(source(tmp_path / "ft", timms() | {"model_args": built}, **options))
     stated = timms(mean=[0.5] * 3, input_size=[3, 96, 96], crop_pct=1.0)
     found = load(source(tmp_path / "ft", stated, **options))[0].config
     assert (found.preprocess.mean, found.preprocess.image_size) == ((0.5,) * 3, 96)

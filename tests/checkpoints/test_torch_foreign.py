@@ -51,6 +51,8 @@ class Pile(list[int]):
     pass
 
 
+LOOP: tuple[list[Any]] = ([],)
+LOOP[0].append(LOOP)  # a tuple that holds itself
 FOREIGN: dict[str, Any] = {
     "namespace": argparse.Namespace(lr=1e-3, opt="adamw", betas=(0.9, 0.98)),
     "scalar": np.float64(0.75),
@@ -74,6 +76,8 @@ FOREIGN: dict[str, Any] = {
     "function": print,
     "class": Colour,
     "generator": np.random.default_rng(0),
+    "history": {("train", 1): 0.5, None: 1, 0.5: 2, Colour.RED: 3, b"a": 4, Path("a"): 5},
+    "loop": LOOP,
 }
 
 
@@ -169,6 +173,15 @@ def test_wrappers_without_end_are_quick(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         read_torch(a_file(tmp_path, deep + b"00"))
     assert list(read_torch(a_file(tmp_path, deep))) == ["visual.w"]
+
+
+@pytest.mark.parametrize("stem", ["weights (1)", "ep=3,loss=0.5", "best@[x]", "50%", "\u6a21 a"])
+def test_the_file_may_have_any_name(stem: str, tmp_path: Path) -> None:
+    """torch.save puts it before the name of every entry."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr(f"{stem}/data.pkl", pickle_of(WEIGHTS))
+        archive.writestr(f"{stem}/data/0", FLOATS)
+    assert list(read_torch(tmp_path / "m.pt")) == ["visual.w"]
 
 
 def test_a_torchscript_program_is_called_one(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_every_type_and_stride(tmp_path: Path) -> None:
             "turned": a_tensor(strides=(1, 2)),
             "part": a_tensor(offset=1, shape=(3,)),
             "scalar": a_tensor(offset=2, shape=()),
+            "spread": a_tensor(offset=2, shape=(4,), strides=(0,)),
+            "empty": a_tensor(shape=(2, 0)),
         }
     )
     tensors = read_torch(a_file(tmp_path, found))
@@ -71,6 +73,8 @@ def test_every_type_and_stride(tmp_path: Path) -> None:
     assert tensors["turned"].tolist() == [[1, 3], [2, 4]]
     assert tensors["part"].tolist() == [2, 3, 4]
     assert tensors["scalar"].item() == 3
+    assert tensors["spread"].tolist() == [3, 3, 3, 3]
+    assert tensors["empty"].shape == (2, 0)
     values = {"w": np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)}
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         found = read_torch(write_torch(tmp_path / "t.pt", values, dtype))["w"]
@@ -148,7 +152,6 @@ def test_other_names_are_refused(asked: tuple[str, str], tmp_path: Path) -> None
         (b"I12345\n", "INT"),
         (b"Pname\n", "PERSID"),
         (b"}2", "DUP"),
-        (b"}0", "POP"),
     ],
 )
 def test_other_instructions_are_refused(data: bytes, word: str, tmp_path: Path) -> None:
@@ -163,11 +166,9 @@ def test_other_instructions_are_refused(data: bytes, word: str, tmp_path: Path) 
         a_tensor(offset=1),
         a_tensor(offset=-1, shape=(1,)),
         a_tensor(shape=(1 << 40,), strides=(0,)),
-        a_tensor(shape=(8,), strides=(0,)),
         a_tensor(shape=(2, 2), strides=(1 << 62, 1)),
         a_tensor(shape=(1 << 300,)),
         a_tensor(shape=(-2, -2), strides=(-2, -1)),
-        a_tensor(shape=(0,)),
         a_tensor(shape=(2, 2), strides=(1,)),
         a_tensor(shape=(1,) * 40, strides=(1,) * 40),
         a_tensor(items=1 << 50, shape=(2,)),
@@ -197,10 +198,10 @@ def test_tensors_that_cannot_be(found: bytes, tmp_path: Path) -> None:
     refusal(a_file(tmp_path, found))
 
 
-def test_keys_must_be_plain(tmp_path: Path) -> None:
-    nested = b")" + b"\x85" * 50
+def test_keys_are_never_hashed_deeply(tmp_path: Path) -> None:
+    nested = b")" + b"q\x00h\x00\x86" * 60  # a pair of equal pairs, 60 times: 2**60 hashes
     refused = refusal(a_file(tmp_path, b"}" + nested + integer(1) + b"s"))
-    assert "a tuple as a key" in refused
+    assert "holds no tensors, only tuple" in refused
 
 
 def test_a_flood_from_one_storage_is_refused(tmp_path: Path) -> None:
@@ -247,7 +248,6 @@ def rewritten(path: Path, *names: str, compress: int = zipfile.ZIP_STORED) -> Pa
         ("archive/data/../../evil", "is not a plain name"),
         ("/etc/evil", "is not a plain name"),
         ("archive\\..\\evil", "is not a plain name"),
-        ("a\nb", "is not a plain name"),
         ("archive/data/0", "have the same name"),
         ("other/data.pkl", "2 entries data.pkl"),
         ("archive/constants.pkl", "TorchScript"),

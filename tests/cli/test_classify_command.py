@@ -23,7 +23,8 @@ def test_classify(images: Path, capsys: pytest.CaptureFixture[str], loaded: list
     assert out.startswith("100.0 %")
     assert out.splitlines()[0].split()[-1] == "red"
     assert "loaded org/m" in err
-    assert loaded == [(("org/m",), {"variant": None, "revision": "r", "dtype": "float32"})]
+    options = {"variant": None, "revision": "r", "dtype": "float32"}
+    assert loaded == [(("org/m",), options | {"config": None, "preprocess": None})]
 
 
 def test_classify_json_and_several_images(

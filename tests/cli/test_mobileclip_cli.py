@@ -15,6 +15,7 @@ from standin import StandIn, StandInProcessor
 import mlx_mobileclip
 from mlx_mobileclip.__main__ import main
 from mlx_mobileclip.cpu import process
+from mlx_mobileclip.models.clip import PreprocessConfig
 from mlx_mobileclip.terminal import printable
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,33 @@ def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
         assert err.startswith("error: ") and err.count("\n") == 1, err
         assert match in err
     assert loaded == []
+
+
+PREPROCESS = '{"image_size": 64, "interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1]}'
+
+
+def test_preprocessing_can_be_stated(
+    images: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
+) -> None:
+    args = ["classify", "--image", f"{images}/red.png", "--labels", "a", "--config", "c.json"]
+    assert main([*args, "--preprocess", PREPROCESS]) == 0
+    stated = PreprocessConfig(64, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert loaded[0][1]["preprocess"] == stated and loaded[0][1]["config"] == "c.json"
+    for given, match in (
+        ("{", "--preprocess: is not JSON"),
+        ("[" * 10000, "--preprocess: is not JSON"),
+        ("", "--preprocess: is not JSON"),
+        ("3", "give an object of image_size, interpolation, mean, std"),
+        (PREPROCESS.replace("mean", "means"), "give an object of"),
+        (PREPROCESS.replace("64", "5"), "--preprocess: image_size: 5 is not"),
+        (PREPROCESS.replace("bicubic", "nearest"), "'nearest' is not one of"),
+        (PREPROCESS.replace("[1, 1, 1]", "[1, 1]"), "std: has 2 entries"),
+    ):
+        capsys.readouterr()
+        assert main([*args, "--preprocess", given]) == 1
+        err = capsys.readouterr().err
+        assert match in err and err.count("\n") == 1, err
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which files a source stands for."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,34 @@ def test_a_single_image_needs_no_suffix(tmp_path: Path) -> None:
         assert find_images(str(bare)) == [str(bare)]
     (tmp_path / "list").write_text("BMW/a.png\n")
     assert find_images(str(tmp_path / "list")) == ["BMW/a.png"]
+
+
+def test_folders_that_cannot_be_reached_are_skipped(tmp_path: Path) -> None:
+    """Whether too deep for the system, or without the right to enter."""
+    top = tmp_path / "top"
+    top.mkdir()
+    paint(top / "a.png", "red")
+    before = Path.cwd()
+    os.chdir(top)
+    try:
+        for _ in range(25):  # paths of more than 4096 bytes
+            Path("d" * 200).mkdir()
+            os.chdir("d" * 200)
+    finally:
+        os.chdir(before)
+    skipped: list[str] = []
+    found = find_images(str(top), lambda _, reason: skipped.append(reason))
+    assert found == [str(top / "a.png")]
+    assert skipped == ["cannot be read (File name too long)"]
+    passed = PassedOver()
+    assert find_images(f"{top}/**/*.png", passed_over=passed) == found
+    assert passed == {"folders that cannot be read": 1}
+
+
+def test_a_name_that_is_too_long_is_refused() -> None:
+    for name in ("x" * 300, "x/" * 3000):
+        with pytest.raises(DataError, match="no such file or directory, or no access"):
+            find_images(name)
 
 
 def test_the_empty_name_is_refused() -> None:

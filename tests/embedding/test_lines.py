@@ -30,6 +30,7 @@ def test_mixed_line_ends_and_empty_files(tmp_path: Path) -> None:
         (b"", []),
         (b"\xef\xbb\xbf", []),
         (b"\n", [""]),
+        (b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n", ["a", "b"]),  # two files joined
     ):
         path.write_bytes(data)
         assert read_lines(path) == lines

@@ -64,6 +64,31 @@ def test_new_changed_gone_and_kept(tmp_path: Path, suffix: str) -> None:
     assert run(paths[3:], tmp_path / f"new{suffix}", update=True).embedded == 3
 
 
+def test_what_is_gone_with_its_folder(tmp_path: Path) -> None:
+    """It may be on a disk that is absent, unless the folder above was searched."""
+    for folder in ("a", "b", "b/c", "disk"):
+        (tmp_path / folder).mkdir()
+    paths = [paint(tmp_path / f"{d}/x.png", "red", seed=i) for i, d in enumerate(("a", "b", "b/c"))]
+    absent = paint(tmp_path / "disk/x.png", "blue")
+    output = tmp_path / "x.npz"
+    run([*paths, absent], output)
+    expected = StandIn().encode_image(StandInProcessor().images([paths[0], absent]))
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    Path(paths[2]).unlink()
+    Path(paths[2]).parent.rmdir()
+    searched = [str(tmp_path / folder) for folder in ("a", "b")]
+    Path(paths[1]).unlink()
+    assert run(paths[:1], output, update=True).dropped == 1  # its folder is still there
+    assert run(paths[:1], output, update=True, directories=searched).dropped == 1
+    stored = read_embeddings(output)
+    assert [name for name, _ in stored.keys] == [paths[0], absent]
+    np.testing.assert_allclose(stored.rows, np.array(expected), atol=1e-6)
+    (tmp_path / "elsewhere").rename(tmp_path / "disk")
+    assert run(paths[:1], output, update=True).kept == 2
+    (tmp_path / "disk/x.png").unlink()
+    assert run(paths[:1], output, update=True).dropped == 1
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_output_without_stamps_is_embedded_again(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":

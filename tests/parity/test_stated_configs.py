@@ -20,6 +20,8 @@ from mlx_mobileclip import CheckpointError, ConfigError, load
 from mlx_mobileclip.preprocess.tokenizer import clip_tokenizer
 
 import open_clip  # isort: skip (after oracle, which makes torchvision importable)
+import timm  # isort: skip
+from timm.models._hub import save_config_for_hf  # isort: skip
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP  # isort: skip
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict  # isort: skip
 
@@ -197,6 +199,24 @@ def test_a_changed_field_counts_as_in_open_clip_or_is_refused(
         assert close(ours.encode_text(processor.texts(TEXTS)), words)
         seen = model.encode_image(transform(picture)[None])
         assert close(ours.encode_image(processor.images([picture])), seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("fastvit_mci0.apple_mclip2_dfndr2b", None), ("fastvit_mci0", 320)]
+)
+def test_what_timm_writes_is_read(name: str, size: int | None, tmp_path: Path) -> None:
+    """With the arguments that the tower was built with, in files since 1.0.31."""
+    model = timm.create_model(name, pretrained=False)
+    stated = {"input_size": (3, size, size), "crop_pct": 1.0, "interpolation": "bilinear"}
+    save_config_for_hf(model, str(tmp_path / "config.json"), data_config=size and stated)
+    assert "in_chans" in json.loads((tmp_path / "config.json").read_text())["model_args"]
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    ours, processor = load(tmp_path, dtype="float32")
+    assert processor.preprocess.image_size == (size or 256)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.eval()(pixels)
+    assert close(ours.encode_image(mx.array(pixels.permute(0, 2, 3, 1).numpy())), expected)
 
 
 def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
