@@ -62,7 +62,7 @@ def convert(
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32", of the weights that are not quantised.
         variant: MobileCLIP: the published model it is built like, where its name does not tell.
-        vision_from: FastVLM: checkpoint to take the image tower from, for app exports.
+        vision_from: FastVLM: checkpoint to take the image tower from, if it has none itself.
         layout: FastVLM: "mlx-vlm" or "transformers" to write what that runtime loads.
         quantize: Quantise Linear and Embedding layers.
         q_bits: Bits per weight; by default those of the mode, 4 for "affine".

@@ -12,6 +12,8 @@ from mlx_fastvlm.models.config import FastVLMConfig
 from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
 from mlx_fastvlm.models.fastvlm import FastVLM
 from mlx_fastvlm.preprocess.processor import Processor as FastVLMProcessor
+from mlx_mobileclip.checkpoints.core_ml.package import PARTS as PACKAGE_PARTS
+from mlx_mobileclip.checkpoints.core_ml.package import SUFFIX as PACKAGE_SUFFIX
 from mlx_mobileclip.checkpoints.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
 from mlx_mobileclip.checkpoints.published_names import published_variant
 from mlx_mobileclip.checkpoints.source import Tensors
@@ -137,12 +139,17 @@ class MobileCLIPSource:
 
 
 ModelSource = FastVLMSource | MobileCLIPSource
+PACKAGED_MOBILECLIPS = "apple/coreml-mobileclip"  # several variants, so it is called after none
 
 
 def file_states(source: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and modification time in ns of each file of a checkpoint."""
-    paths = source.iterdir() if source.is_dir() else [source]
-    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+    paths = []
+    for path in source.iterdir() if source.is_dir() else [source]:
+        parts = PACKAGE_PARTS if path.suffix == PACKAGE_SUFFIX else ("",)
+        paths += [path / part for part in parts if (path / part).exists()]
+    states = ((path, path.stat()) for path in paths)
+    return {str(path): (state.st_size, state.st_mtime_ns) for path, state in states}
 
 
 def check_unchanged(source: ModelSource) -> None:
@@ -154,7 +161,8 @@ def check_unchanged(source: ModelSource) -> None:
     checkpoint, now = source.checkpoint, file_states(source.checkpoint.path)
     if changed := [name for name, state in source.files.items() if now.get(name) != state]:
         raise CheckpointError(
-            f"{checkpoint.name}: {changed[0]} was changed while it was read; convert again"
+            f"{checkpoint.name}: {Path(changed[0]).name} was changed while it was read; convert "
+            "again"
         )
 
 
@@ -176,7 +184,9 @@ def find_source(options: ConvertOptions) -> tuple[type[ModelSource], Checkpoint]
 def _is_mobileclip(options: ConvertOptions) -> bool:
     """Whether a name, a single file or a config.json is that of a MobileCLIP."""
     name = os.fspath(options.model)
-    if options.variant is not None or published_variant(name) is not None:
+    if options.variant is not None or name == PACKAGED_MOBILECLIPS:
+        return True
+    if published_variant(name) is not None:
         return True
     if options.model == DEMO:
         return False

@@ -46,8 +46,8 @@ def load(
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given. The tower loses 8 times more to bfloat16 than to float16.
-        vision_from: Checkpoint to take the image tower from, for Apple's app exports, which
-            carry none. It must be the same size and training stage.
+        vision_from: Checkpoint to take the image tower from, for exports that carry none, or
+            instead of the Core ML package in Apple's. It must be the same size and training stage.
         quantize: Pack the weights once they are loaded, such as Quantization(bits=4). They are
             whole in memory for a moment; a checkpoint that `convert` has packed never is.
         parts: Which of "decoder" (with its embedding), "projector" and "vision" to pack.

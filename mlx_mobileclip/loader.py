@@ -49,8 +49,9 @@ def load(
     """Load any MobileCLIP checkpoint: converted, Apple's, open_clip's or timm's.
 
     Args:
-        model: Repository id (`org/name`), directory, file (.pt, .bin, .safetensors), or "demo",
-            the small model that comes with this package (a directory of that name is "./demo").
+        model: Repository id (`org/name`), directory (also of Core ML packages), file (.pt, .bin,
+            .safetensors), or "demo", the small model that comes with this package (a directory of
+            that name is "./demo").
         variant: Which published model the checkpoint is built like, such as "MobileCLIP2-S0";
             needed when neither its name nor a config beside it tells. What the variant decides
             (attention mask, stem, preprocessing) cannot be seen in the tensors.

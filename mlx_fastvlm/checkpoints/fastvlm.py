@@ -9,10 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mobileclip.checkpoints.hub import Checkpoint
+from mlx_mobileclip.checkpoints.core_ml.towers import read_image_tower
+from mlx_mobileclip.checkpoints.hub import Checkpoint, fetch_package
 from mlx_mobileclip.checkpoints.reparameterize import fold_fastvit
 from mlx_mobileclip.checkpoints.safetensors import read_tensors
-from mlx_mobileclip.checkpoints.source import without_prefixes
+from mlx_mobileclip.checkpoints.source import Source, without_prefixes
 from mlx_mobileclip.errors import CheckpointError, ConfigError
 from mlx_mobileclip.json_fields import Fields, read_json
 from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
@@ -25,6 +26,7 @@ from .layouts import detect, fastvlm_source, tower_keys
 ROPE_THETA = 1e6  # every FastVLM's; transformers' default of 10000 would be wrong
 MAX_POSITIONS = 32768
 MAX_LENGTH = 8192
+VISION_PACKAGE = "fastvithd.mlpackage"  # the image tower of Apple's app exports
 # transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
 PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
 TEXT_FIELDS = {"use_sliding_window": (False, None), "hidden_act": ("silu", None)}
@@ -44,7 +46,8 @@ def read_foreign(
     Args:
         checkpoint: Where it lies.
         values: Its config.json.
-        vision_from: Checkpoint to take the image tower from, if it has none itself.
+        vision_from: Checkpoint to take the image tower from, if it has none itself; by default
+            its own Core ML package.
 
     Raises:
         CheckpointError: tensors are missing, left over, misshapen or packed unlike the config.
@@ -55,12 +58,22 @@ def read_foreign(
     tensors = without_prefixes(read_tensors(checkpoint.path), WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     has_tower = bool(tower_keys(tensors, layout))
-    if has_tower == (vision_from is not None):
-        raise CheckpointError(_tower_advice(checkpoint.name, has_tower))
-    if vision_from is None:
-        vision, tower = _vision_config(fields), None
-    else:
+    tower: dict[str, mx.array] | None
+    if vision_from is not None:
+        if has_tower:
+            raise CheckpointError(
+                f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+            )
         vision, tower = _read_tower(vision_from)
+    else:
+        vision = _vision_config(fields)
+        tower = None if has_tower else _packaged_tower(checkpoint, vision)
+        if not has_tower and tower is None:
+            raise CheckpointError(
+                f"{checkpoint.name}: carries no image tower, nor {VISION_PACKAGE} with one; add "
+                "--vision-from with the original of the same size and stage, such as "
+                "apple/FastVLM-0.5B"
+            )
     images = image_settings(fields, checkpoint.path, vision.stride)
     config = _config(fields, vision, images)
     source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
@@ -77,7 +90,9 @@ def read_foreign(
         "revision": checkpoint.revision,
         "layout": layout.name,
     }
-    if vision_from is not None:
+    if vision_from is None and not has_tower:
+        record["vision_from"] = VISION_PACKAGE
+    elif vision_from is not None:
         commit = f", commit {vision_from.revision}" if vision_from.revision else ""
         record["vision_from"] = vision_from.name + commit
     return replace(config, quantization=decoder.packed, source=record), canonical
@@ -96,13 +111,16 @@ def _check_kind(fields: Fields) -> None:
         )
 
 
-def _tower_advice(where: str, has_tower: bool) -> str:
-    if has_tower:
-        return f"{where}: has an image tower of its own; leave out --vision-from"
-    return (
-        f"{where}: carries no image tower (Apple's app exports keep it in Core ML); add "
-        "--vision-from with the original of the same size and stage, such as apple/FastVLM-0.5B"
-    )
+def _packaged_tower(checkpoint: Checkpoint, vision: FastViTConfig) -> dict[str, mx.array] | None:
+    """The tower of the Core ML package beside a decoder, as in Apple's app exports, if any."""
+    path = fetch_package(checkpoint, VISION_PACKAGE)
+    if path is None:
+        return None
+    where = f"{checkpoint.name}: {VISION_PACKAGE}"
+    source = Source(read_image_tower(path, where, vision), lambda name: name, where)
+    tower = fold_fastvit(source, vision)
+    source.finish()
+    return tower
 
 
 def _config(fields: Fields, vision: FastViTConfig, images: Settings) -> FastVLMConfig:
@@ -141,7 +159,12 @@ def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.arr
     vision = _vision_config(fields)
     towers = {key: tensors[key] for key in tower_keys(tensors, layout)}
     if not towers:
-        raise CheckpointError(f"{checkpoint.name}: given as --vision-from, but has no image tower")
+        packaged = _packaged_tower(checkpoint, vision)
+        if packaged is None:
+            raise CheckpointError(
+                f"{checkpoint.name}: given as --vision-from, but has no image tower"
+            )
+        return vision, packaged
     source = fastvlm_source(towers, layout, vision, "identity", checkpoint.name)
     tower = fold_fastvit(source, vision, "vision.")
     source.drop(NEVER_USED)

@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, ModelError
 from ..json_fields import read_json
+from .core_ml.package import PARTS as PACKAGE_PARTS
+from .core_ml.package import SUFFIX as PACKAGE_SUFFIX
 from .safetensors import tensor_files
 
 DEMO = "demo"  # names the small model that comes with a package
@@ -38,6 +41,8 @@ MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "merges.txt", "LICEN
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 TORCH_FILES = ("*.pt", "*.bin", "*.pth", "*.ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
+# CoCa: models of this family that write captions, in another architecture.
+CAPTIONER = re.compile(r"mobileclip2?[_-]coca", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> 
     if model == DEMO:
         return _packaged(demo, revision)
     name = os.fspath(model)
+    _refuse_captioner(name)
     if is_repository(model):
         return _fetch(name, revision, _download_fastvlm, demo)
     path, is_directory, is_file = look(name)
@@ -100,6 +106,7 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
     if model == DEMO:
         return _packaged(DEMO_DIRECTORY, revision)
     name = os.fspath(model)
+    _refuse_captioner(name)
     of_weights = Path(name).suffix in WEIGHT_SUFFIXES
     if is_repository(model) and not of_weights:
         return _fetch(name, revision, _download_mobileclip, DEMO_DIRECTORY)
@@ -133,6 +140,54 @@ def look(name: str) -> tuple[Path, bool, bool]:
         raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
 
 
+def packages_here(checkpoint: Checkpoint) -> list[str]:
+    """Names of the Core ML packages in a checkpoint's directory."""
+    names = [p.name for p in checkpoint.directory.iterdir() if p.suffix == PACKAGE_SUFFIX]
+    return sorted(name for name in names if name[0] != ".")
+
+
+def packages_on_the_hub(name: str, revision: str | None) -> list[str]:
+    """Names of the Core ML packages of a repository; none if it is local or out of reach."""
+    if revision is None:
+        return []
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # noqa: BLE001 (each release of the client has its own transport errors)
+        return []
+    tops = {file.partition("/")[0] for file in files}
+    return sorted(top for top in tops if top.endswith(PACKAGE_SUFFIX))
+
+
+def fetch_package(checkpoint: Checkpoint, name: str) -> Path | None:
+    """The directory of a checkpoint's Core ML package, fetched if need be; None if it has none.
+
+    Raises:
+        CheckpointError: the package is neither cached nor reachable.
+    """
+    path = checkpoint.directory / name
+    files = tuple(f"{name}/{part}" for part in PACKAGE_PARTS)
+    whole = all((checkpoint.directory / file).is_file() for file in files)
+    if checkpoint.revision is None or whole:
+        return path if os.path.lexists(path) else None
+
+    def download(_: str, revision: str | None) -> Path:
+        return _snapshot(checkpoint.name, revision, files, ignored=()) / name
+
+    where = f"{checkpoint.name}/{name}"
+    fetched = _fetch(where, checkpoint.revision, download, DEMO_DIRECTORY).path
+    return fetched if fetched.is_dir() else None
+
+
+def _refuse_captioner(name: str) -> None:
+    if CAPTIONER.search(Path(name).name):
+        raise CheckpointError(
+            f"{name}: is a captioner (CoCa), which is not supported; take apple/FastVLM-0.5B to "
+            "describe images, or apple/MobileCLIP2-S0 to compare them with texts"
+        )
+
+
 def _packaged(directory: Path, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise CheckpointError(
@@ -143,14 +198,36 @@ def _packaged(directory: Path, revision: str | None) -> Checkpoint:
     return Checkpoint(directory, DEMO)
 
 
-def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def _snapshot(
+    name: str,
+    revision: str | None,
+    patterns: tuple[str, ...],
+    ignored: tuple[str, ...] = ("*.py", "*/*"),
+) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
 
-    return Path(
-        snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.py", "*/*"]
+    bars: list[tqdm] = []
+
+    class ClosedBar(tqdm):
+        """The client leaves its bars open, and they would be drawn again over later lines."""
+
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    try:
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=list(ignored),
+            tqdm_class=ClosedBar,
         )
-    )
+    finally:
+        for bar in bars:
+            bar.close()
+    return Path(found)
 
 
 def _download_fastvlm(name: str, revision: str | None) -> Path:
@@ -165,7 +242,11 @@ def _download_mobileclip(name: str, revision: str | None) -> Path:
     path = _snapshot(name, revision, (*MOBILECLIP_FILES, *SAFETENSORS))
     if not any(path.glob("*.safetensors")):
         path = _snapshot(name, path.name, TORCH_FILES)  # both halves from one commit
-    if not any(p.suffix in WEIGHT_SUFFIXES for p in path.iterdir()):
+    suffixes = {p.suffix for p in path.iterdir()}
+    # Core ML packages are fetched once it is known which.
+    if not suffixes & {*WEIGHT_SUFFIXES, PACKAGE_SUFFIX} and not packages_on_the_hub(
+        name, path.name
+    ):
         raise CheckpointError("it holds no weights")
     return path
 

@@ -17,6 +17,8 @@ from ..models.text import TextConfig
 from ..models.variants import VARIANTS, variant_named
 from ..models.vit import STEM_SIZES, ViTConfig
 from .apple_names import TEXT_NAMES, apple_name
+from .core_ml.mobileclip import LAYOUT as CORE_ML
+from .core_ml.mobileclip import find_towers, read_towers
 from .hub import Checkpoint
 from .layout import Layout
 from .published_names import is_port, published_variant
@@ -61,8 +63,15 @@ def read_foreign(
         CheckpointError: there are no weights, or tensors are missing, left over or misshapen.
         ConfigError: the variant is not known, or the config wants what is not computed here.
     """
-    config = _config(checkpoint, _weights_file(checkpoint), variant, preprocess, config_path)
-    tensors, layout = read_source(checkpoint)
+    packaged = None if _weights_files(checkpoint) else find_towers(checkpoint, variant)
+    if packaged is None:
+        file = _weights_file(checkpoint)
+        config = _config(checkpoint, file, variant, preprocess, config_path)
+        tensors, layout = read_source(checkpoint)
+    else:
+        variant, towers = packaged
+        config = _config(checkpoint, checkpoint.path, variant, preprocess, config_path)
+        tensors, layout = read_towers(checkpoint, towers, config), CORE_ML
     if "text" not in layout.prefixes:
         config = replace(config, text=None)
     record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
@@ -121,27 +130,35 @@ def canonical_tensors(
     return result
 
 
-def _weights_file(checkpoint: Checkpoint) -> Path:
-    """The one file of a checkpoint that holds its weights; safetensors before pickles."""
+def _weights_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that may hold its weights; those of one format, safetensors before pickles."""
     if checkpoint.path.is_file():
-        return checkpoint.path
+        return [checkpoint.path]
     for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
         found = sorted(
             p
             for p in checkpoint.path.iterdir()
             if p.suffix == suffix and p.name[0] != "." and p.is_file()
         )
-        if len(found) > 1:  # open_clip's repositories may hold a bare trunk as well
-            found = [p for p in found if p.name.startswith("open_clip")] or found
-        if len(found) > 1:
-            names = ", ".join(p.name for p in found[:4])
-            raise CheckpointError(f"{checkpoint.name}: holds {names}; give the path of one of them")
         if found:
-            return found[0]
-    raise CheckpointError(
-        f"{checkpoint.name}: holds no .safetensors, .bin or .pt file, nor .pth or .ckpt; "
-        "give the file or directory of a checkpoint"
-    )
+            return found
+    return []
+
+
+def _weights_file(checkpoint: Checkpoint) -> Path:
+    """The one file of a checkpoint that holds its weights."""
+    found = _weights_files(checkpoint)
+    if len(found) > 1:  # open_clip's repositories may hold a bare trunk as well
+        found = [p for p in found if p.name.startswith("open_clip")] or found
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:4])
+        raise CheckpointError(f"{checkpoint.name}: holds {names}; give the path of one of them")
+    if not found:
+        raise CheckpointError(
+            f"{checkpoint.name}: holds no .safetensors, .bin or .pt file, nor .pth or .ckpt, nor "
+            "Core ML packages of MobileCLIP; give the file or directory of a checkpoint"
+        )
+    return found[0]
 
 
 def _config(

@@ -2,7 +2,8 @@
 
 All arithmetic is float64 and lazy. float64 exists on the CPU only, so each operation is given the
 CPU as its stream: `with mx.stream(mx.cpu)` would change the default device of all threads. Source
-names are timm's; fused and multi-branch ("unfused") towers are both read, module by module.
+names are timm's; fused and multi-branch ("unfused") towers are both read, module by module. A
+convolution with a bias has its BatchNorm folded in already, as in Core ML packages.
 
 Formulas: MobileOne (arXiv:2206.04040), section 3.2; FastViT (arXiv:2303.14189), section 3.2;
 reference code: apple/ml-fastvlm 592b4ad `mobileclip/mci.py` `reparameterize` methods.
@@ -82,11 +83,11 @@ def fold_conv_norm(
     Args:
         source: Where the tensors are taken from.
         conv: Common name of the convolution.
-        norm: Common name of the BatchNorm after it; None if it has a bias instead.
+        norm: Common name of the BatchNorm after it; None if there is none.
         shape: Of the weight, (O, I, H, W).
     """
     weight = source.conv(f"{conv}.weight", shape)
-    if norm is None:
+    if norm is None or source.has(f"{conv}.bias"):
         bias = source.vector(f"{conv}.bias", shape[0])
     else:
         gain, bias = _Fold(source).batch_norm(norm, shape[0])
@@ -114,6 +115,8 @@ class _Fold:
 
     def _conv_norm(self, src: str, shape: tuple[int, ...]) -> Affine:
         weight = self.source.conv(f"{src}.conv.weight", shape)
+        if self.source.has(f"{src}.conv.bias"):
+            return weight, self.source.vector(f"{src}.conv.bias", shape[0])
         scale, shift = self.batch_norm(f"{src}.bn", shape[0])
         return _scaled(weight, scale), shift
 

@@ -47,7 +47,9 @@ class Answer(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         api = f"/api/models/{REPOSITORY}"
         if path.startswith(api):
-            names = sorted(p.name for p in self.server.directory.iterdir())
+            root = self.server.directory
+            files = [p for p in root.rglob("*") if p.is_file()]
+            names = sorted(p.relative_to(root).as_posix() for p in files)
             if "/tree/" in path:
                 entries = [self.entry(name) for name in names]
                 return self.send(200, json.dumps(entries).encode())

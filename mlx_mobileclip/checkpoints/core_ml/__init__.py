@@ -1,0 +1,1 @@
+"""Read the weights of Core ML packages (.mlpackage) without Core ML."""

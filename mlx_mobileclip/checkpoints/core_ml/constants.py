@@ -1,0 +1,255 @@
+"""The constants of a program as arrays: plain, palettised, quantised or sparse.
+
+Whether a constant is sound and how large it is, is checked at once; its data is read when it is
+first asked for. Forms: coremltools 9.0 `converters/mil/mil/ops/defs/iOS16/constexpr_ops.py` and
+`iOS18/compression.py`; checked on what it writes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import CheckpointError
+from .package import Blob
+
+Array = NDArray[Any]
+
+# Data types of MIL: bits of an element, and NumPy's type for its values once unpacked.
+# 4 is left out: bfloat16 and float8, which coremltools writes no weights of vision models in.
+TYPES: dict[int, tuple[int, str]] = {
+    1: (8, "?"), 10: (16, "<f2"), 11: (32, "<f4"),
+    21: (8, "i1"), 22: (16, "<i2"), 23: (32, "<i4"), 25: (4, "i1"),
+    31: (8, "u1"), 32: (16, "<u2"), 33: (32, "<u4"),
+    35: (4, "u1"), 36: (2, "u1"), 37: (1, "u1"), 38: (6, "u1"), 39: (3, "u1"),
+}  # fmt: skip
+# The code that a blob's record has for each of these.
+BLOB_KINDS = {
+    1: 10, 2: 11, 3: 31, 4: 21, 6: 22, 7: 32, 8: 25, 9: 37, 10: 36, 11: 35, 12: 39, 13: 38,
+    14: 23, 15: 33,
+}  # fmt: skip
+MAX_DIMENSIONS = 12  # a blockwise palette has two more than its weight
+MAX_ELEMENTS = 1 << 31
+MAX_DEPTH = 4  # constants made of constants
+MAX_TABLES = 256  # entries of palettes for each element, where each block has its own
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Data type and shape of a value.
+
+    Attributes:
+        code: MIL's code of the data type; 0 if there is no tensor.
+        shape: Its shape; -1 where a size is not fixed.
+    """
+
+    code: int
+    shape: tuple[int, ...]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are floating-point numbers."""
+        return self.code in (10, 11)
+
+    @property
+    def elements(self) -> int:
+        """How many elements there are; at most MAX_ELEMENTS + 1."""
+        count = 1
+        for size in self.shape:
+            count = min(count * max(size, 0), MAX_ELEMENTS + 1)
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A constant whose data is read when it is asked for.
+
+    Attributes:
+        name: Its name in the program.
+        type: Data type and shape.
+        read: Returns its values, with the shape of `type`.
+        depth: How many constants stand between it and stored data.
+    """
+
+    name: str
+    type: TensorType
+    read: Callable[[], Array]
+    depth: int = 0
+
+
+Arguments = Mapping[str, Constant]
+
+
+def stored(name: str, found: TensorType, blob: Blob, where: str) -> Constant:
+    """A constant that is stored as a blob; raises CheckpointError if the blob does not fit it."""
+    kind = BLOB_KINDS.get(blob.kind)
+    if kind is None:
+        raise _error(where, name, f"has data of the unknown type {blob.kind}")
+    if _needed(found) != len(blob.data):
+        raise _error(
+            where, name, f"has {len(blob.data)} bytes of data for the shape {list(found.shape)}"
+        )
+    if TYPES[kind][0] != TYPES[found.code][0]:
+        raise _error(where, name, "is said to be of another data type than its data")
+    return Constant(name, found, lambda: _unpacked(blob.data, found))
+
+
+def inline(name: str, found: TensorType, values: Array, where: str) -> Constant:
+    """A constant whose values, flat, stand in the model itself."""
+    if found.code in TYPES and values.dtype == np.uint8:  # as bytes
+        if _needed(found) != len(values):
+            raise _error(where, name, f"has {len(values)} bytes, not as its shape says")
+        values = _unpacked(values, found).reshape(-1)
+    if found.is_float and values.dtype.kind != "f":
+        raise _error(where, name, "is said to be of floats and holds others")
+    if len(values) != found.elements:
+        raise _error(where, name, f"has {len(values)} values for the shape {list(found.shape)}")
+    return Constant(name, found, lambda: values.reshape(found.shape))
+
+
+def expanded(kind: str, name: str, found: TensorType, given: Arguments, where: str) -> Constant:
+    """A constant that an operation makes of others when the model is loaded.
+
+    Args:
+        kind: The operation.
+        name: Name of the constant.
+        found: Its type, as the program states it.
+        given: What it is made of, by the names of the operation's parameters.
+        where: The package, for messages.
+
+    Raises:
+        CheckpointError: the operation is not supported, or its arguments do not fit each other.
+    """
+    make = _FORMS.get(kind)
+    if make is None:
+        raise _error(where, name, f"is compressed by {kind}, which is not supported")
+    if not found.is_float or any(size < 1 for size in found.shape):
+        raise _error(where, name, "is compressed, but no array of floats")
+    depth = 1 + max((constant.depth for constant in given.values()), default=0)
+    if depth > MAX_DEPTH:
+        raise _error(where, name, f"is made of constants {depth} deep")
+    if found.elements > 64 * sum(c.type.elements for c in given.values()):
+        raise _error(where, name, f"has too little data for the shape {list(found.shape)}")
+    for parameter, constant in given.items():
+        tables = MAX_TABLES if constant.type.is_float and not constant.depth else 1
+        if constant.type.elements > max(tables * found.elements, 1):
+            raise _error(where, name, f"is made of a {parameter[:40]!r} larger than itself")
+
+    def read() -> Array:
+        try:
+            values = make({key: constant.read() for key, constant in given.items()}, found.shape)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise _error(where, name, f"does not fit {kind}: {str(error)[:100]}") from error
+        if values.shape != found.shape:
+            raise _error(where, name, f"{kind} gives the shape {values.shape}")
+        return values.astype(TYPES[found.code][1])
+
+    return Constant(name, found, read, depth)
+
+
+def _error(where: str, name: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{where}: constant {name[:80]!r} {what}; download it again")
+
+
+def _needed(found: TensorType) -> int:
+    """Bytes of the data of a type; -1 if there can be none."""
+    if found.code not in TYPES or any(size < 1 for size in found.shape):
+        return -1
+    if found.elements > MAX_ELEMENTS:
+        return -1
+    return -(-found.elements * TYPES[found.code][0] // 8)
+
+
+def _unpacked(data: NDArray[np.uint8], found: TensorType) -> Array:
+    """Bytes as an array; elements of less than a byte are put into one each."""
+    bits, dtype = TYPES[found.code]
+    if bits >= 8:
+        return data.view(dtype).reshape(found.shape)
+    count = math.prod(found.shape)
+    stream = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
+    values = np.packbits(stream, axis=1, bitorder="little").reshape(found.shape)
+    if dtype == "i1":  # two's complement of 4 bits
+        return ((values ^ 8) - np.uint8(8)).view(np.int8)
+    return values
+
+
+Parts = dict[str, Array]
+Shape = tuple[int, ...]
+
+
+def _palette(parts: Parts, shape: Shape) -> Array:
+    """Each element is an entry of a table, or of the table of its block."""
+    table, indices = parts["lut"], parts["indices"]
+    if table.ndim == 1:  # iOS 16: indices of as few bits as the table needs, in bytes
+        bits = len(table).bit_length() - 1
+        found = TensorType({1: 37, 2: 36, 4: 35, 6: 38, 8: 31}[bits], shape)
+        if _needed(found) != indices.size:
+            raise ValueError(f"{indices.size} bytes of indices")
+        return np.asarray(table[_unpacked(indices.astype(np.uint8).reshape(-1), found)])
+    if table.shape[-1] != 1 or indices.shape != shape or table.ndim != len(shape) + 2:
+        raise ValueError(f"a table of shape {table.shape}")
+    if indices.max() >= table.shape[-2]:
+        raise ValueError("an index beyond the table")
+    rows = np.arange(math.prod(table.shape[:-2])).reshape(table.shape[:-2])
+    return np.asarray(table.reshape(-1, table.shape[-2])[_by_block(rows, shape), indices])
+
+
+def _affine(parts: Parts, shape: Shape) -> Array:
+    """Of iOS 16: (quantised - zero point) * scale, one of each for all or for each channel."""
+    values, axis = parts["quantized_data"].astype(np.float32), int(parts["axis"])
+    channel = [1] * values.ndim
+    channel[axis] = -1
+    zero, scale = (
+        parts[name].astype(np.float32).reshape(channel if parts[name].ndim else ())
+        for name in ("zero_point", "scale")
+    )
+    return np.asarray((values - zero) * scale)
+
+
+def _blockwise(parts: Parts, shape: Shape) -> Array:
+    """Of iOS 18: (quantised - offset) * scale, one of each for every block."""
+    values = parts["data"].astype(np.float32)
+    if "offset" in parts:
+        values = values - _by_block(parts["offset"].astype(np.float32), values.shape)
+    return np.asarray(values * _by_block(parts["scale"].astype(np.float32), values.shape))
+
+
+def _sparse(parts: Parts, shape: Shape) -> Array:
+    """The elements that the mask marks, zeros elsewhere."""
+    values, mask = parts["nonzero_data"], parts["mask"]
+    if mask.shape != shape:  # iOS 16: bits in bytes
+        found = TensorType(37, shape)
+        if _needed(found) != mask.size:
+            raise ValueError(f"a mask of {mask.size} bytes")
+        mask = _unpacked(mask.astype(np.uint8).reshape(-1), found)
+    if np.count_nonzero(mask) != values.size:
+        raise ValueError(f"{values.size} values for {np.count_nonzero(mask)} places")
+    result = np.zeros(shape, values.dtype)
+    result[mask != 0] = values.reshape(-1)
+    return result
+
+
+def _cast(parts: Parts, shape: Shape) -> Array:
+    return parts["source_val"]
+
+
+def _by_block(values: Array, shape: Shape) -> Array:
+    """Values of blocks, each repeated for all elements of its block."""
+    if values.ndim != len(shape) or any(n % m for n, m in zip(shape, values.shape, strict=True)):
+        raise ValueError(f"blocks of shape {values.shape}")
+    for axis, size in enumerate(shape):
+        if values.shape[axis] not in (1, size):
+            values = np.repeat(values, size // values.shape[axis], axis)
+    return np.broadcast_to(values, shape)
+
+
+_FORMS: dict[str, Callable[[Parts, Shape], Array]] = {
+    "constexpr_lut_to_dense": _palette,
+    "constexpr_affine_dequantize": _affine,
+    "constexpr_blockwise_shift_scale": _blockwise,
+    "constexpr_sparse_to_dense": _sparse,
+    "constexpr_cast": _cast,
+}

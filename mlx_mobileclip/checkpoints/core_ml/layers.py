@@ -1,0 +1,172 @@
+"""The layers of a program, in the order of the dataflow.
+
+A layer is an operation with weights, or one that a tower is told apart by: an activation, a
+softmax. Towers are chains of such layers: each takes what the one before has given, whatever is
+reshaped, added or multiplied between them. Names play no part.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import CheckpointError
+from .constants import Constant
+from .program import Operation, Program
+
+# What computes with values alone. An operation of another kind may change the result in a way
+# that the weights do not show, so it is refused.
+WITHOUT_WEIGHTS = {
+    *("add", "sub", "mul", "real_div", "square", "pow", "sqrt", "rsqrt", "matmul"),
+    *("reshape", "transpose", "squeeze", "expand_dims", "split", "concat", "stack", "tile"),
+    *("slice_by_index", "slice_by_size", "gather", "gather_nd", "gather_along_axis"),
+    *("reduce_mean", "reduce_sum", "reduce_argmax", "avg_pool", "cast", "identity"),
+    *("reduce_l2_norm", "l2_norm", "maximum", "clip"),  # embeddings scaled to length 1
+    *("shape", "fill", "range_1d", "greater_equal", "less", "select"),  # indices
+}
+# Layers with weights, and which of their parameters those are.
+WEIGHTS = {
+    "conv": ("weight", "bias"),
+    "linear": ("weight", "bias"),
+    "matmul": ("y",),
+    "layer_norm": ("gamma", "beta"),
+    "batch_norm": ("gamma", "beta", "mean", "variance"),
+    "gather": ("x",),
+    "add": ("x", "y"),
+    "mul": ("x", "y"),
+    "concat": ("values.0",),
+    "scaled_dot_product_attention": ("attn_mask",),
+}
+ACTIVATIONS = ("gelu", "relu", "sigmoid", "softmax")
+MAX_SETTING = 16  # numbers of a setting, such as a padding
+PIXEL_SCALE = 1 / 255  # of an input that is an image: the towers are given values from 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer.
+
+    Attributes:
+        kind: "conv", "linear", "layer_norm", "batch_norm", "gather", "add", "mul", "concat", or
+            an activation.
+        shown: What messages call it.
+        weights: Its weights by parameter; the constant of an "add", "mul" and "concat" is "y".
+        settings: Its other constants by parameter.
+        behind: Kind of the operation that gives its input; empty for an input of the program.
+    """
+
+    kind: str
+    shown: str
+    weights: dict[str, Constant]
+    settings: dict[str, Constant]
+    behind: str
+
+    def integers(self, parameter: str) -> tuple[int, ...]:
+        """A setting that is made of whole numbers, or empty if there is none."""
+        values = self._values(parameter)
+        return tuple(int(n) for n in values) if values.dtype.kind in "iub" else ()
+
+    def text(self, parameter: str) -> str:
+        """A setting that is a text, or empty if there is none."""
+        values = self._values(parameter)
+        return str(values[0]) if values.size == 1 and values.dtype.kind == "O" else ""
+
+    def number(self, parameter: str) -> float:
+        """A setting that is a number, or 0 if there is none."""
+        values = self._values(parameter)
+        return float(values[0]) if values.size == 1 and values.dtype.kind == "f" else 0.0
+
+    def _values(self, parameter: str) -> NDArray[Any]:
+        constant = self.settings.get(parameter)
+        if constant is None or constant.type.elements > MAX_SETTING:
+            return np.zeros(0)
+        return constant.read().reshape(-1)
+
+
+def layers_of(program: Program) -> tuple[list[Layer], list[str]]:
+    """The layers of a program in order, and the names of arrays that nothing uses.
+
+    Raises:
+        CheckpointError: the layers are no chain, or an operation is not known or uses weights
+            in a way that is not.
+    """
+    found: list[Layer] = []
+    last = dict.fromkeys(program.inputs, -1)  # by value, the number of the latest layer before it
+    behind = dict.fromkeys(program.inputs, "")
+    used: set[str] = set()
+    for operation in program.operations:
+        given = [last[name] for name in operation.inputs.values()]
+        number = max(given, default=-1)
+        layers = _layers(operation, next((behind[n] for n in operation.inputs.values()), ""))
+        _check_arrays(operation, layers, program.where)
+        if not layers:
+            _check(operation, program.where, first=number < 0)
+        elif number != len(found) - 1:
+            raise CheckpointError(
+                f"{program.where}: {operation.shown} does not take up the layer before it, as in "
+                "the towers known here"
+            )
+        found += layers
+        for name in operation.outputs:
+            last[name] = len(found) - 1 if layers else number
+            behind[name] = operation.kind
+        used.update(constant.name for constant in operation.constants.values())
+    unused = [n for n, c in program.constants.items() if is_array(c) and n not in used]
+    return found, unused
+
+
+def is_array(constant: Constant) -> bool:
+    """Whether a constant can be a weight: an array of floats."""
+    return constant.type.is_float and constant.type.elements > 1
+
+
+def _layers(operation: Operation, behind: str) -> list[Layer]:
+    """The layers that an operation amounts to, mostly one or none."""
+    kind, names = operation.kind, WEIGHTS.get(operation.kind, ())
+    weights = {n: c for n, c in operation.constants.items() if n in names and is_array(c)}
+    settings = {n: c for n, c in operation.constants.items() if n not in weights}
+    if kind in ACTIVATIONS or (kind in WEIGHTS and weights):
+        if kind in ("add", "mul", "concat"):
+            weights = {"y": next(iter(weights.values()))} if len(weights) == 1 else weights
+        if kind != "scaled_dot_product_attention":
+            return [Layer(kind, operation.shown, weights, settings, behind)]
+    if kind == "scaled_dot_product_attention":
+        masks = [
+            Layer("add", operation.shown, {"y": mask}, {}, behind) for mask in weights.values()
+        ]
+        return [*masks, Layer("softmax", operation.shown, {}, {}, behind)]
+    return []
+
+
+def _check_arrays(operation: Operation, layers: list[Layer], where: str) -> None:
+    """Check that all arrays an operation is given are weights of its layers."""
+    weights = [constant for layer in layers for constant in layer.weights.values()]
+    for parameter, constant in operation.constants.items():
+        if is_array(constant) and constant not in weights:
+            raise CheckpointError(
+                f"{where}: {operation.shown} has weights as its {parameter[:40]!r}, which no known "
+                "tower has"
+            )
+
+
+def _check(operation: Operation, where: str, *, first: bool) -> None:
+    """Check an operation that is no layer; `first` if no layer stands before it."""
+    if operation.kind not in WITHOUT_WEIGHTS:
+        raise CheckpointError(f"{where}: {operation.shown} is of a kind that no known tower has")
+    for constant in operation.constants.values():
+        if first and constant.type.is_float and operation.kind in ("add", "sub", "mul", "real_div"):
+            value = constant.read().reshape(-1)
+            neutral = {"mul": (1, PIXEL_SCALE), "real_div": (1, 255)}.get(operation.kind, (0,))
+            if not any(np.allclose(value, each, rtol=1e-3, atol=0) for each in neutral):
+                raise CheckpointError(
+                    f"{where}: {operation.shown} prepares pixels with {value[:1]}; the towers "
+                    "known here take them from 0 to 1"
+                )
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without axes of size 1 at its beginning."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape

@@ -1,0 +1,145 @@
+"""The files of a Core ML package, and the blobs in its weight.bin.
+
+Layout of weight.bin: coremltools 9.0 `mlmodel/src/MILBlob/Blob/StorageFormat.hpp`.
+"""
+
+import os
+import stat
+import struct
+from bisect import bisect, insort
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import CheckpointError
+from ...json_fields import read_json
+
+SUFFIX = ".mlpackage"
+MANIFEST = "Manifest.json"
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+PARTS = (MANIFEST, MODEL, WEIGHTS)
+MAX_MODEL_BYTES = 16 << 20  # FastViTHD's has 0.8 MB, without its weights
+BLOB_VERSION = 2
+HEADER = struct.Struct("<II")  # blobs, version
+RECORD = struct.Struct("<IIQQQ")  # mark, type, bytes, place of the data, bits of padding
+RECORD_BYTES = 64
+RECORD_MARK = 0xDEADBEEF
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One array of weight.bin as it is stored.
+
+    Attributes:
+        kind: The code of its data type.
+        data: Its bytes, mapped into memory.
+    """
+
+    kind: int
+    data: NDArray[np.uint8]
+
+
+class Package:
+    """A package whose parts are all there.
+
+    Attributes:
+        path: The directory.
+        where: What messages call it.
+    """
+
+    def __init__(self, path: Path, where: str):
+        """Check that the parts are files of this package.
+
+        Raises:
+            CheckpointError: a part is missing, or is a link to somewhere else.
+        """
+        self.path, self.where = path, where
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{where}: is no directory, which a Core ML package is; download it again"
+            )
+        for part in PARTS:
+            self._check(part)
+        self._weights: NDArray[np.uint8] | None = None
+        self._places: list[tuple[int, int]] = []  # begin and end of the blobs read, in order
+
+    def model(self) -> bytes:
+        """The contents of model.mlmodel."""
+        manifest = read_json(self.path / MANIFEST)
+        entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
+        entry = entries.get(root) if isinstance(entries, dict) and isinstance(root, str) else None
+        stated = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(stated, str) or f"Data/{stated}" != MODEL:
+            raise CheckpointError(
+                f"{self.where}: {MANIFEST} does not name {MODEL} as its model; download it again"
+            )
+        path = self.path / MODEL
+        if path.stat().st_size > MAX_MODEL_BYTES:
+            raise CheckpointError(
+                f"{self.where}: model.mlmodel is larger than {MAX_MODEL_BYTES >> 20} MB; weights "
+                "are expected in weight.bin"
+            )
+        return path.read_bytes()
+
+    def blob(self, offset: int) -> Blob:
+        """The blob whose record lies at a place of weight.bin."""
+        if self._weights is None:
+            self._weights = self._map()
+        size = len(self._weights)
+        if offset % RECORD_BYTES or not RECORD_BYTES <= offset <= size - RECORD_BYTES:
+            raise self._unsound(f"a blob at {offset} of {size} bytes")
+        record = self._weights[offset : offset + RECORD.size]
+        mark, kind, length, start, _ = RECORD.unpack(record.tobytes())
+        if mark != RECORD_MARK:
+            raise self._unsound(f"no blob at {offset}")
+        if start != offset + RECORD_BYTES or length > size - start:
+            raise self._unsound(f"the blob at {offset} says {length} bytes at {start} of {size}")
+        place = (offset, start + length)
+        i = bisect(self._places, place)
+        before, after = self._places[max(i - 1, 0) : i], self._places[i : i + 1]
+        if before != [place]:
+            if any(end > offset for _, end in before) or any(at < place[1] for at, _ in after):
+                raise self._unsound(f"the blob at {offset} overlaps another")
+            insort(self._places, place)
+        return Blob(kind, self._weights[start : start + length])
+
+    def _map(self) -> NDArray[np.uint8]:
+        path = self.path / WEIGHTS
+        if path.stat().st_size < RECORD_BYTES:
+            raise self._unsound(f"only {path.stat().st_size} bytes")
+        mapped = np.memmap(path, np.uint8, "r")
+        _, version = HEADER.unpack(mapped[: HEADER.size].tobytes())
+        if version != BLOB_VERSION:
+            raise self._unsound(f"version {version} instead of {BLOB_VERSION}")
+        return mapped
+
+    def _unsound(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: weight.bin is not sound ({what}); download it again")
+
+    def _check(self, part: str) -> None:
+        path = self.path / part
+        try:
+            real, root = path.resolve(strict=True), self.path.resolve()
+            regular = stat.S_ISREG(real.stat().st_mode)
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+            raise CheckpointError(
+                f"{self.where}: {part} is missing from the package; download it again"
+            ) from error
+        if not real.is_relative_to(root) and real.parent != _blobs_of_the_cache(self.path):
+            raise CheckpointError(
+                f"{self.where}: {part} is a link to outside the package, which is not followed; "
+                "put the file itself there"
+            )
+        if not regular or not os.access(real, os.R_OK):
+            raise CheckpointError(f"{self.where}: {part} is no file that can be read")
+
+
+def _blobs_of_the_cache(package: Path) -> Path | None:
+    """Where the files lie that a snapshot in the Hub's cache links to."""
+    snapshots = package.parent.parent
+    if snapshots.name != "snapshots":
+        return None
+    return snapshots.parent.resolve() / "blobs"

@@ -1,0 +1,53 @@
+"""What a terminal shows while a model is downloaded for the first time."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import synthetic
+from hub_server import REPOSITORY, HubServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_terminal(command_line: list[str], environment: dict[str, str]) -> bytes:
+    """What a command writes to a terminal of 80 columns."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execve(command_line[0], command_line, environment)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    written = b""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # the command has ended
+            piece = b""
+        if not piece:
+            os.close(terminal)
+            assert os.waitpid(child, 0)[1] == 0, written
+            return written
+        written += piece
+
+
+def test_size_and_progress_are_shown_before_the_answer_and_not_again(tmp_path: Path) -> None:
+    server = HubServer(synthetic.write_layout(tmp_path / "repository", "llava_qwen2"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
+    command_line = [sys.executable, "-m", "mlx_fastvlm.generate", "--model", REPOSITORY]
+    command_line += ["--image", "examples/scene.png", "--prompt", "Hi", "--max-tokens", "3"]
+    try:
+        written = in_a_terminal(command_line, environment)
+    finally:
+        server.shutdown()
+        server.server_close()
+    download, answer = written.split(b"loading someone/FastVLM-tiny")
+    size = sum(file.stat().st_size for file in server.directory.iterdir())
+    assert f"{size / 1e6:.2f}MB".encode() in download and b"100%" in download
+    assert b"%" not in answer and b"ownload" not in answer
