@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
+from mlx_mobileclip.cli.options import add_description_arguments
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.quantization import MODES
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="MobileCLIP: the published model it is built like, such as MobileCLIP2-S0, where "
         "its name does not tell",
     )
+    add_description_arguments(parser)
     parser.add_argument(
         "--vision-from",
         metavar="P",

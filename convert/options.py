@@ -1,13 +1,15 @@
 """The options of a conversion, and which of them go together."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from mlx_mobileclip.device import parse_dtype
 from mlx_mobileclip.errors import ConfigError
+from mlx_mobileclip.models.clip import PreprocessConfig
 
 from .export.runtimes import TARGETS
 
@@ -27,6 +29,8 @@ class ConvertOptions:
     revision: str | None = None
     dtype: str = "float16"
     variant: str | None = None
+    config: str | os.PathLike[str] | None = None
+    preprocess: PreprocessConfig | None = None
     vision_from: str | os.PathLike[str] | None = None
     layout: str | None = None
     quantize: bool = False
@@ -73,6 +77,8 @@ class ConvertOptions:
             arguments.append(f"--{field.name.replace('_', '-')}")
             if isinstance(value, list | tuple):
                 arguments += value
+            elif isinstance(value, PreprocessConfig):
+                arguments.append(json.dumps(asdict(value)))
             elif value is not True:
                 arguments.append(str(value))
         return arguments

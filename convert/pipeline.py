@@ -13,6 +13,7 @@ from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, name_some
+from mlx_mobileclip.models.clip import PreprocessConfig
 from mlx_mobileclip.quantization import Packed, Quantization, choose
 from mlx_mobileclip.terminal import Bar, progress
 
@@ -36,6 +37,8 @@ def convert(
     revision: str | None = None,
     dtype: str = "float16",
     variant: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    preprocess: PreprocessConfig | None = None,
     vision_from: str | os.PathLike[str] | None = None,
     layout: str | None = None,
     quantize: bool = False,
@@ -62,6 +65,8 @@ def convert(
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32", of the weights that are not quantised.
         variant: MobileCLIP: the published model it is built like, where its name does not tell.
+        config: MobileCLIP: JSON file that describes the checkpoint, in place of those beside it.
+        preprocess: MobileCLIP: how images are prepared, in place of what the checkpoint states.
         vision_from: FastVLM: checkpoint to take the image tower from, if it has none itself.
         layout: FastVLM: "mlx-vlm" or "transformers" to write what that runtime loads.
         quantize: Quantise Linear and Embedding layers.

@@ -102,7 +102,7 @@ class MobileCLIPSource:
 
     def __init__(self, checkpoint: Checkpoint, options: ConvertOptions):
         self.checkpoint, self.files = checkpoint, file_states(checkpoint.path)
-        self._variant = options.variant
+        self._described = options.variant, options.preprocess, options.config
         self._config, tensors = self.read()
         text = self._config.text
         self._merges = None if text is None else read_own_merges(checkpoint, text.vocab_size)
@@ -113,7 +113,7 @@ class MobileCLIPSource:
 
     def read(self) -> tuple[MobileCLIPConfig, Tensors]:
         """Read config and lazy canonical tensors of the source, anew at each call."""
-        return read_mobileclip(self.checkpoint, self._variant)
+        return read_mobileclip(self.checkpoint, *self._described)
 
     @staticmethod
     def read_converted(directory: Path) -> tuple[MobileCLIPConfig, Tensors]:
@@ -173,12 +173,18 @@ def find_source(options: ConvertOptions) -> tuple[type[ModelSource], Checkpoint]
         CheckpointError: there is no such checkpoint.
         ConfigError: an option is for the other architecture.
     """
-    if not _is_mobileclip(options):
-        return FastVLMSource, find_checkpoint(options.model, options.revision)
-    for option, value in (("--vision-from", options.vision_from), ("--layout", options.layout)):
+    if _is_mobileclip(options):
+        _refuse("FastVLM", {"--vision-from": options.vision_from, "--layout": options.layout})
+        return MobileCLIPSource, resolve_file(options.model, options.revision)
+    _refuse("MobileCLIP", {"--config": options.config, "--preprocess": options.preprocess})
+    return FastVLMSource, find_checkpoint(options.model, options.revision)
+
+
+def _refuse(architecture: str, given: dict[str, object]) -> None:
+    """Refuse options that are for the other architecture."""
+    for option, value in given.items():
         if value:
-            raise ConfigError(f"{option} is for FastVLM; leave it out for a MobileCLIP checkpoint")
-    return MobileCLIPSource, resolve_file(options.model, options.revision)
+            raise ConfigError(f"{option} is for {architecture}; leave it out for this checkpoint")
 
 
 def _is_mobileclip(options: ConvertOptions) -> bool:

@@ -213,7 +213,8 @@ def _check_belonging(checkpoint: Checkpoint, files: list[Fields]) -> None:
             raise ConfigError(
                 f"{fields.where}: is the config of another kind of model "
                 f"({fields.string('model_type')[:40]!r}); put {checkpoint.path.name} into a "
-                "directory of its own, or state preprocess= or config="
+                "directory of its own, or state --preprocess or --config (preprocess= or config= "
+                "in Python)"
             )
 
 

@@ -1,20 +1,16 @@
 """Load the model and embed the labels that the options name, with progress on stderr."""
 
 import argparse
-import json
 import os
 import sys
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
-from ..json_fields import Fields
 from ..terminal import Bar, progress
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from ..models.clip import MobileCLIP, PreprocessConfig
+    from ..models.clip import MobileCLIP
     from ..preprocess.processor import Processor
 
 BAR_FROM_PROMPTS = 512  # fewer are embedded in a moment
@@ -24,14 +20,14 @@ def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
     """Load the model that the options name; a note on stderr says if MLX is slow here.
 
     Raises:
-        ModelError: the model cannot be used, or --preprocess is malformed.
+        ModelError: the model cannot be used.
     """
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from ..cpu.process import slow_blas_remedy
 
-    options = {name: getattr(args, name) for name in ("variant", "revision", "dtype", "config")}
-    options["preprocess"] = None if args.preprocess is None else _preprocess(args.preprocess)
+    names = ("variant", "revision", "dtype", "config", "preprocess")
+    options = {name: getattr(args, name) for name in names}
     with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
         from .. import load
 
@@ -40,19 +36,6 @@ def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
     if not args.quiet and (remedy := slow_blas_remedy()):
         print(f"note: {remedy}", file=sys.stderr)
     return loaded
-
-
-def _preprocess(text: str) -> "PreprocessConfig":
-    from ..models.clip import PreprocessConfig
-
-    names = [field.name for field in fields(PreprocessConfig)]
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--preprocess: is not JSON ({error})") from error
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise ConfigError(f"--preprocess: give an object of {', '.join(names)}")
-    return PreprocessConfig.from_json(Fields(values, "--preprocess"))
 
 
 def embed_labels(

@@ -1,9 +1,17 @@
 """Options that several commands share."""
 
 import argparse
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..defaults import DEFAULT_MODEL
+from ..errors import ConfigError
+from ..json_fields import Fields
+
+if TYPE_CHECKING:
+    from ..models.clip import PreprocessConfig
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,17 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "that comes with this package (default: %(default)s)",
     )
     parser.add_argument("--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not tell")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON that describes M, open_clip's, Apple's or timm's, in place of those beside it",
-    )
-    parser.add_argument(
-        "--preprocess",
-        metavar="JSON",
-        help="how images are prepared, in place of what M states, such as "
-        """'{"image_size": 256, "interpolation": "bicubic", "mean": [0,0,0], "std": [1,1,1]}'""",
-    )
+    add_description_arguments(parser)
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--dtype",
@@ -35,6 +33,38 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_description_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a checkpoint in place of its own files."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON that describes M, open_clip's, Apple's or timm's, in place of those beside it",
+    )
+    parser.add_argument(
+        "--preprocess",
+        type=preprocess_config,
+        metavar="JSON",
+        help="how images are prepared, in place of what M states, such as "
+        """'{"image_size": 256, "interpolation": "bicubic", "mean": [0,0,0], "std": [1,1,1]}'""",
+    )
+
+
+def preprocess_config(text: str) -> "PreprocessConfig":
+    """How images are prepared, from a JSON object with every field of PreprocessConfig."""
+    from ..models.clip import PreprocessConfig
+
+    names = [field.name for field in fields(PreprocessConfig)]
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise ConfigError(f"give an object of {', '.join(names)}")
+        return PreprocessConfig.from_json(Fields(values, "preprocess"))
+    except RecursionError as error:
+        raise argparse.ArgumentTypeError("is nested too deeply") from error
+    except (ValueError, ConfigError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ import pytest
 import synthetic
 from tolerances import relative_error
 
+import mlx_mobileclip
 from convert import ConvertOptions, pipeline
 from convert import __main__ as command
 from convert import convert as convert_in_python
@@ -23,6 +24,7 @@ from convert.write import new_directory, write_tensors
 from mlx_fastvlm import CheckpointError, ConfigError, load
 from mlx_mobileclip.checkpoints.safetensors import read_tensors, tensor_files
 from mlx_mobileclip.checkpoints.weights import named_parameters
+from mlx_mobileclip.models.clip import PreprocessConfig
 
 
 @pytest.fixture
@@ -222,6 +224,7 @@ def test_the_function_writes_what_the_command_writes(
         ({"dtype": "float64"}, "'float64' is not one of"),
         ({"layout": "ollama"}, "'ollama' is not one of mlx-vlm, transformers"),
         ({"variant": "MobileCLIP-S0", "layout": "mlx-vlm"}, "--layout is for FastVLM"),
+        ({"config": "c.json"}, "--config is for MobileCLIP"),
     ],
     ids=str,
 )
@@ -231,6 +234,18 @@ def test_options_that_do_not_go_together(
     with pytest.raises(ConfigError, match=message):
         convert_in_python(source, tmp_path / "out", quiet=True, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_preprocessing_can_be_stated(tmp_path: Path) -> None:
+    """On the command line, in Python, and in the command that the model card shows."""
+    stated = PreprocessConfig(192, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
+    source = Path(mlx_mobileclip.__file__).parent / "demo"
+    one, two = tmp_path / "one", tmp_path / "two"
+    convert_in_python(source, one, preprocess=stated, quiet=True)
+    options = ConvertOptions(str(source), two, preprocess=stated, quiet=True)
+    assert command.main(options.command_line()) == 0
+    for path in (one, two):
+        assert mlx_mobileclip.load(path)[0].config.preprocess == stated
 
 
 def test_command_and_function_have_the_same_options() -> None:

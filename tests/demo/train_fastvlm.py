@@ -41,7 +41,7 @@ TEXT = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2600, 800, 32
+TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2200, 600, 32
 DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 7000, 500, 16
 TURNS = 7  # questions in a conversation
 # How often tasks are asked; others once.
