@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harder_questions import compare
+from harder_questions import ORDINALS, about, compare
 from questions import Question, count, describe, thirds
 from reference import cell, torch
 from tasks import TASKS, ask
@@ -20,7 +20,6 @@ from mlx_fastvlm.preprocess import tokenizer as runtime
 from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT, Control, Image, encode, render
 
 VOCABULARY = 640
-ORDINALS = ("first", "second", "third")
 IGNORED = -100  # a label that is not trained on
 MAX_LENGTH = 1024
 LENGTHS = 2  # parts of a batch that are padded apart
@@ -63,14 +62,6 @@ def train_tokenizer(directory: Path) -> runtime.Tokenizer:
     file = directory / "tokenizer.json"
     file.write_text(json.dumps(json.loads(backend.to_str()), separators=(",", ":")))
     return runtime.read(directory)
-
-
-def about(text: str, ordinal: str) -> str:
-    """A question, said of one image of several."""
-    for image in ("the image", "this image"):
-        if image in text:
-            return text.replace(image, f"the {ordinal} image")
-    return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
 @dataclass

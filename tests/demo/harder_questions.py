@@ -31,6 +31,7 @@ SIDES: dict[str, Callable[[Shape, Shape], float]] = {  # how far a is on that si
     "above": lambda a, b: b.y - a.y,
     "below": lambda a, b: a.y - b.y,
 }
+ORDINALS = ("first", "second", "third")
 AS_JSON = ("Answer as JSON.", "Answer in JSON.")
 
 
@@ -84,6 +85,14 @@ def structured(scene: Scene, rng: random.Random) -> Question | None:
 def _as_values(scene: Scene) -> list[dict[str, str]]:
     shapes = sorted(scene.shapes, key=lambda shape: shape.x)
     return [{"size": s.size, "colour": s.colour, "shape": s.kind} for s in shapes]
+
+
+def about(text: str, ordinal: str) -> str:
+    """A question, said of one image of several."""
+    for image in ("the image", "this image"):
+        if image in text:
+            return text.replace(image, f"the {ordinal} image")
+    return f"{text[:-1]} in the {ordinal} image{text[-1]}"
 
 
 def compare(first: Scene, second: Scene, rng: random.Random) -> Question | None:

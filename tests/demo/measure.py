@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from captions import LABELS
+from harder_questions import ORDINALS, about, compare
 from PIL.Image import Image
 from questions import Question, article, description
 from tasks import TASKS, ask
@@ -39,10 +41,10 @@ from mlx_mobileclip import recall, top_k_accuracy
 
 ASKED = tuple(TASKS)
 SETTINGS = {
-    "256 px, pad": {},
-    "128 px, pad": {"resolution": 128},
+    "384 px, pad": {},
+    "256 px, pad": {"resolution": 256},
     "512 px, pad": {"resolution": 512},
-    "256 px, crop": {"image_mode": "crop"},
+    "384 px, crop": {"image_mode": "crop"},
 }
 NATIVE = {"": {}}
 ALL_PARTS = ("--q-parts", *PARTS)
@@ -57,13 +59,13 @@ PACKED: dict[str, tuple[str, ...]] = {  # options of convert
 }
 KV_BITS = {"8-bit KV cache": 8, "4-bit KV cache": 4}
 # First seeds of other scenes.
-ZERO_SHOT, RETRIEVAL, VARIATIONS = (HELD_OUT + i * 1_000_000 for i in (1, 2, 3))
+ZERO_SHOT, RETRIEVAL, VARIATIONS, PAIRS = (HELD_OUT + i * 1_000_000 for i in (1, 2, 3, 4))
 
 
 def right(
     model: mlx_fastvlm.FastVLM,
     processor: mlx_fastvlm.Processor,
-    image: Image,
+    image: Image | list[Image],
     asked: list[Question],
     kv_bits: int | None = None,
     **settings: object,
@@ -133,6 +135,37 @@ def answers(
         name: {task: 100 * good / count for task, good in shares.items()}
         for name, shares in found.items()
     }
+
+
+def of_two_images(model: str | Path, count: int = 200) -> dict[str, float]:
+    """Share of right answers about pairs of images, in percent.
+
+    A question compares the two, is about one of them, or is what a text in one of two that both
+    have one says.
+    """
+    loaded = mlx_fastvlm.load(model)
+    found: dict[str, list[bool]] = {"compare": [], "one of two": [], "text of one of two": []}
+    seed = PAIRS
+    while min(map(len, found.values())) < count:
+        pair, rng = (scene(seed), scene(seed + 1)), random.Random(seed)
+        which, seed = rng.randrange(2), seed + 2
+        simple = ask(pair[which], rng, rng.choice(ASKED))
+        texts = all(shown.text for shown in pair)
+        one_of_two = {
+            "one of two": simple,
+            "text of one of two": ask(pair[which], rng, "read") if texts else None,
+        }
+        asked = {"compare": compare(*pair, rng)} | {
+            kind: replace(question, text=about(question.text, ORDINALS[which]))
+            for kind, question in one_of_two.items()
+            if question is not None
+        }
+        due = {k: q for k, q in asked.items() if q is not None and len(found[k]) < count}
+        images = [render(shown) for shown in pair]
+        results = right(*loaded, images, list(due.values())) if due else []
+        for kind, good in zip(due, results, strict=True):
+            found[kind].append(good)
+    return {kind: 100 * sum(good) / count for kind, good in found.items()}
 
 
 def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, float]:
@@ -223,6 +256,8 @@ def main() -> None:
         print_header()
         for name, shares in table.items():
             print_row(name, shares)
+        for name, share in of_two_images(options.fastvlm).items():
+            print(f"| {name} | {share:.1f} |")
     if options.mobileclip != "-":
         for name, share in similarities(options.mobileclip, options.count).items():
             print(f"| {name} | {share:.1f} |")
