@@ -4,6 +4,7 @@ By default the images are drawn here, so that converting needs no data and no li
 the intended use, given with `--calibration DIR`, are more representative.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,9 @@ LABELS = tuple(
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, a question about it and an answer."""
+    """An image, or where it is, a question about it and an answer."""
 
-    image: Image.Image
+    image: Image.Image | Path
     question: str
     answer: str
 
@@ -53,17 +54,19 @@ def calibration_samples(directory: Path | None) -> list[Sample]:
         DataError: there is no such directory, or it holds no image.
         ImageError: an image cannot be read.
     """
-    images = drawn_images() if directory is None else _read_images(directory)
+    images: Sequence[Image.Image | Path] = _find_images(directory) if directory else drawn_images()
     return [Sample(image, *CONVERSATIONS[i % len(CONVERSATIONS)]) for i, image in enumerate(images)]
 
 
-def _read_images(directory: Path) -> list[Image.Image]:
+def _find_images(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise DataError(f"{directory}: is no directory; give one with pictures as --calibration")
     paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)[:MAX_IMAGES]
     if not paths:
         raise DataError(f"{directory}: holds no picture; give a directory with some")
-    return [open_image(path) for path in paths]
+    for path in paths:
+        open_image(path)  # report a wrong one now; all at once would not fit in memory
+    return paths
 
 
 def drawn_images(count: int = len(CONVERSATIONS)) -> list[Image.Image]:

@@ -11,6 +11,7 @@ MODEL_TYPE = "mlx_fastvlm"
 FORMAT_VERSION = 1
 IMAGE_MODES = ("pad", "crop")
 RESOLUTIONS = range(128, 1536 + 1, 64)
+MAX_LENGTH = 32768  # positions of Qwen2 as published; Apple's models use 8192 of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,9 @@ class FastVLMConfig:
         )
         if config.image_size not in RESOLUTIONS:
             raise fields.error("image_size", f"is not a multiple of {RESOLUTIONS.step}")
-        if config.max_length > config.text.max_position_embeddings:
-            config = replace(config, max_length=config.text.max_position_embeddings)
+        longest = min(config.text.max_position_embeddings, MAX_LENGTH)
+        if config.max_length > longest:
+            config = replace(config, max_length=longest)
         if projector_depth(config.projector_type) < 0:
             raise fields.error("projector_type", f"{config.projector_type[:40]!r} is not known")
         if config.projector_depth == 0 and config.vision.features != config.text.hidden_size:

@@ -16,6 +16,7 @@ from mlx_mobileclip.preprocess.image import (
     ImageSource,
     is_data_uri,
     open_image,
+    open_resized,
     read_image,
     resize_crop,
     resize_pad,
@@ -26,6 +27,8 @@ from ..models.config import IMAGE_MODES, RESOLUTIONS, FastVLMConfig
 from ..preprocess import chat_format as chat
 from .messages import Image, Message
 from .tokenizer import Tokenizer
+
+KEY_ROWS = 64  # of an image, hashed at a time
 
 Images = ImageSource | Sequence[ImageSource] | None
 
@@ -72,17 +75,22 @@ class Picture:
     @cached_property
     def key(self) -> str:
         """What the pixels follow from, hashed: content, size and mode; 64 hexadecimal digits."""
-        kind, content = "file", self._source
-        if not isinstance(content, (bytes, bytearray)):
-            kind, content = f"{content.size}", content.tobytes()
+        source = self._source
+        kind = "file" if isinstance(source, (bytes, bytearray)) else f"{source.size}"
         digest = hashlib.sha256(f"{kind} {self._size} {self._mode}\n".encode())
-        digest.update(content)
+        if isinstance(source, (bytes, bytearray)):
+            digest.update(source)
+        else:
+            for top in range(0, source.height, KEY_ROWS):  # rather than a copy of the whole
+                strip = source.crop((0, top, source.width, min(top + KEY_ROWS, source.height)))
+                digest.update(strip.tobytes())
         return digest.hexdigest()
 
     def pixels(self) -> NDArray[np.float32]:
         """RGB in [0, 1], (S, S, 3); raises ImageError if the image is damaged."""
         resize = resize_pad if self._mode == "pad" else resize_crop
-        return to_array(resize(open_image(self._source, self._name), self._size))
+        image = open_resized(self._source, lambda whole: resize(whole, self._size), self._name)
+        return to_array(image)
 
 
 class Processor:

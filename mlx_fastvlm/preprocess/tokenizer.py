@@ -25,6 +25,8 @@ from mlx_mobileclip.preprocess.byte_alphabet import byte_alphabet
 
 MAX_TOKENIZER_BYTES = 32 << 20  # Qwen2.5's takes 7
 MAX_VOCABULARY = 1_000_000
+MAX_MERGES = 500_000  # Qwen2.5 has 151,387
+MAX_TOKEN = 1024  # characters
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,6 +80,8 @@ class Tokenizer:
         self._backend.add_tokens([AddedToken(content, **flags[content]) for content in flags])
         self._bytes: list[bytes | None] = [None] * self.size
         self._tokens = {i: token for token, i in self._vocab.items()}
+        # In the backend's form: it normalises those that are looked for in normalised text.
+        self._tokens |= {e.id: self._backend.id_to_token(e.id) or e.content for e in texts}
 
     @cached_property
     def size(self) -> int:
@@ -160,6 +164,10 @@ def read(directory: Path) -> Tokenizer:
             "copy the tokenizer files of the checkpoint there"
         )
     where = f"{directory}: tokenizer"
+    if len(merges) > MAX_MERGES:
+        raise ConfigError(
+            f"{where}: {len(merges)} merges, more than {MAX_MERGES}; this is no FastVLM tokenizer"
+        )
     _check_ids(vocab, where)
     _check_ids({token: entry["id"] for token, entry in entries.items()}, where)
     added = [_added_token(entry, where) for entry in entries.values()]
@@ -177,6 +185,14 @@ def read(directory: Path) -> Tokenizer:
             raise ConfigError(f"{where}: {strips[0]} of {entry.content} is true; only false works")
         if vocab.get(entry.content, entry.id) != entry.id:
             raise ConfigError(f"{where}: {entry.content[:40]!r} has another id in the vocabulary")
+    texts = [entry for entry in added if not entry.is_control]
+    for entry in texts:
+        # The backend panics where both claim the same white space.
+        if entry.lstrip and entry.content[0].isspace() and any(other.rstrip for other in texts):
+            raise ConfigError(
+                f"{where}: lstrip of {entry.content[:40]!r}, which begins with white space, is "
+                "true; beside tokens with rstrip only false works"
+            )
     overlap = {entry.id for entry in added if entry.content not in vocab} & set(vocab.values())
     if overlap:
         raise ConfigError(f"{where}: id {min(overlap)} is both an added token and another one")
@@ -196,6 +212,8 @@ def _check_ids(table: dict[Any, Any], where: str) -> None:
     for token, token_id in table.items():
         if not isinstance(token, str):
             raise ConfigError(f"{where}: a token is not a text")
+        if len(token) > MAX_TOKEN:
+            raise ConfigError(f"{where}: {token[:40]!r}... has more than {MAX_TOKEN} characters")
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
             raise ConfigError(f"{where}: the id of {token[:40]!r} is not from 0 to a million")
     if len(set(table.values())) != len(table):

@@ -8,26 +8,37 @@ import base64
 import io
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import ImageError
+from .decoder_memory import DECODERS
+from .image_bounds import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, check_file, check_image, check_size
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
-MAX_IMAGE_SIDE = 16384
-MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
 MAX_IMAGE_BYTES = 512 << 20
-MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole image
 STRIP_PIXELS = 1 << 20  # fits a processor's cache
 ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {  # by its values
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Without a handler its remarks on damaged files would go to stderr, beside our one line.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -46,21 +57,42 @@ def open_image(source: ImageSource, name: str = "image") -> Image.Image:
         dropped as the reference does (`convert("RGB")`).
 
     Raises:
-        ImageError: not an image of an accepted format, damaged, or beyond the limits of
-            16384 px a side and 89 megapixels.
+        ImageError: not an image of an accepted format, damaged, or beyond the limits: 16384 px a
+            side, 89 megapixels, and what `image_bounds` says of time and memory.
     """
+    return open_resized(source, lambda image: image, name)
+
+
+def open_resized(
+    source: ImageSource, resize: Callable[[Image.Image], Image.Image], name: str = "image"
+) -> Image.Image:
+    """Open an image as `open_image` does, and resize it.
+
+    Until it is resized, its memory counts as a decoder's: where threads open large images, each
+    waits here until there is room.
+
+    Args:
+        source: As for `open_image`.
+        resize: Makes a smaller image of it; must not open images.
+        name: As for `open_image`.
+    """
+    with ExitStack() as reserved:
+        return resize(_open(source, name, reserved))
+
+
+def _open(source: ImageSource, name: str, reserved: ExitStack) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name)
+        return _decode(source, name, reserved)
     if isinstance(source, (bytes, bytearray)):
-        return _decode(io.BytesIO(source), name)
+        return _decode(io.BytesIO(source), name, reserved)
     if not isinstance(source, (str, os.PathLike)) or is_data_uri(source):
-        return _decode(io.BytesIO(read_image(source)), name)
+        return _decode(io.BytesIO(read_image(source)), name, reserved)
     path = find_image(source)
     try:
         with path.open("rb") as file:
-            return _decode(file, os.fspath(source))
+            return _decode(file, os.fspath(source), reserved)
     except OSError as error:
         raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
 
@@ -143,16 +175,26 @@ def find_image(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _decode(source: Any, name: str) -> Image.Image:
+def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
     """RGB from a file, or from a PIL image that may not be read yet."""
     try:
         opened = isinstance(source, Image.Image)
+        on_opening = 0 if opened else check_file(source, name)
+        reserved.enter_context(DECODERS.reserve(on_opening))
         image = source if opened else Image.open(source, formats=FORMATS)
-        _check_size(image.width, image.height, name)
-        if not opened and image.info.get("progressive"):
-            _check_scans(source, name)
+        file = getattr(image, "fp", None) if opened else source
+        if file is None and getattr(image, "tile", None):
+            raise ImageError(f"{name}: the file of this PIL image is closed; open it again")
+        needed = check_image(image, file, name)
+        if not on_opening:  # never twice: two threads could wait for each other
+            reserved.enter_context(DECODERS.reserve(needed))
+        if image.format == "TIFF":
+            _silence_libtiff()
         image.load()
-        return _to_rgb(image, name)
+        check_size(image.width, image.height, name)
+        orientation = image.getexif().get(ORIENTATION)
+        image = _to_rgb(image)
+        return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -168,26 +210,15 @@ def _decode(source: Any, name: str) -> Image.Image:
         raise ImageError(f"{name}: damaged image ({str(error)[:120]}); save it again") from error
 
 
-def _check_scans(file: Any, name: str) -> None:
-    place = file.tell()
-    file.seek(0)
-    scans = file.read(MAX_IMAGE_BYTES).count(b"\xff\xda")
-    file.seek(place)
-    if scans > MAX_JPEG_SCANS:
-        raise ImageError(f"{name}: has {scans} progressive scans, a bomb; save it again")
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing a line to stderr for each damaged row; Pillow raises anyway."""
+    import ctypes
 
+    from PIL import _imaging
 
-def _check_size(width: int, height: int, name: str) -> None:
-    if not 1 <= width <= MAX_IMAGE_SIDE or not 1 <= height <= MAX_IMAGE_SIDE:
-        raise ImageError(
-            f"{name} is {width} x {height} px; "
-            f"each side may have 1 to {MAX_IMAGE_SIDE} px. Resize it first"
-        )
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ImageError(
-            f"{name} is {width} x {height} px, more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; "
-            "resize it first"
-        )
+    with suppress(AttributeError, OSError):  # a Pillow with libtiff inside, or without it
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -198,19 +229,24 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         )
     if array.ndim == 3 and array.shape[2] not in (3, 4):
         raise ImageError(f"an image array must have 3 or 4 channels last, not shape {array.shape}")
-    _check_size(array.shape[1], array.shape[0], "image")
-    return Image.fromarray(array).convert("RGB")
+    check_size(array.shape[1], array.shape[0], "image")
+    return _to_rgb(Image.fromarray(array))
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_size(image.width, image.height, name)
-    if image.mode in ("I", "F"):
-        raise ImageError(f"{name}: 32-bit pixels have no fixed range; convert it to 8 bits first")
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _high_bytes(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits, in strips: NumPy would need three copies of the whole."""
+    result = Image.new("L", image.size)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(Image.fromarray((np.asarray(strip) >> 8).astype(np.uint8)), (0, top))
+    return result
 
 
 def resize_pad(image: Image.Image, size: int) -> Image.Image:

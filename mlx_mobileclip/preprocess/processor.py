@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import ImageError
 from ..models.clip import PreprocessConfig
-from .image import ImageSource, open_image, resize_shorter, to_array
+from .image import ImageSource, open_resized, resize_shorter, to_array
 from .tokenizer import Tokenizer, clip_tokenizer
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -60,9 +60,9 @@ class Processor:
         Returns:
             float32 (S, S, 3).
         """
-        image = open_image(source)
-        resample = RESAMPLING[self.preprocess.interpolation]
-        pixels = to_array(_resize_crop(image, self.preprocess.image_size, resample))
+        size, resample = self.preprocess.image_size, RESAMPLING[self.preprocess.interpolation]
+        image = open_resized(source, lambda whole: _resize_crop(whole, size, resample))
+        pixels = to_array(image)
         # In place and in float32, as torchvision's ToTensor and Normalize compute it.
         pixels -= np.array(self.preprocess.mean, np.float32)
         pixels /= np.array(self.preprocess.std, np.float32)

@@ -12,6 +12,7 @@ a checkpoint with a vocabulary of its own brings its merges in merges.txt.
 import gzip
 import hashlib
 import html
+import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ MAX_MERGES_BYTES = 4 << 20  # CLIP's take half a megabyte
 WORD_END = "</w>"
 # U+0345 drops out, as in the reference, to whose case-blind pattern it is no mark and no letter.
 WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
-MAX_TEXT = 1 << 20  # characters; far more than any 77 ids stand for
+MAX_TEXT = 10_000  # characters read; far more than any 77 ids stand for
+MAX_MARKS = 256  # accents on one letter, say; NFC takes the square of their number
 SHOWN = 40  # characters of a text in a message
 
 Merges = list[tuple[str, str]]
@@ -60,6 +62,7 @@ _WIDTHS = {
 }
 _CONTROLS = dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF), "")
 _PLAIN = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
+_HUGE_NUMBER = re.compile("&#[0-9]{1000,};?")  # int() refuses more digits than 4300
 
 
 class Tokenizer:
@@ -111,7 +114,7 @@ class Tokenizer:
             its tail, not its end token, and a warning says so.
 
         Raises:
-            PromptError: not a list of texts, or one of more than a million characters.
+            PromptError: not a list of texts, or one with more than 256 combining marks in a row.
         """
         is_list = isinstance(texts, Sequence) or getattr(texts, "ndim", 0) == 1  # NumPy, pandas
         if isinstance(texts, (str, bytes)) or not is_list or not len(texts):
@@ -121,13 +124,14 @@ class Tokenizer:
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
                 raise PromptError(f"a text cannot be a {type(text).__name__}")
-            if len(text) > MAX_TEXT:
-                raise PromptError(f"a text has {len(text)} characters, more than {MAX_TEXT}")
-            ids = self.encode(text)
+            begin = text[:MAX_TEXT]
+            _check_marks(begin)
+            ids = self.encode(begin)
             if len(ids) > room:
+                more = "more than " if begin != text else ""
                 warnings.warn(
-                    f"text {text[:SHOWN]!r}... has {len(ids)} tokens; the model reads the first "
-                    f"{room}",
+                    f"text {text[:SHOWN]!r}... has {more}{len(ids)} tokens; the model reads the "
+                    f"first {room}",
                     stacklevel=3,
                 )
             ids = [self.start_id, *ids[:room], self.end_id]
@@ -187,6 +191,21 @@ def read_merges(directory: Path, vocab_size: int) -> Merges | None:
     return merges
 
 
+def _check_marks(text: str) -> None:
+    if len(text) <= MAX_MARKS or text.isascii():
+        return
+    marks = "".join(map(re.escape, filter(_is_mark, set(text))))
+    if marks and re.search(f"[{marks}]{{{MAX_MARKS + 1}}}", text):
+        raise PromptError(
+            f"a text has more than {MAX_MARKS} combining marks in a row; take some out"
+        )
+
+
+def _is_mark(character: str) -> bool:
+    """Whether NFC sorts it among its neighbours; some do only once they are decomposed."""
+    return unicodedata.combining(unicodedata.normalize("NFD", character)[0]) > 0
+
+
 def write_merges(directory: Path, merges: Merges) -> None:
     """Write what `read_merges` reads."""
     text = "".join(f"{left} {right}\n" for left, right in merges)
@@ -195,8 +214,12 @@ def write_merges(directory: Path, merges: Merges) -> None:
 
 def clean(text: str) -> str:
     """Mend, unescape HTML twice, collapse white space, lower."""
-    text = html.unescape(html.unescape(_mender()(text)))
+    text = _unescape(_unescape(_mender()(text)))
     return " ".join(text.split()).lower()
+
+
+def _unescape(text: str) -> str:
+    return html.unescape(_HUGE_NUMBER.sub("\ufffd", text))
 
 
 def cleaning() -> tuple[str, str]:

@@ -28,6 +28,7 @@ ADDED: dict[str, tuple[str, ...]] = {  # with the flags that are set
     "日本": (),
     "e\u0301": (),  # never met once the text is normalised
     "ü": ("normalized",),  # a byte's character as well
+    "<u\u0308>": ("normalized",),  # such a one once it is normalised
     "<secret>": ("special",),
     "<hidden>": ("special", "lstrip"),
 }
@@ -209,6 +210,7 @@ def changed(name: str, **changes: Any) -> Any:
         (changed("ü", id=310), "'ü' has another id in the vocabulary"),
         (changed("ü", special=True), "no token for 1 of the 256 bytes"),
         (changed("the", special=True), "unusable tables"),
+        (changed(" <box> ", lstrip=True), "lstrip of ' <box> ', which begins with white space"),
         (changed("<|im_end|>", rstrip=True), "rstrip of <|im_end|> is true"),
         (changed("<|im_start|>", single_word=True), "single_word of <|im_start|> is true"),
     ],

@@ -11,6 +11,8 @@ import mlx.core as mx
 import pytest
 from attacks import VICTIM, Build, Cases, config, header_of, put, tensors
 
+from mlx_fastvlm import load
+
 # Indices
 
 
@@ -166,3 +168,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Out
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
 def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])
+
+
+def test_no_config_lifts_the_length_beyond_what_qwen2_was_trained_for(tmp_path: Path) -> None:
+    path = attacks.write_sound(tmp_path)
+    config(tokenizer_model_max_length=1 << 20, max_position_embeddings=1 << 20)(path)
+    assert load(path)[1].max_length == 32768
+    config(tokenizer_model_max_length=4096)(path)
+    assert load(path)[1].max_length == 4096

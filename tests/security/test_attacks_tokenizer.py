@@ -68,6 +68,15 @@ TOKENIZERS: Cases = {
     "merges.txt a pipe": (split_tables(None), "is not a regular file"),
     "merges.txt binary": (split_tables(b"\xff\xfe a"), "cannot be read"),
     "merges.txt of three": (split_tables("a b c"), "cannot be read"),
+    "merges by the million": (
+        merges(*["a b"] * 500_001),
+        "merges, more than 500000; this is no FastVLM tokenizer",
+    ),
+    "a token of 5 MB": (vocab(**{"a" * 5_000_000: 300}), "has more than 1024 characters"),
+    "an added token of 5 MB": (
+        tokenizer(lambda d: d["added_tokens"].append({"content": "a" * 5_000_000, "id": 299})),
+        "has more than 1024 characters",
+    ),
     "no added tokens": (split_tables("t h", "added.json"), "tokenizer_config.json"),
 }
 

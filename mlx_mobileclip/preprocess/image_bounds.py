@@ -1,0 +1,197 @@
+"""How much time and memory the pixels of an image file may take, found out before decoding.
+
+A few bytes can stand for much work: a JPEG repeats scans over all of its pixels, a TIFF decodes
+tiles that lie outside of the image. What is refused here no camera or program writes.
+"""
+
+import re
+import struct
+from typing import Any
+
+from PIL import Image, ImageFile
+
+from ..errors import ImageError
+from .decoder_memory import MAX_DECODER_BYTES
+
+MAX_IMAGE_SIDE = 16384
+MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
+MAX_SCANNED_PIXELS = 1_200_000_000  # of all scans of a JPEG: 13 at the largest size, 100 at 12 MP
+MAX_SCANS_OF_A_PIECE = 3  # of a TIFF, coded as a JPEG: one for each colour
+MAX_EXIF_PIECES = 256  # of a JPEG; Pillow copies all of those before for each
+MAX_COLOUR_PROFILES = 16  # of a PNG, which may have one; each inflates to a megabyte
+MAX_TIFF_PIECES = 20_000  # strips or tiles
+MAX_TIFF_COVER = 5  # how often strips may cover the image: once for each colour and alpha
+MAX_RLE_PIXELS = 1 << 24  # Pillow decodes run lengths of a BMP in Python, a pixel at a time
+# Not LZMA, whose files choose how much memory they take, nor codings that are long out of use.
+TIFF_CODINGS = (
+    *("raw", "tiff_ccitt", "group3", "group4", "tiff_lzw", "jpeg", "tiff_adobe_deflate"),
+    *("packbits", "tiff_deflate", "zstd"),
+)
+WIDTH, HEIGHT, BITS, STRIP_SIZES = 256, 257, 258, 279  # tags of a TIFF
+TILE_WIDTH, TILE_HEIGHT, TILE_SIZES = 322, 323, 325
+BLOCK = 1 << 16
+WEBP_BYTES = 12  # a pixel: two canvases and the decoded frame, beside Pillow's image
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Raise ImageError unless an image of this size, px, is accepted."""
+    if not 1 <= width <= MAX_IMAGE_SIDE or not 1 <= height <= MAX_IMAGE_SIDE:
+        raise ImageError(
+            f"{name} is {width} x {height} px; "
+            f"each side may have 1 to {MAX_IMAGE_SIDE} px. Resize it first"
+        )
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"{name} is {width} x {height} px, more than {MAX_IMAGE_PIXELS / 1e6:.0f} megapixels; "
+            "resize it first"
+        )
+
+
+def check_file(file: Any, name: str) -> int:
+    """Refuse what costs time or memory when Pillow opens it, before it is decoded.
+
+    Args:
+        file: Binary file that can seek; left at its start.
+        name: What errors call it.
+
+    Returns:
+        Bytes that opening and decoding take, if that must be known before; else 0.
+
+    Raises:
+        ImageError: it is a bomb.
+    """
+    file.seek(0)
+    head = file.read(30)
+    needed = 0
+    if head.startswith(b"\xff\xd8") and (count := _count(file, b"Exif\0\0")) > MAX_EXIF_PIECES:
+        raise ImageError(f"{name}: has {count} pieces of EXIF, a bomb; save it again")
+    if head.startswith(b"\x89PNG") and (count := _count(file, b"iCCP")) > MAX_COLOUR_PROFILES:
+        raise ImageError(f"{name}: has {count} colour profiles, a bomb; save it again")
+    if size := _webp_size(head):
+        check_size(*size, name)
+        needed = _check_memory(size[0] * size[1], 4 + WEBP_BYTES, name)
+    file.seek(0)
+    return needed
+
+
+def check_image(image: Image.Image, file: Any, name: str) -> int:
+    """Refuse an image that would take too long or too much memory to decode to RGB.
+
+    Args:
+        image: Opened but not decoded, or any other PIL image.
+        file: What it is read from, which can seek and is left where it was; None if not known.
+        name: What errors call it.
+
+    Returns:
+        Bytes that decoding it and converting it to RGB takes.
+
+    Raises:
+        ImageError: it is a bomb.
+    """
+    check_size(image.width, image.height, name)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{name}: 32-bit pixels have no fixed range; convert it to 8 bits first")
+    pixels = image.width * image.height
+    stored = 1 if image.mode in ("1", "L", "P") else 4
+    decoder = 0
+    if isinstance(image, ImageFile.ImageFile) and image.tile:
+        if image.format in ("JPEG", "MPO"):
+            decoder = _check_jpeg(image, file, name)
+        elif image.format == "TIFF":
+            pixels, decoder = _check_tiff(image, file, name)
+        elif image.tile[0][0] == "bmp_rle" and pixels > MAX_RLE_PIXELS:
+            raise ImageError(
+                f"{name}: has {pixels / 1e6:.0f} megapixels of run lengths, more than "
+                f"{MAX_RLE_PIXELS / 1e6:.0f}; save it as PNG"
+            )
+    if image.format == "WEBP":
+        decoder = WEBP_BYTES
+    # Once decoded it is converted, or turned upright, into a second image of 4 bytes a pixel.
+    return _check_memory(pixels, stored + max(decoder, 4), name)
+
+
+def _check_memory(pixels: int, bytes_per_pixel: int, name: str) -> int:
+    needed = pixels * bytes_per_pixel
+    if needed > MAX_DECODER_BYTES:
+        raise ImageError(
+            f"{name}: {pixels / 1e6:.0f} megapixels coded like this take {needed / 1e6:.0f} MB to "
+            f"decode, more than {MAX_DECODER_BYTES / 1e6:.0f}; resize it first"
+        )
+    return needed
+
+
+def _check_jpeg(image: Any, file: Any, name: str) -> int:
+    """Bytes a pixel that the decoder holds: all coefficients if there is more than one scan."""
+    scans = _count(file, b"\xff\xda")  # at least as many as there are: thumbnails count, too
+    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise ImageError(
+            f"{name}: has {scans} scans of {image.width} x {image.height} px, a bomb; save it again"
+        )
+    if scans < 2:
+        return 0
+    # A layer is its id, how often it is sampled down and across, and its table.
+    across, down = (max(layer[i] for layer in image.layer) for i in (2, 1))
+    samples = sum(layer[1] * layer[2] for layer in image.layer)
+    return -(-2 * samples // max(across * down, 1))
+
+
+def _check_tiff(image: Any, file: Any, name: str) -> tuple[int, int]:
+    """Pixels including those of tiles that lie outside, and bytes for each that libtiff holds."""
+    coding, tags = image.info["compression"], image.tag_v2
+    if coding not in TIFF_CODINGS:
+        raise ImageError(f"{name}: is coded with {coding}, which is not read; save it as PNG")
+    width, height = tags[WIDTH], tags[HEIGHT]  # the image's own are those it has upright
+    if TILE_WIDTH in tags:
+        across, down = tags[TILE_WIDTH], tags.get(TILE_HEIGHT, 0)
+        if not isinstance(across, int) or not isinstance(down, int) or min(across, down) < 1:
+            raise ImageError(f"{name}: has tiles of no size; save it again")
+        width, height = -(-width // across) * across, -(-height // down) * down
+    sizes = _as_tuple(tags.get(TILE_SIZES, tags.get(STRIP_SIZES, ())))
+    covered = sum((x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1), *_ in image.tile)
+    if len(sizes) > MAX_TIFF_PIECES or len(image.tile) > MAX_TIFF_PIECES:
+        count = max(len(sizes), len(image.tile))
+        raise ImageError(
+            f"{name}: has {count} strips or tiles, more than {MAX_TIFF_PIECES}; save it as PNG"
+        )
+    if width * height > MAX_IMAGE_PIXELS or covered > MAX_TIFF_COVER * width * height:
+        raise ImageError(f"{name}: its strips or tiles cover it many times, a bomb; save it as PNG")
+    if coding == "jpeg":
+        pieces = max(len(sizes), 1)
+        scans, end = _count(file, b"\xff\xda"), file.seek(0, 2)
+        if scans > MAX_SCANS_OF_A_PIECE * pieces or sum(sizes) > end:
+            raise ImageError(f"{name}: has {scans} scans in {pieces} strips, a bomb; save it again")
+    bits = sum(_as_tuple(tags.get(BITS, 1)))
+    return width * height, 0 if coding == "raw" else -(-bits // 8)
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _count(file: Any, mark: bytes) -> int:
+    """How often a mark is in a file, which need not fit in memory."""
+    place, count, rest = file.tell(), 0, b""
+    file.seek(0)
+    while block := file.read(BLOCK):
+        block = rest + block
+        count += len(re.findall(mark, block))  # several times faster than bytes.count
+        rest = block[1 - len(mark) :]
+    file.seek(place)
+    return count
+
+
+def _webp_size(head: bytes) -> tuple[int, int] | None:
+    """Width and height of a WebP's canvas, px; Pillow allocates it on opening.
+
+    Source: RFC 9649 and, for the two codings, RFC 6386 and the lossless bitstream of RFC 9649.
+    """
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    if head[12:16] == b"VP8X":
+        width, height = (int.from_bytes(head[i : i + 3], "little") for i in (24, 27))
+        return width + 1, height + 1
+    if head[12:16] == b"VP8L":
+        (bits,) = struct.unpack("<I", head[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", head[26:30])
+    return width & 0x3FFF, height & 0x3FFF
