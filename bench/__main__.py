@@ -1,12 +1,18 @@
-"""The command line: `python -m bench counts|roofline|compare|mac`."""
+"""The command line: `python -m bench counts|roofline|compare|mac|attacks`."""
 
 import argparse
 import sys
 
-from . import compare, counts, mac, roofline
+from . import attacks, compare, counts, mac, roofline
 from .record import add_record, keep, surroundings
 
-COMMANDS = {"counts": counts, "roofline": roofline, "compare": compare, "mac": mac}
+COMMANDS = {
+    "counts": counts,
+    "roofline": roofline,
+    "compare": compare,
+    "mac": mac,
+    "attacks": attacks,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

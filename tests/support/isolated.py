@@ -42,6 +42,12 @@ def run(cases: Sequence[tuple[str, list[str]]], timeout_s: float = 120) -> list[
         outcomes += [Outcome(**json.loads(line)) for line in done.stdout.splitlines()]
         if done.returncode:
             outcomes.append(Outcome(done.returncode, err=f"died: {done.stderr[-500:]}"))
+    if record := os.environ.get("ATTACKS_RECORD"):  # of `python -m bench attacks`
+        with Path(record).open("a") as file:
+            for (kind, arguments), outcome in zip(cases, outcomes, strict=True):
+                what = outcome.err.partition(": ")[2][:80] or Path(arguments[0]).name
+                costs = {"seconds": outcome.seconds, "grown_mb": outcome.grown_mb}
+                file.write(json.dumps({"kind": kind, "what": what, **costs}) + "\n")
     return outcomes
 
 

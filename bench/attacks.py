@@ -1,0 +1,132 @@
+"""What hostile files cost, and what is left of a command that is killed.
+
+Runs every attack of tests/security, and kills conversions and embedding runs at random moments.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.calibration import drawn_images
+
+from . import ROOT
+from .record import table
+
+IMAGES = 48
+WORST = 3  # attacks of a kind that are shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kills", type=int, default=100, metavar="N", help="of each command (default: 100)"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        outcomes = attack(directory / "outcomes.jsonl")
+        kills = {
+            "convert": kill_conversions(directory, args.kills),
+            "embed": kill_embedding(directory, args.kills),
+        }
+    rows = [
+        [kind, count, *worst]
+        for kind in sorted({outcome["kind"] for outcome in outcomes})
+        for count, *worst in _worst([o for o in outcomes if o["kind"] == kind])
+    ]
+    costs = table(["what is attacked", "attacks", "seconds", "MB", "by"], rows)
+    left = table(["command", "killed", "damaged or lost"], [[k, *v] for k, v in kills.items()])
+    return f"{costs}\n\n{left}", {"attacks": outcomes, "kills": kills}
+
+
+def attack(file: Path) -> list[dict[str, Any]]:
+    """Time and memory of every attack that tests/security runs in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/security"]
+    environment = os.environ | {"ATTACKS_RECORD": str(file)}
+    subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _worst(outcomes: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """Rows for the slowest and for the largest."""
+    for measure in ("seconds", "grown_mb"):
+        for outcome in sorted(outcomes, key=lambda o: -o[measure])[:WORST]:
+            seconds, megabytes = f"{outcome['seconds']:.2f}", f"{outcome['grown_mb']:.0f}"
+            yield len(outcomes), seconds, megabytes, outcome["what"]
+
+
+def kill_conversions(directory: Path, kills: int) -> tuple[int, int]:
+    """How many conversions were killed, and after how many something else than all was there."""
+    target, whole = directory / "converted", directory / "whole"
+    command = ["-m", "convert", "--model", "demo", "--quiet", "--mlx-path"]
+    started = time.monotonic()
+    subprocess.run([sys.executable, *command, str(whole)], cwd=ROOT, check=True)
+    seconds, expected = time.monotonic() - started, _weights(whole)
+    killed = bad = 0
+    moments = random.Random(0)
+    while killed < kills:
+        if _kill_after(moments.uniform(0, 1.2 * seconds), [*command, str(target)]):
+            killed += 1
+        bad += target.exists() and _weights(target) != expected
+        shutil.rmtree(target, ignore_errors=True)
+    subprocess.run([sys.executable, *command, str(target)], cwd=ROOT, check=True)
+    return killed, bad + (_weights(target) != expected)
+
+
+def _weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def kill_embedding(directory: Path, kills: int) -> tuple[int, int]:
+    """The same of embedding runs, each of which goes on where the one before was killed."""
+    pictures, output = directory / "pictures", directory / "embedded.npz"
+    pictures.mkdir()
+    for i, image in enumerate(drawn_images(IMAGES)):
+        image.save(pictures / f"{i:03}.png")
+    command = ["-m", "mlx_mobileclip", "embed", "--model", "demo", "--images", str(pictures)]
+    command += ["--batch-size", "2", "--quiet", "--output", str(output)]
+    started = time.monotonic()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    seconds, expected = time.monotonic() - started, _rows(output)
+    output.unlink()
+    killed = bad = 0
+    moments = random.Random(1)
+    while killed < kills:
+        if _kill_after(moments.uniform(0, 1.2 * seconds), command):
+            killed += 1
+        if output.exists():
+            bad += not np.allclose(_rows(output), expected, atol=1e-6)
+            output.unlink()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return killed, bad + (not np.allclose(_rows(output), expected, atol=1e-6))
+
+
+def _rows(output: Path) -> Any:
+    with np.load(output) as stored:
+        return stored["embeddings"]
+
+
+def _kill_after(seconds: float, arguments: list[str]) -> bool:
+    """Start a command and kill it; returns whether it was still running."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        _, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return True
+    if process.returncode:
+        raise RuntimeError(f"a command that was not killed failed: {error.decode()[-500:]}")
+    return False
