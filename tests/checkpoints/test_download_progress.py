@@ -38,7 +38,8 @@ def in_a_terminal(command_line: list[str], environment: dict[str, str]) -> bytes
 def test_size_and_progress_are_shown_before_the_answer_and_not_again(tmp_path: Path) -> None:
     server = HubServer(synthetic.write_layout(tmp_path / "repository", "llava_qwen2"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    unset = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS")  # by other tests
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
     command_line = [sys.executable, "-m", "mlx_fastvlm.generate", "--model", REPOSITORY]
     command_line += ["--image", "examples/scene.png", "--prompt", "Hi", "--max-tokens", "3"]

@@ -38,7 +38,7 @@ def test_share_found() -> None:
     found = similarities("demo", count=60, among=60)
     print(found)  # seen with -rP
     assert found.keys() >= FLOORS.keys()
-    assert {name: share for name, share in found.items() if share < FLOORS[name]} == {}
+    assert {name: found[name] for name, floor in FLOORS.items() if found[name] < floor} == {}
 
 
 def test_a_batch(demo: Demo) -> None:

@@ -93,11 +93,13 @@ def test_long_texts_keep_their_end_and_say_so() -> None:
     room = "cat " * 75
     assert clip_tokenizer()([room])[0].tolist() == [49406, *[2368] * 75, 49407]
     for text in ("cat " * 76, "dog " * 10_000):
-        with pytest.warns(UserWarning, match="has 760? tokens|has 10000 tokens"):
+        with pytest.warns(UserWarning, match="has 76 tokens|has more than 2500 tokens"):
             ids = clip_tokenizer()([text])
         assert ids.shape == (1, 77) and ids[0, -1] == 49407 and ids[0, 0] == 49406
     with pytest.warns(UserWarning, match="the model reads the first 75"):
         clip_tokenizer()(["x" * 10_000])
+    with pytest.warns(UserWarning, match="has more than .* tokens; the model reads the first 75"):
+        clip_tokenizer()(["a" * 2_000_000])
 
 
 def test_special_tokens_cannot_be_typed() -> None:
@@ -107,7 +109,7 @@ def test_special_tokens_cannot_be_typed() -> None:
 
 
 def test_texts_that_are_no_list() -> None:
-    for texts in ("a cat", [], [1], ["a" * 2_000_000], b"a"):
+    for texts in ("a cat", [], [1], b"a"):
         with pytest.raises(PromptError):
             clip_tokenizer()(texts)  # type: ignore[arg-type]
 
