@@ -1,4 +1,4 @@
-"""What hostile files cost, and what is left of a command that is killed.
+"""Time and memory that hostile files take, and what killed commands leave behind.
 
 Runs every attack of tests/security, and kills conversions and embedding runs at random moments.
 """
@@ -24,12 +24,16 @@ from . import ROOT
 from .record import table
 
 IMAGES = 48
-WORST = 3  # attacks of a kind that are shown
+WORST = 3  # attacks shown for each kind and measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kills", type=int, default=100, metavar="N", help="of each command (default: 100)"
+        "--kills",
+        type=int,
+        default=100,
+        metavar="N",
+        help="how often to kill each command (default: 100)",
     )
 
 
@@ -42,9 +46,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             "embed": kill_embedding(directory, args.kills),
         }
     rows = [
-        [kind, count, *worst]
+        [kind, *row]
         for kind in sorted({outcome["kind"] for outcome in outcomes})
-        for count, *worst in _worst([o for o in outcomes if o["kind"] == kind])
+        for row in _worst([o for o in outcomes if o["kind"] == kind])
     ]
     costs = table(["what is attacked", "attacks", "seconds", "MB", "by"], rows)
     left = table(["command", "killed", "damaged or lost"], [[k, *v] for k, v in kills.items()])
@@ -60,7 +64,7 @@ def attack(file: Path) -> list[dict[str, Any]]:
 
 
 def _worst(outcomes: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
-    """Rows for the slowest and for the largest."""
+    """Rows of the table: the slowest attacks, then those that take the most memory."""
     for measure in ("seconds", "grown_mb"):
         for outcome in sorted(outcomes, key=lambda o: -o[measure])[:WORST]:
             seconds, megabytes = f"{outcome['seconds']:.2f}", f"{outcome['grown_mb']:.0f}"
@@ -68,7 +72,7 @@ def _worst(outcomes: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
 
 
 def kill_conversions(directory: Path, kills: int) -> tuple[int, int]:
-    """How many conversions were killed, and after how many something else than all was there."""
+    """Number of conversions killed, and of those that left an incomplete output."""
     target, whole = directory / "converted", directory / "whole"
     command = ["-m", "convert", "--model", "demo", "--quiet", "--mlx-path"]
     started = time.monotonic()
@@ -90,7 +94,7 @@ def _weights(directory: Path) -> bytes:
 
 
 def kill_embedding(directory: Path, kills: int) -> tuple[int, int]:
-    """The same of embedding runs, each of which goes on where the one before was killed."""
+    """Number of embedding runs killed, and of wrong outputs; each run resumes the one before."""
     pictures, output = directory / "pictures", directory / "embedded.npz"
     pictures.mkdir()
     for i, image in enumerate(drawn_images(IMAGES)):

@@ -58,22 +58,14 @@ def read_foreign(
     tensors = without_prefixes(read_tensors(checkpoint.path), WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     has_tower = bool(tower_keys(tensors, layout))
-    tower: dict[str, mx.array] | None
-    if vision_from is not None:
-        if has_tower:
-            raise CheckpointError(
-                f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
-            )
-        vision, tower = _read_tower(vision_from)
+    if has_tower and vision_from is not None:
+        raise CheckpointError(
+            f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+        )
+    if has_tower:
+        vision, tower, origin = _vision_config(fields), None, None
     else:
-        vision = _vision_config(fields)
-        tower = None if has_tower else _packaged_tower(checkpoint, vision)
-        if not has_tower and tower is None:
-            raise CheckpointError(
-                f"{checkpoint.name}: carries no image tower, nor {VISION_PACKAGE} with one; add "
-                "--vision-from with the original of the same size and stage, such as "
-                "apple/FastVLM-0.5B"
-            )
+        vision, tower, origin = _separate_tower(checkpoint, fields, vision_from)
     images = image_settings(fields, checkpoint.path, vision.stride)
     config = _config(fields, vision, images)
     source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
@@ -90,11 +82,8 @@ def read_foreign(
         "revision": checkpoint.revision,
         "layout": layout.name,
     }
-    if vision_from is None and not has_tower:
-        record["vision_from"] = VISION_PACKAGE
-    elif vision_from is not None:
-        commit = f", commit {vision_from.revision}" if vision_from.revision else ""
-        record["vision_from"] = vision_from.name + commit
+    if origin is not None:
+        record["vision_from"] = origin
     return replace(config, quantization=decoder.packed, source=record), canonical
 
 
@@ -111,8 +100,26 @@ def _check_kind(fields: Fields) -> None:
         )
 
 
+def _separate_tower(
+    checkpoint: Checkpoint, fields: Fields, vision_from: Checkpoint | None
+) -> tuple[FastViTConfig, dict[str, mx.array], str]:
+    """Config and tensors of an image tower that is stored apart, and where they are from."""
+    if vision_from is not None:
+        commit = f", commit {vision_from.revision}" if vision_from.revision else ""
+        return *_read_tower(vision_from), vision_from.name + commit
+    vision = _vision_config(fields)
+    tower = _packaged_tower(checkpoint, vision)
+    if tower is None:
+        raise CheckpointError(
+            f"{checkpoint.name}: carries no image tower, nor {VISION_PACKAGE} with one; add "
+            "--vision-from with the original of the same size and stage, such as "
+            "apple/FastVLM-0.5B"
+        )
+    return vision, tower, VISION_PACKAGE
+
+
 def _packaged_tower(checkpoint: Checkpoint, vision: FastViTConfig) -> dict[str, mx.array] | None:
-    """The tower of the Core ML package beside a decoder, as in Apple's app exports, if any."""
+    """The tower in the Core ML package beside a decoder, if any (Apple's app exports)."""
     path = fetch_package(checkpoint, VISION_PACKAGE)
     if path is None:
         return None

@@ -8,6 +8,7 @@ from variations import detailed
 from world import COLOURS, KINDS, Scene
 
 LABELS = tuple(f"{colour} {kind}" for colour in COLOURS for kind in KINDS)
+DETAILED = 0.7  # share of captions with sizes, positions and numbers, where `detailed` has one
 OPENINGS = ("", "", "a photo of ", "a picture of ", "an image of ")
 
 
@@ -36,17 +37,10 @@ class Caption:
         return names == sorted(self.names) if self.whole else self.names[0] in names
 
 
-def caption(scene: Scene, rng: random.Random, details: float = 0.7) -> Caption:
-    """A description, or one in other words, with details, or of one thing only.
-
-    Args:
-        scene: What is described.
-        rng: Decides.
-        details: Share of captions that say how many there are of each size, and where, of the
-            scenes for which that does not take too long.
-    """
+def caption(scene: Scene, rng: random.Random) -> Caption:
+    """A description, the same in other words, one with details, or one of a single shape."""
     names = [shape.name for shape in scene.shapes]
-    if rng.random() < details and (said := detailed(scene)):
+    if rng.random() < DETAILED and (said := detailed(scene)):
         return Caption(rng.choice(OPENINGS) + said, tuple(names), said)
     kind = rng.random()
     if kind < 0.5:

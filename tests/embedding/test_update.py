@@ -38,7 +38,7 @@ def check(output: Path, names: list[str]) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_new_changed_gone_and_kept(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
     paths, output = many(tmp_path), tmp_path / f"x{suffix}"
     run(paths[:5], output, name="org/m")
     output.chmod(0o640)
@@ -92,7 +92,7 @@ def test_what_is_gone_with_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_output_without_stamps_is_embedded_again(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
     paths, output = many(tmp_path), tmp_path / f"x{suffix}"
     run(paths, output)
     stored = read_embeddings(output)
@@ -167,7 +167,7 @@ def test_the_old_output_stays_until_the_new_one_is_complete(
 
 
 def test_names_that_are_not_utf8_and_links(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
     odd, literal = tmp_path / os.fsdecode(b"a\xff.png"), tmp_path / r"a\udcff.png"
     paths = [paint(odd, "red"), paint(literal, "blue")]
     for suffix in SUFFIXES:
