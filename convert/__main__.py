@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="checkpoint to take the image tower from, if it has none, or for that of its package",
+        help="FastVLM: checkpoint to take the image tower from, if SRC has none, or instead of "
+        "that in its Core ML package",
     )
     parser.add_argument(
         "--layout",

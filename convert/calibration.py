@@ -37,7 +37,7 @@ LABELS = tuple(
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, or where it is, a question about it and an answer."""
+    """An image or its path, a question about it and an answer."""
 
     image: Image.Image | Path
     question: str
@@ -65,7 +65,7 @@ def _find_images(directory: Path) -> list[Path]:
     if not paths:
         raise DataError(f"{directory}: holds no picture; give a directory with some")
     for path in paths:
-        open_image(path)  # report a wrong one now; all at once would not fit in memory
+        open_image(path)  # report unreadable pictures now; kept are paths, to save memory
     return paths
 
 

@@ -139,7 +139,7 @@ class MobileCLIPSource:
 
 
 ModelSource = FastVLMSource | MobileCLIPSource
-PACKAGED_MOBILECLIPS = "apple/coreml-mobileclip"  # several variants, so it is called after none
+PACKAGED_MOBILECLIPS = "apple/coreml-mobileclip"  # holds several variants, so its name tells none
 
 
 def file_states(source: Path) -> dict[str, tuple[int, int]]:

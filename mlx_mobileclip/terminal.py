@@ -69,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _wrong_choices(message: str) -> Iterator[tuple[str, list[str]]]:
-    """The value that argparse's message refuses, and those to choose from."""
+    """The rejected value and the valid choices, from argparse's message."""
     found = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
     if found:
         yield found[1], [choice.strip(" '") for choice in found[2].split(",")]

@@ -61,7 +61,7 @@ def check_packing(target: str, packed: Packed) -> None:
 
 
 def check_image_mode(target: str, mode: str) -> None:
-    """Check that a runtime prepares images as the checkpoint wants them.
+    """Check that a runtime supports the image mode of the checkpoint.
 
     Args:
         target: One of TARGETS.

@@ -35,7 +35,7 @@ FASTVIT_NAMES = (
 
 
 def unfold(config: FastVLMConfig, tensors: Tensors) -> Tensors:
-    """The tensors that a source checkpoint holds for these canonical ones.
+    """Convert canonical tensors back to those of a source checkpoint.
 
     Args:
         config: Of the FastVLM.

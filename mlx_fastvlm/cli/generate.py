@@ -93,7 +93,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="checkpoint to take the image tower from, if it has none, or for that of its package",
+        help="checkpoint to take the image tower from, if M has none, or instead of that in its "
+        "Core ML package",
     )
     parser.add_argument(
         "--chat",

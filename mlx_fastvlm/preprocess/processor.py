@@ -28,7 +28,7 @@ from ..preprocess import chat_format as chat
 from .messages import Image, Message
 from .tokenizer import Tokenizer
 
-KEY_ROWS = 64  # of an image, hashed at a time
+KEY_ROWS = 64  # rows of an image that are hashed at a time
 
 Images = ImageSource | Sequence[ImageSource] | None
 
@@ -81,7 +81,7 @@ class Picture:
         if isinstance(source, (bytes, bytearray)):
             digest.update(source)
         else:
-            for top in range(0, source.height, KEY_ROWS):  # rather than a copy of the whole
+            for top in range(0, source.height, KEY_ROWS):  # in strips, to save a copy
                 strip = source.crop((0, top, source.width, min(top + KEY_ROWS, source.height)))
                 digest.update(strip.tobytes())
         return digest.hexdigest()

@@ -80,7 +80,7 @@ class Tokenizer:
         self._backend.add_tokens([AddedToken(content, **flags[content]) for content in flags])
         self._bytes: list[bytes | None] = [None] * self.size
         self._tokens = {i: token for token, i in self._vocab.items()}
-        # In the backend's form: it normalises those that are looked for in normalised text.
+        # The backend normalises the content of tokens that are matched in normalised text.
         self._tokens |= {e.id: self._backend.id_to_token(e.id) or e.content for e in texts}
 
     @cached_property
@@ -187,7 +187,7 @@ def read(directory: Path) -> Tokenizer:
             raise ConfigError(f"{where}: {entry.content[:40]!r} has another id in the vocabulary")
     texts = [entry for entry in added if not entry.is_control]
     for entry in texts:
-        # The backend panics where both claim the same white space.
+        # The backend panics if lstrip and rstrip of two tokens match the same white space.
         if entry.lstrip and entry.content[0].isspace() and any(other.rstrip for other in texts):
             raise ConfigError(
                 f"{where}: lstrip of {entry.content[:40]!r}, which begins with white space, is "

@@ -27,7 +27,7 @@ SUFFIX = ".matrix"
 PARTIAL = ".matrix-partial"
 MAX_ENTRY_BYTES = 256 << 20
 STALE_SECONDS = 3600  # a partial entry this old was left by a run that was killed
-# An entry is a SHA-256, this header and the values.
+# Layout of an entry: SHA-256 digest, header, values.
 DIGEST_BYTES = 32
 HEADER = struct.Struct("<8sQQ")  # dtype, rows, columns
 DTYPE = b"float32"

@@ -41,7 +41,7 @@ MOBILECLIP_FILES = ("config.json", "open_clip_config.json", "merges.txt", "LICEN
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 TORCH_FILES = ("*.pt", "*.bin", "*.pth", "*.ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
-# CoCa: models of this family that write captions, in another architecture.
+# CoCa: captioning models of this family, which have another architecture.
 CAPTIONER = re.compile(r"mobileclip2?[_-]coca", re.IGNORECASE)
 
 
@@ -210,7 +210,7 @@ def _snapshot(
     bars: list[tqdm] = []
 
     class ClosedBar(tqdm):
-        """The client leaves its bars open, and they would be drawn again over later lines."""
+        """The client leaves its bars open, and tqdm would redraw them over later output."""
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
@@ -243,7 +243,7 @@ def _download_mobileclip(name: str, revision: str | None) -> Path:
     if not any(path.glob("*.safetensors")):
         path = _snapshot(name, path.name, TORCH_FILES)  # both halves from one commit
     suffixes = {p.suffix for p in path.iterdir()}
-    # Core ML packages are fetched once it is known which.
+    # Core ML packages are fetched later, once the variant is known.
     if not suffixes & {*WEIGHT_SUFFIXES, PACKAGE_SUFFIX} and not packages_on_the_hub(
         name, path.name
     ):

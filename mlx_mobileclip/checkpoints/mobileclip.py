@@ -131,7 +131,7 @@ def canonical_tensors(
 
 
 def _weights_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that may hold its weights; those of one format, safetensors before pickles."""
+    """Candidate weight files, all of one format; safetensors before pickles."""
     if checkpoint.path.is_file():
         return [checkpoint.path]
     for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):

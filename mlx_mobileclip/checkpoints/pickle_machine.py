@@ -139,7 +139,7 @@ class _Machine:
         return items
 
     def drop(self, _: Any) -> None:
-        """As does `drop_to_mark`, in the pickle of a tuple that holds itself."""
+        """Discard the top of the stack; used in pickles of recursive tuples, as `drop_to_mark`."""
         self.pop()
 
     def drop_to_mark(self, _: Any) -> None:

@@ -95,7 +95,7 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     total = 0
     for entry in entries:
         name = entry.filename
-        # PyTorch puts the name of the file it wrote before all of them: "weights (1)/data.pkl".
+        # PyTorch prefixes every entry with the name of the file: "weights (1)/data.pkl".
         if "\\" in name or {"", ".."} & set(name.split("/")):
             raise CheckpointError(f"{where}: {name[:80]!r} is not a plain name for an entry")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:

@@ -9,7 +9,7 @@ from ..terminal import printable
 
 
 def folders_among(sources: list[str]) -> list[str]:
-    """The sources that are directories, named as the paths that `find_images` finds there."""
+    """The sources that are directories, spelled as in the paths that `find_images` returns."""
     return [str(expand(source)) for source in sources if os.path.isdir(expand(source))]  # noqa: PTH112
 
 

@@ -133,7 +133,7 @@ def _stamp(path: str) -> str | None:
 
 
 def _stamp_of_unnamed(path: str, directories: Sequence[str]) -> str | None:
-    """The stamp of a file that an update does not name; None if it is gone for certain."""
+    """Stamp of a file that an update does not name; None if the file is certainly gone."""
     stamp, file = _stamp(path), Path(path)
     if stamp is None and not file.parent.is_dir():
         searched = any(file.is_relative_to(directory) for directory in directories)

@@ -60,7 +60,7 @@ def find_images(
         raise DataError("an empty name; give a directory (. for this one), a glob or a list")
     path = expand(source)
     passed_over = PassedOver() if passed_over is None else passed_over
-    # os.path's functions take what cannot be reached for absent, where Path's raise.
+    # os.path returns False for what cannot be accessed, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
         found = [_literal(str(file)) for file in _walk(path, on_skip, passed_over)]
         if not found:

@@ -48,7 +48,7 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
             f"{path}: line {number} is not {name} (byte 0x{data[error.start]:02X}); save the file "
             "as UTF-8"
         ) from error
-    # Files that were joined bring their marks along.
+    # Concatenated files contain further byte order marks.
     lines = [line.removeprefix("\ufeff") for line in LINE_END.split(text)]
     for number, line in enumerate(lines, 1):
         if "\0" in line:

@@ -1,4 +1,4 @@
-"""How much memory image decoders may hold at once, in all threads of the process together."""
+"""Limit on the memory of image decoders, shared by all threads of the process."""
 
 import threading
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ MAX_DECODER_BYTES = 850_000_000  # leaves room for a model on a Mac of 8 GB
 
 
 class MemoryBudget:
-    """Bytes that are lent and given back; who asks for more than is left waits.
+    """Bytes that threads reserve and release; a reservation waits until enough are free.
 
     Attributes:
-        left: How many may still be lent.
+        left: Bytes that are free.
     """
 
     def __init__(self, total: int):
@@ -20,10 +20,10 @@ class MemoryBudget:
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
-        """Hold some bytes for the length of a block; one block must not be within another.
+        """Reserve bytes for the length of a block. A thread must not nest reservations.
 
         Args:
-            count: How many; at most as many as there are in all.
+            count: Bytes, at most the total.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.left >= count)

@@ -30,7 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
 MAX_IMAGE_BYTES = 512 << 20
 STRIP_PIXELS = 1 << 20  # fits a processor's cache
 ORIENTATION = 0x0112  # EXIF tag
-UPRIGHT = {  # by its values
+UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -68,8 +68,8 @@ def open_resized(
 ) -> Image.Image:
     """Open an image as `open_image` does, and resize it.
 
-    Until it is resized, its memory counts as a decoder's: where threads open large images, each
-    waits here until there is room.
+    The memory of the decoded image stays reserved until then. Threads that open large images
+    wait here until enough is free.
 
     Args:
         source: As for `open_image`.
@@ -186,7 +186,7 @@ def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
         if file is None and getattr(image, "tile", None):
             raise ImageError(f"{name}: the file of this PIL image is closed; open it again")
         needed = check_image(image, file, name)
-        if not on_opening:  # never twice: two threads could wait for each other
+        if not on_opening:  # a second reservation could deadlock with other threads
             reserved.enter_context(DECODERS.reserve(needed))
         if image.format == "TIFF":
             _silence_libtiff()
@@ -212,12 +212,12 @@ def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
 
 @cache
 def _silence_libtiff() -> None:
-    """Keep libtiff from writing a line to stderr for each damaged row; Pillow raises anyway."""
+    """Turn off libtiff's messages on stderr; Pillow raises an error anyway."""
     import ctypes
 
     from PIL import _imaging
 
-    with suppress(AttributeError, OSError):  # a Pillow with libtiff inside, or without it
+    with suppress(AttributeError, OSError):  # libtiff is linked statically, or missing
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
@@ -240,7 +240,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_bytes(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits, in strips: NumPy would need three copies of the whole."""
+    """Convert 16-bit grey to 8 bits, in strips to save copies of the whole image."""
     result = Image.new("L", image.size)
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):

@@ -1,7 +1,7 @@
-"""How much time and memory the pixels of an image file may take, found out before decoding.
+"""Bounds on the time and memory of decoding an image file, checked before decoding.
 
-A few bytes can stand for much work: a JPEG repeats scans over all of its pixels, a TIFF decodes
-tiles that lie outside of the image. What is refused here no camera or program writes.
+A small file can ask for much work: a JPEG can repeat scans over all of its pixels, a TIFF can have
+tiles outside of the image. Cameras and image editors do not write such files.
 """
 
 import re
@@ -15,14 +15,14 @@ from .decoder_memory import MAX_DECODER_BYTES
 
 MAX_IMAGE_SIDE = 16384
 MAX_IMAGE_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
-MAX_SCANNED_PIXELS = 1_200_000_000  # of all scans of a JPEG: 13 at the largest size, 100 at 12 MP
-MAX_SCANS_OF_A_PIECE = 3  # of a TIFF, coded as a JPEG: one for each colour
-MAX_EXIF_PIECES = 256  # of a JPEG; Pillow copies all of those before for each
-MAX_COLOUR_PROFILES = 16  # of a PNG, which may have one; each inflates to a megabyte
+MAX_SCANNED_PIXELS = 1_200_000_000  # JPEG: scans x pixels; 13 scans at 89 MP, 100 at 12 MP
+MAX_SCANS_OF_A_PIECE = 3  # JPEG scans of a TIFF strip or tile: one for each colour
+MAX_EXIF_PIECES = 256  # JPEG: EXIF segments; Pillow copies all earlier ones for each
+MAX_COLOUR_PROFILES = 16  # PNG: valid files have one; each can inflate to a megabyte
 MAX_TIFF_PIECES = 20_000  # strips or tiles
-MAX_TIFF_COVER = 5  # how often strips may cover the image: once for each colour and alpha
-MAX_RLE_PIXELS = 1 << 24  # Pillow decodes run lengths of a BMP in Python, a pixel at a time
-# Not LZMA, whose files choose how much memory they take, nor codings that are long out of use.
+MAX_TIFF_COVER = 5  # how often strips may cover the image: once per channel
+MAX_RLE_PIXELS = 1 << 24  # Pillow decodes run-length BMP in Python, pixel by pixel
+# Without LZMA, where the file sets the decoder's memory, and without obsolete compressions.
 TIFF_CODINGS = (
     *("raw", "tiff_ccitt", "group3", "group4", "tiff_lzw", "jpeg", "tiff_adobe_deflate"),
     *("packbits", "tiff_deflate", "zstd"),
@@ -30,7 +30,7 @@ TIFF_CODINGS = (
 WIDTH, HEIGHT, BITS, STRIP_SIZES = 256, 257, 258, 279  # tags of a TIFF
 TILE_WIDTH, TILE_HEIGHT, TILE_SIZES = 322, 323, 325
 BLOCK = 1 << 16
-WEBP_BYTES = 12  # a pixel: two canvases and the decoded frame, beside Pillow's image
+WEBP_BYTES = 12  # per pixel: two canvases and the decoded frame, besides Pillow's image
 
 
 def check_size(width: int, height: int, name: str) -> None:
@@ -48,14 +48,14 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def check_file(file: Any, name: str) -> int:
-    """Refuse what costs time or memory when Pillow opens it, before it is decoded.
+    """Refuse a file that takes much time or memory when Pillow opens it.
 
     Args:
         file: Binary file that can seek; left at its start.
         name: What errors call it.
 
     Returns:
-        Bytes that opening and decoding take, if that must be known before; else 0.
+        Bytes that opening and decoding take, if they must be reserved before opening; else 0.
 
     Raises:
         ImageError: it is a bomb.
@@ -106,7 +106,7 @@ def check_image(image: Image.Image, file: Any, name: str) -> int:
             )
     if image.format == "WEBP":
         decoder = WEBP_BYTES
-    # Once decoded it is converted, or turned upright, into a second image of 4 bytes a pixel.
+    # Converting it or applying its orientation makes a second image of 4 bytes a pixel.
     return _check_memory(pixels, stored + max(decoder, 4), name)
 
 
@@ -121,26 +121,26 @@ def _check_memory(pixels: int, bytes_per_pixel: int, name: str) -> int:
 
 
 def _check_jpeg(image: Any, file: Any, name: str) -> int:
-    """Bytes a pixel that the decoder holds: all coefficients if there is more than one scan."""
-    scans = _count(file, b"\xff\xda")  # at least as many as there are: thumbnails count, too
+    """The decoder's bytes per pixel: with more than one scan it holds all coefficients."""
+    scans = _count(file, b"\xff\xda")  # an upper bound, as thumbnails count too
     if scans * image.width * image.height > MAX_SCANNED_PIXELS:
         raise ImageError(
             f"{name}: has {scans} scans of {image.width} x {image.height} px, a bomb; save it again"
         )
     if scans < 2:
         return 0
-    # A layer is its id, how often it is sampled down and across, and its table.
+    # A layer is (id, horizontal and vertical sampling factor, table).
     across, down = (max(layer[i] for layer in image.layer) for i in (2, 1))
     samples = sum(layer[1] * layer[2] for layer in image.layer)
     return -(-2 * samples // max(across * down, 1))
 
 
 def _check_tiff(image: Any, file: Any, name: str) -> tuple[int, int]:
-    """Pixels including those of tiles that lie outside, and bytes for each that libtiff holds."""
+    """Pixels to decode, including the padding of tiles, and libtiff's bytes per pixel."""
     coding, tags = image.info["compression"], image.tag_v2
     if coding not in TIFF_CODINGS:
         raise ImageError(f"{name}: is coded with {coding}, which is not read; save it as PNG")
-    width, height = tags[WIDTH], tags[HEIGHT]  # the image's own are those it has upright
+    width, height = tags[WIDTH], tags[HEIGHT]  # image.width and height are after orientation
     if TILE_WIDTH in tags:
         across, down = tags[TILE_WIDTH], tags.get(TILE_HEIGHT, 0)
         if not isinstance(across, int) or not isinstance(down, int) or min(across, down) < 1:
@@ -169,7 +169,7 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
 
 
 def _count(file: Any, mark: bytes) -> int:
-    """How often a mark is in a file, which need not fit in memory."""
+    """Count a byte sequence in a file that need not fit in memory."""
     place, count, rest = file.tell(), 0, b""
     file.seek(0)
     while block := file.read(BLOCK):
@@ -181,7 +181,7 @@ def _count(file: Any, mark: bytes) -> int:
 
 
 def _webp_size(head: bytes) -> tuple[int, int] | None:
-    """Width and height of a WebP's canvas, px; Pillow allocates it on opening.
+    """Width and height in px of a WebP's canvas, which Pillow allocates on opening.
 
     Source: RFC 9649 and, for the two codings, RFC 6386 and the lossless bitstream of RFC 9649.
     """

@@ -41,8 +41,8 @@ MAX_MERGES_BYTES = 4 << 20  # CLIP's take half a megabyte
 WORD_END = "</w>"
 # U+0345 drops out, as in the reference, to whose case-blind pattern it is no mark and no letter.
 WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
-MAX_TEXT = 10_000  # characters read; far more than any 77 ids stand for
-MAX_MARKS = 256  # accents on one letter, say; NFC takes the square of their number
+MAX_TEXT = 10_000  # characters read; far more than 77 ids can cover
+MAX_MARKS = 256  # in a row; NFC takes quadratic time in their number
 SHOWN = 40  # characters of a text in a message
 
 Merges = list[tuple[str, str]]
@@ -202,7 +202,7 @@ def _check_marks(text: str) -> None:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether NFC sorts it among its neighbours; some do only once they are decomposed."""
+    """Whether NFC reorders it; some characters are reordered only after decomposition."""
     return unicodedata.combining(unicodedata.normalize("NFD", character)[0]) > 0
 
 

@@ -79,7 +79,7 @@ def test_shared_options_are_shared() -> None:
 
 
 def test_every_command_has_a_section() -> None:
-    """A new command or its section would otherwise be left out of these tests."""
+    """The other tests would not notice a command without a section."""
     [table] = PAGE.introduction.tables()
     assert {code_spans(row[1])[0] for row in table} == {
         name.replace("convert", "mlx-fastvlm-convert") for name in PARSERS

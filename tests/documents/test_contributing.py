@@ -23,7 +23,7 @@ def test_files_exist(path: str) -> None:
 
 
 def defined(path: str) -> set[str]:
-    """Functions, classes and variables that a file defines."""
+    """Names of the functions, classes and variables defined in a file."""
     nodes = list(ast.walk(ast.parse((ROOT / path).read_text())))
     variables = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return variables | {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
@@ -48,7 +48,7 @@ def test_every_suite_and_extra() -> None:
 
 
 def test_checks_are_those_of_ci() -> None:
-    """Each command of the table but the two that it excepts."""
+    """Every command of the table is in .ci/run, except the two that it says are not."""
     ci = (ROOT / ".ci" / "run").read_text()
     rows = PAGE["Checks"].rows()
     [everything] = (row for row in rows if row[1] == "`.ci/run`")

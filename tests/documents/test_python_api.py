@@ -117,7 +117,7 @@ def members(value: type) -> dict[str, list[str] | None]:
 
 @pytest.fixture(scope="module")
 def demo() -> dict[str, Any]:
-    """Instances whose attributes the page may name as well."""
+    """Instances; the page may also document their attributes."""
     fastvlm, fastvlm_processor = mlx_fastvlm.load("demo")
     mobileclip, mobileclip_processor = mlx_mobileclip.load("demo")
     return {
@@ -145,7 +145,7 @@ def test_no_section_is_of_a_name_that_is_gone() -> None:
 
 
 def test_names_of_ours_beside_other_libraries() -> None:
-    """What the tables call ours must exist."""
+    """Every name of ours in the comparison tables exists."""
     names = {name for _, name, _ in NAMES}
     for _, _, value in NAMES:
         names |= parameters(value).keys()

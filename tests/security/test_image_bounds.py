@@ -120,7 +120,7 @@ def test_is_read_within_the_bounds(outcomes: dict[str, isolated.Outcome], name: 
 
 
 def test_an_open_image_is_checked_as_well() -> None:
-    """One that a caller opened, but that Pillow has not decoded yet."""
+    """A PIL image that the caller has opened and Pillow has not decoded yet."""
     image = Image.open(io.BytesIO(bombs.baseline_scans(3000)))
     with pytest.raises(ImageError, match="has 3000 scans"):
         open_image(image)

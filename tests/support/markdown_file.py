@@ -24,7 +24,7 @@ class Section:
     blocks: list[tuple[str, str]] = field(default_factory=list)
 
     def tables(self) -> list[list[list[str]]]:
-        """Tables as rows of cells, without the row of headings."""
+        """The tables, each as rows of cells without the header."""
         tables: list[list[list[str]]] = []
         inside = False
         for line in self.lines:

@@ -1,7 +1,8 @@
 """The constants of a program as arrays: plain, palettised, quantised or sparse.
 
-Whether a constant is sound and how large it is, is checked at once; its data is read when it is
-first asked for. Forms: coremltools 9.0 `converters/mil/mil/ops/defs/iOS16/constexpr_ops.py` and
+Types and sizes are checked at once; data is read lazily.
+
+Source of the forms: coremltools 9.0 `converters/mil/mil/ops/defs/iOS16/constexpr_ops.py` and
 `iOS18/compression.py`; checked on what it writes.
 """
 
@@ -19,22 +20,22 @@ from .package import Blob
 Array = NDArray[Any]
 
 # Data types of MIL: bits of an element, and NumPy's type for its values once unpacked.
-# 4 is left out: bfloat16 and float8, which coremltools writes no weights of vision models in.
+# bfloat16 and float8 are left out: coremltools does not write vision weights in them.
 TYPES: dict[int, tuple[int, str]] = {
     1: (8, "?"), 10: (16, "<f2"), 11: (32, "<f4"),
     21: (8, "i1"), 22: (16, "<i2"), 23: (32, "<i4"), 25: (4, "i1"),
     31: (8, "u1"), 32: (16, "<u2"), 33: (32, "<u4"),
     35: (4, "u1"), 36: (2, "u1"), 37: (1, "u1"), 38: (6, "u1"), 39: (3, "u1"),
 }  # fmt: skip
-# The code that a blob's record has for each of these.
+# MIL's code by the code in the record of a blob.
 BLOB_KINDS = {
     1: 10, 2: 11, 3: 31, 4: 21, 6: 22, 7: 32, 8: 25, 9: 37, 10: 36, 11: 35, 12: 39, 13: 38,
     14: 23, 15: 33,
 }  # fmt: skip
 MAX_DIMENSIONS = 12  # a blockwise palette has two more than its weight
 MAX_ELEMENTS = 1 << 31
-MAX_DEPTH = 4  # constants made of constants
-MAX_TABLES = 256  # entries of palettes for each element, where each block has its own
+MAX_DEPTH = 4  # of constants that are made from constants
+MAX_TABLES = 256  # entries of lookup tables per element, if each block has a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A constant whose data is read when it is asked for.
+    """A constant whose data is read lazily.
 
     Attributes:
         name: Its name in the program.
@@ -98,7 +99,7 @@ def stored(name: str, found: TensorType, blob: Blob, where: str) -> Constant:
 
 
 def inline(name: str, found: TensorType, values: Array, where: str) -> Constant:
-    """A constant whose values, flat, stand in the model itself."""
+    """A constant whose values are stored in the model file itself, as a flat array."""
     if found.code in TYPES and values.dtype == np.uint8:  # as bytes
         if _needed(found) != len(values):
             raise _error(where, name, f"has {len(values)} bytes, not as its shape says")
@@ -111,7 +112,7 @@ def inline(name: str, found: TensorType, values: Array, where: str) -> Constant:
 
 
 def expanded(kind: str, name: str, found: TensorType, given: Arguments, where: str) -> Constant:
-    """A constant that an operation makes of others when the model is loaded.
+    """A compressed constant, which an operation expands when the model is loaded.
 
     Args:
         kind: The operation.
@@ -155,7 +156,7 @@ def _error(where: str, name: str, what: str) -> CheckpointError:
 
 
 def _needed(found: TensorType) -> int:
-    """Bytes of the data of a type; -1 if there can be none."""
+    """Size in bytes of a value of this type; -1 if the type is not valid."""
     if found.code not in TYPES or any(size < 1 for size in found.shape):
         return -1
     if found.elements > MAX_ELEMENTS:
@@ -164,7 +165,7 @@ def _needed(found: TensorType) -> int:
 
 
 def _unpacked(data: NDArray[np.uint8], found: TensorType) -> Array:
-    """Bytes as an array; elements of less than a byte are put into one each."""
+    """Decode bytes to an array; elements of less than a byte take one byte each."""
     bits, dtype = TYPES[found.code]
     if bits >= 8:
         return data.view(dtype).reshape(found.shape)
@@ -181,9 +182,9 @@ Shape = tuple[int, ...]
 
 
 def _palette(parts: Parts, shape: Shape) -> Array:
-    """Each element is an entry of a table, or of the table of its block."""
+    """Look each element up in a table, or in the table of its block."""
     table, indices = parts["lut"], parts["indices"]
-    if table.ndim == 1:  # iOS 16: indices of as few bits as the table needs, in bytes
+    if table.ndim == 1:  # iOS 16: indices packed in as few bits as the table needs
         bits = len(table).bit_length() - 1
         found = TensorType({1: 37, 2: 36, 4: 35, 6: 38, 8: 31}[bits], shape)
         if _needed(found) != indices.size:
@@ -198,7 +199,7 @@ def _palette(parts: Parts, shape: Shape) -> Array:
 
 
 def _affine(parts: Parts, shape: Shape) -> Array:
-    """Of iOS 16: (quantised - zero point) * scale, one of each for all or for each channel."""
+    """In iOS 16: (quantised - zero point) * scale, per tensor or per channel."""
     values, axis = parts["quantized_data"].astype(np.float32), int(parts["axis"])
     channel = [1] * values.ndim
     channel[axis] = -1
@@ -210,7 +211,7 @@ def _affine(parts: Parts, shape: Shape) -> Array:
 
 
 def _blockwise(parts: Parts, shape: Shape) -> Array:
-    """Of iOS 18: (quantised - offset) * scale, one of each for every block."""
+    """In iOS 18: (quantised - offset) * scale, per block."""
     values = parts["data"].astype(np.float32)
     if "offset" in parts:
         values = values - _by_block(parts["offset"].astype(np.float32), values.shape)
@@ -218,9 +219,9 @@ def _blockwise(parts: Parts, shape: Shape) -> Array:
 
 
 def _sparse(parts: Parts, shape: Shape) -> Array:
-    """The elements that the mask marks, zeros elsewhere."""
+    """Values where the mask is set, zeros elsewhere."""
     values, mask = parts["nonzero_data"], parts["mask"]
-    if mask.shape != shape:  # iOS 16: bits in bytes
+    if mask.shape != shape:  # iOS 16: packed bits
         found = TensorType(37, shape)
         if _needed(found) != mask.size:
             raise ValueError(f"a mask of {mask.size} bytes")
@@ -237,7 +238,7 @@ def _cast(parts: Parts, shape: Shape) -> Array:
 
 
 def _by_block(values: Array, shape: Shape) -> Array:
-    """Values of blocks, each repeated for all elements of its block."""
+    """Repeat values per block to the shape of the elements."""
     if values.ndim != len(shape) or any(n % m for n, m in zip(shape, values.shape, strict=True)):
         raise ValueError(f"blocks of shape {values.shape}")
     for axis, size in enumerate(shape):

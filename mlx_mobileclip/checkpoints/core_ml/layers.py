@@ -1,8 +1,8 @@
 """The layers of a program, in the order of the dataflow.
 
-A layer is an operation with weights, or one that a tower is told apart by: an activation, a
-softmax. Towers are chains of such layers: each takes what the one before has given, whatever is
-reshaped, added or multiplied between them. Names play no part.
+A layer is an operation with weights, an activation or a softmax. A tower is a chain of layers:
+each consumes the output of the one before, which may be reshaped, added or multiplied in between.
+Names are not used.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from ...errors import CheckpointError
 from .constants import Constant
 from .program import Operation, Program
 
-# What computes with values alone. An operation of another kind may change the result in a way
-# that the weights do not show, so it is refused.
+# Operations without weights that may stand between layers. All others are refused, as they could
+# change the result unnoticed.
 WITHOUT_WEIGHTS = {
     *("add", "sub", "mul", "real_div", "square", "pow", "sqrt", "rsqrt", "matmul"),
     *("reshape", "transpose", "squeeze", "expand_dims", "split", "concat", "stack", "tile"),
@@ -25,7 +25,7 @@ WITHOUT_WEIGHTS = {
     *("reduce_l2_norm", "l2_norm", "maximum", "clip"),  # embeddings scaled to length 1
     *("shape", "fill", "range_1d", "greater_equal", "less", "select"),  # indices
 }
-# Layers with weights, and which of their parameters those are.
+# Operations with weights, and the parameters that hold them.
 WEIGHTS = {
     "conv": ("weight", "bias"),
     "linear": ("weight", "bias"),
@@ -39,8 +39,8 @@ WEIGHTS = {
     "scaled_dot_product_attention": ("attn_mask",),
 }
 ACTIVATIONS = ("gelu", "relu", "sigmoid", "softmax")
-MAX_SETTING = 16  # numbers of a setting, such as a padding
-PIXEL_SCALE = 1 / 255  # of an input that is an image: the towers are given values from 0 to 1
+MAX_SETTING = 16  # elements of a setting, such as a padding
+PIXEL_SCALE = 1 / 255  # of image inputs: towers take values from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +63,17 @@ class Layer:
     behind: str
 
     def integers(self, parameter: str) -> tuple[int, ...]:
-        """A setting that is made of whole numbers, or empty if there is none."""
+        """The integers of a setting; empty if there are none."""
         values = self._values(parameter)
         return tuple(int(n) for n in values) if values.dtype.kind in "iub" else ()
 
     def text(self, parameter: str) -> str:
-        """A setting that is a text, or empty if there is none."""
+        """The text of a setting; empty if there is none."""
         values = self._values(parameter)
         return str(values[0]) if values.size == 1 and values.dtype.kind == "O" else ""
 
     def number(self, parameter: str) -> float:
-        """A setting that is a number, or 0 if there is none."""
+        """The number of a setting; 0 if there is none."""
         values = self._values(parameter)
         return float(values[0]) if values.size == 1 and values.dtype.kind == "f" else 0.0
 
@@ -85,14 +85,14 @@ class Layer:
 
 
 def layers_of(program: Program) -> tuple[list[Layer], list[str]]:
-    """The layers of a program in order, and the names of arrays that nothing uses.
+    """The layers of a program in order, and the names of float arrays that no operation uses.
 
     Raises:
         CheckpointError: the layers are no chain, or an operation is not known or uses weights
             in a way that is not.
     """
     found: list[Layer] = []
-    last = dict.fromkeys(program.inputs, -1)  # by value, the number of the latest layer before it
+    last = dict.fromkeys(program.inputs, -1)  # by value: index of the latest layer it depends on
     behind = dict.fromkeys(program.inputs, "")
     used: set[str] = set()
     for operation in program.operations:
@@ -117,12 +117,12 @@ def layers_of(program: Program) -> tuple[list[Layer], list[str]]:
 
 
 def is_array(constant: Constant) -> bool:
-    """Whether a constant can be a weight: an array of floats."""
+    """Whether a constant can hold weights: a float array with more than one element."""
     return constant.type.is_float and constant.type.elements > 1
 
 
 def _layers(operation: Operation, behind: str) -> list[Layer]:
-    """The layers that an operation amounts to, mostly one or none."""
+    """The layers of an operation, in most cases one or none."""
     kind, names = operation.kind, WEIGHTS.get(operation.kind, ())
     weights = {n: c for n, c in operation.constants.items() if n in names and is_array(c)}
     settings = {n: c for n, c in operation.constants.items() if n not in weights}
@@ -140,7 +140,7 @@ def _layers(operation: Operation, behind: str) -> list[Layer]:
 
 
 def _check_arrays(operation: Operation, layers: list[Layer], where: str) -> None:
-    """Check that all arrays an operation is given are weights of its layers."""
+    """Check that every float array given to an operation is a weight of its layers."""
     weights = [constant for layer in layers for constant in layer.weights.values()]
     for parameter, constant in operation.constants.items():
         if is_array(constant) and constant not in weights:
@@ -151,7 +151,7 @@ def _check_arrays(operation: Operation, layers: list[Layer], where: str) -> None
 
 
 def _check(operation: Operation, where: str, *, first: bool) -> None:
-    """Check an operation that is no layer; `first` if no layer stands before it."""
+    """Check an operation that is not a layer; `first` if no layer comes before it."""
     if operation.kind not in WITHOUT_WEIGHTS:
         raise CheckpointError(f"{where}: {operation.shown} is of a kind that no known tower has")
     for constant in operation.constants.values():
@@ -166,7 +166,7 @@ def _check(operation: Operation, where: str, *, first: bool) -> None:
 
 
 def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without axes of size 1 at its beginning."""
+    """The shape without leading axes of size 1."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape

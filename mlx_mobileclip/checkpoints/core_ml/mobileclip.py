@@ -1,6 +1,6 @@
-"""MobileCLIP out of two Core ML packages, as in apple/coreml-mobileclip.
+"""MobileCLIP from two Core ML packages, as in apple/coreml-mobileclip.
 
-A package is called after the variant and the tower, `mobileclip_s2_image.mlpackage`.
+A package is named after the variant and the tower, `mobileclip_s2_image.mlpackage`.
 """
 
 import math
@@ -19,14 +19,14 @@ from .towers import read_image_tower, read_text_tower
 
 PACKAGE_NAME = re.compile(r"(.+)_(image|text)" + re.escape(SUFFIX))
 LAYOUT = Layout("Core ML", {"image": "image.", "text": "text."}, apple=False)
-# Packages hold towers only. Training stops the scale at 100, and Apple's examples use that.
+# Packages hold only the towers. Training clips the factor at 100, which Apple's examples use.
 LOGIT_SCALE = math.log(100)
 
-Towers = dict[str, str]  # by "image" and "text", the package's name
+Towers = dict[str, str]  # name of the package of "image" and of "text"
 
 
 def packages_by_variant(names: Iterable[str]) -> dict[str, Towers]:
-    """The packages that hold towers of published models, by variant."""
+    """The packages of published models by variant; others are left out."""
     found: dict[str, Towers] = {}
     for name in names:
         match = PACKAGE_NAME.fullmatch(name)
@@ -59,7 +59,7 @@ def find_towers(checkpoint: Checkpoint, variant: str | None) -> tuple[str, Tower
     wanted = variant_named(variant) if variant is not None else None
     found = packages_by_variant(packages_here(checkpoint))
     if wanted is None or len(found.get(wanted, {})) < len(LAYOUT.prefixes):
-        # The Hub may have more than was fetched before.
+        # The Hub may have packages that were not fetched before.
         on_the_hub = packages_on_the_hub(checkpoint.name, checkpoint.revision)
         found = packages_by_variant({*packages_here(checkpoint), *on_the_hub})
     if not found or (variant is not None and wanted is None):

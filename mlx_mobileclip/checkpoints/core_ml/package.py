@@ -1,6 +1,6 @@
 """The files of a Core ML package, and the blobs in its weight.bin.
 
-Layout of weight.bin: coremltools 9.0 `mlmodel/src/MILBlob/Blob/StorageFormat.hpp`.
+Source of the layout of weight.bin: coremltools 9.0 `mlmodel/src/MILBlob/Blob/StorageFormat.hpp`.
 """
 
 import os
@@ -24,7 +24,7 @@ PARTS = (MANIFEST, MODEL, WEIGHTS)
 MAX_MODEL_BYTES = 16 << 20  # FastViTHD's has 0.8 MB, without its weights
 BLOB_VERSION = 2
 HEADER = struct.Struct("<II")  # blobs, version
-RECORD = struct.Struct("<IIQQQ")  # mark, type, bytes, place of the data, bits of padding
+RECORD = struct.Struct("<IIQQQ")  # mark, type, bytes, offset of the data, padding bits
 RECORD_BYTES = 64
 RECORD_MARK = 0xDEADBEEF
 
@@ -64,7 +64,7 @@ class Package:
         for part in PARTS:
             self._check(part)
         self._weights: NDArray[np.uint8] | None = None
-        self._places: list[tuple[int, int]] = []  # begin and end of the blobs read, in order
+        self._places: list[tuple[int, int]] = []  # start and end of each blob read, sorted
 
     def model(self) -> bytes:
         """The contents of model.mlmodel."""
@@ -85,7 +85,7 @@ class Package:
         return path.read_bytes()
 
     def blob(self, offset: int) -> Blob:
-        """The blob whose record lies at a place of weight.bin."""
+        """The blob whose record is at an offset of weight.bin."""
         if self._weights is None:
             self._weights = self._map()
         size = len(self._weights)
@@ -124,7 +124,7 @@ class Package:
         try:
             real, root = path.resolve(strict=True), self.path.resolve()
             regular = stat.S_ISREG(real.stat().st_mode)
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise CheckpointError(
                 f"{self.where}: {part} is missing from the package; download it again"
             ) from error
@@ -138,7 +138,7 @@ class Package:
 
 
 def _blobs_of_the_cache(package: Path) -> Path | None:
-    """Where the files lie that a snapshot in the Hub's cache links to."""
+    """The directory in the Hub's cache that the links of a snapshot lead to."""
     snapshots = package.parent.parent
     if snapshots.name != "snapshots":
         return None

@@ -1,7 +1,8 @@
 """The operations of an ML program, in the order in which they run.
 
-An ML program is straight: each operation takes values that stand before it and names what it
-gives. Message and field numbers: coremltools 9.0 `mlmodel/format/Model.proto`, `MIL.proto`.
+An ML program has no branches: each operation takes earlier values and names its results.
+
+Source of message and field numbers: coremltools 9.0 `mlmodel/format/Model.proto`, `MIL.proto`.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from .constants import MAX_DIMENSIONS, Constant, TensorType, expanded, inline, s
 from .package import Package
 from .protobuf import Budget, Message
 
-ML_PROGRAM = 502  # field of a model; other kinds of model stand in other fields
+ML_PROGRAM = 502  # field of a model; other kinds of models use other fields
 WEIGHT_FILES = ("@model_path/weights/weight.bin", "weights/weight.bin")
 MAX_OPERATIONS = 20_000  # constants included; FastViTHD has 2,000
 UNKNOWN_SIZE = -1
@@ -41,13 +42,13 @@ class Operation:
 
     @property
     def shown(self) -> str:
-        """What messages call it."""
+        """Its description in messages."""
         return f"operation {self.kind[:40]} {next(iter(self.outputs), '')[:80]!r}"
 
 
 @dataclass(slots=True)
 class Program:
-    """What a package computes.
+    """The program of a package.
 
     Attributes:
         where: The package's name, for messages.
@@ -65,7 +66,7 @@ class Program:
 
 
 def read_program(path: Path, where: str) -> Program:
-    """Read the program of a package; the data of its constants is read when it is asked for.
+    """Read the program of a package; the data of its constants is read lazily.
 
     Args:
         path: The .mlpackage directory.

@@ -1,8 +1,8 @@
-"""Read protobuf messages as hostile input, without a schema.
+"""Parse protobuf messages from untrusted input, without a schema.
 
-A message is a list of fields, each a number and a value; what a value means is for the caller to
-say. Nothing is decoded before it is asked for, and all messages of a file share one budget of
-fields, so that time and memory are bounded whatever they hold.
+A message is a list of fields, each a number and a value; the caller knows what a value means.
+Messages are decoded lazily, and all those of a file share one budget of fields, which bounds time
+and memory.
 
 Wire format: protobuf.dev, "Encoding".
 """
@@ -11,14 +11,14 @@ import struct
 
 from ...errors import CheckpointError
 
-MAX_FIELDS = 1_000_000  # of all messages that are looked into; FastViTHD's program has 66,000
+MAX_FIELDS = 1_000_000  # of all messages that are decoded; FastViTHD's program has 66,000
 MAX_VARINT_BYTES = 10
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 
 
 class Budget:
-    """How many fields may still be read of one file.
+    """The number of fields that may still be read from one file.
 
     Attributes:
         where: The file's name, for messages.
@@ -30,7 +30,7 @@ class Budget:
         self.left = left
 
     def error(self, what: str) -> CheckpointError:
-        """The error for a file that is not sound."""
+        """The error for a malformed file."""
         return CheckpointError(
             f"{self.where}: not a sound Core ML model ({what}); download it again"
         )
@@ -141,7 +141,7 @@ class Message:
 
 
 def _varint(data: memoryview, at: int, budget: Budget) -> tuple[int, int]:
-    """The 64-bit integer at a place, and the place after it."""
+    """The 64-bit integer at an offset, and the offset after it."""
     value = 0
     for i, byte in enumerate(data[at : at + MAX_VARINT_BYTES]):
         value |= (byte & 127) << 7 * i

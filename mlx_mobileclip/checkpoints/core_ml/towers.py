@@ -1,9 +1,9 @@
-"""From the layers of a program to the tensors of the tower that it must be.
+"""Match the layers of a program with the tower that the config describes, and take its weights.
 
-The layers are compared one by one with those the config describes, and their weights are given
-the common names (timm's and open_clip's) of a checkpoint whose branches are fused. What Core ML's
-converter has folded further is left so: BatchNorm is in the convolution before it, whose bias it
-leaves, and a layer scale is in the second layer of its ConvFFN, so that the scale is one.
+Layers are compared one by one, and their weights get the common names (timm's and open_clip's) of
+a checkpoint with fused branches. Core ML's converter folds further: BatchNorm into the convolution
+before it, which then has a bias, and layer scale into the second layer of the ConvFFN, so that the
+scale becomes 1.
 """
 
 import warnings
@@ -28,14 +28,14 @@ from .layers import Layer, layers_of, without_leading_ones
 from .program import read_program
 
 Tensors = dict[str, mx.array]
-MASKED = -1e4  # a score that no softmax lets through
+MASKED = -1e4  # scores of at most this vanish in the softmax
 EPS_TOLERANCE = 0.1  # float16 holds 1e-5 as 1.0014e-5
 
 
 def read_image_tower(
     path: Path, where: str, config: FastViTConfig | ViTConfig, embed_dim: int | None = None
 ) -> Tensors:
-    """The tensors of an image tower in a package, under common names.
+    """Read the tensors of an image tower from a package, under common names.
 
     Args:
         path: The .mlpackage directory.
@@ -58,7 +58,7 @@ def read_image_tower(
 
 
 def read_text_tower(path: Path, where: str, config: TextConfig, embed_dim: int) -> Tensors:
-    """The tensors of a text tower in a package, under common names; see `read_image_tower`."""
+    """Read the tensors of a text tower from a package; see `read_image_tower`."""
     chain = _Chain(path, where)
     D, rows = config.width, config.context_length
     chain.constant("gather", "token_embedding.weight", (config.vocab_size, D))
@@ -105,7 +105,7 @@ class _Chain:
         return layer
 
     def error(self, layer: Layer, what: str) -> CheckpointError:
-        """The error for a layer that is not as it must be."""
+        """The error for a layer that does not match the config."""
         return CheckpointError(
             f"{self.where}: {layer.shown} {what} (layer {self._at}); it is another model, or made "
             "in a way that is not known here"
@@ -172,10 +172,10 @@ class _Chain:
             self.tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
 
     def layer_norm(self, name: str, size: int, eps: float) -> None:
-        """A LayerNorm over the channels, also where it is spelled out up to its last step.
+        """A LayerNorm over the channels, also as single operations.
 
-        That step is then a BatchNorm which only multiplies and adds; Core ML's converter makes it
-        of a product and a sum, without regard to its epsilon.
+        Its last step is then a BatchNorm that only scales and shifts: Core ML's converter fuses
+        a product and a sum, so its epsilon has no meaning.
         """
         layer = self.next("layer_norm", "batch_norm")
         if layer.kind == "layer_norm":
@@ -199,7 +199,7 @@ class _Chain:
             self.put(layer, f"{name}.{theirs}", ours, (size,))
 
     def constant(self, kind: str, name: str, shape: tuple[int, ...]) -> Array:
-        """The array that is looked up in, added, multiplied or put before the values."""
+        """The array of a lookup, an addition, a product or a concatenation."""
         layer = self.next(kind)
         weights = list(layer.weights.values())
         if len(weights) != 1:
@@ -211,7 +211,7 @@ class _Chain:
         return self.tensors[name]
 
     def mask(self, length: int) -> None:
-        """The mask that hides what comes after a position; it holds no weights."""
+        """A causal mask, which holds no weights."""
         self.constant("add", "mask", (length, length))
         mask = self.tensors.pop("mask")
         above = np.triu(np.ones(mask.shape, bool), 1)
@@ -227,7 +227,7 @@ class _Chain:
     def _weight_and_bias(
         self, layer: Layer, name: str, shape: tuple[int, ...], *, keep_bias: bool = True
     ) -> None:
-        # As torch's fused attention calls its weight in_proj_weight.
+        # PyTorch's fused attention names its weight in_proj_weight.
         stem = f"{name}_" if name.endswith("in_proj") else f"{name}."
         self.put(layer, f"{stem}weight", "weight", shape)
         if "bias" not in layer.weights and keep_bias:
