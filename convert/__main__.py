@@ -3,15 +3,15 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
 from mlx_mobileclip.cli.options import add_description_arguments
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
+from mlx_mobileclip.paths import user_path
 from mlx_mobileclip.quantization import MODES
-from mlx_mobileclip.terminal import CommandParser, run_command
+from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_command
 
 from .export.runtimes import TARGETS
 from .options import ConvertOptions
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "package; for MobileCLIP also a .pt, .bin or .safetensors file",
     )
     parser.add_argument(
-        "--mlx-path", required=True, type=Path, metavar="DST", help="directory to create"
+        "--mlx-path", required=True, type=user_path, metavar="DST", help="directory to create"
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
     parser.add_argument(
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibration",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="pictures to measure the quantised model on (default: some that are drawn for it)",
     )
@@ -128,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    open_standard_streams()
     arguments = sys.argv[1:] if argv is None else argv
     values = vars(build_parser().parse_args(arguments))
     debug = values.pop("debug")

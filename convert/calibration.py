@@ -61,7 +61,8 @@ def calibration_samples(directory: Path | None) -> list[Sample]:
 def _find_images(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise DataError(f"{directory}: is no directory; give one with pictures as --calibration")
-    paths = sorted(p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)[:MAX_IMAGES]
+    found = (p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in found if p.is_file())[:MAX_IMAGES]  # links to nothing are none
     if not paths:
         raise DataError(f"{directory}: holds no picture; give a directory with some")
     for path in paths:

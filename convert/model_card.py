@@ -1,12 +1,15 @@
 """The model card: README.md of a converted checkpoint."""
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_mobileclip import __version__
+from mlx_mobileclip.paths import user_path
 from mlx_mobileclip.quantization import Packed
+from mlx_mobileclip.terminal import printable
 
 from .quantize.quality import Agreement, Closeness, Size
 
@@ -108,7 +111,7 @@ def model_card(
         quality: Table of `quality_table`; empty if nothing was quantised by this conversion.
         command_line: Arguments of `python -m convert` that repeat the conversion.
     """
-    return CARD.format(
+    card = CARD.format(
         base=f"base_model: {base_model}\n" if base_model else "",
         kind=kind,
         name=name,
@@ -120,9 +123,11 @@ def model_card(
         use=USE[kind].format(name=shlex.quote(name)),
         command=f"python -m convert {shlex.join(map(_without_folders, command_line))}",
     )
+    return printable(card, keep="\n")
 
 
 def _without_folders(argument: str) -> str:
     """Without the parent directories if it is a path: they may tell private names."""
-    path = Path(argument).expanduser()
-    return path.name if path.parent != Path() and path.parent.is_dir() else argument
+    path = user_path(argument)
+    is_path = path.parent != Path() and os.path.isdir(path.parent)  # noqa: PTH112 (never raises)
+    return path.name if is_path else argument

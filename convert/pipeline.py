@@ -1,7 +1,6 @@
 """The conversion: read, choose what to quantise, write, verify, measure, upload."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +13,9 @@ from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, name_some
 from mlx_mobileclip.models.clip import PreprocessConfig
+from mlx_mobileclip.paths import user_path
 from mlx_mobileclip.quantization import Packed, Quantization, choose
-from mlx_mobileclip.terminal import Bar, progress
+from mlx_mobileclip.terminal import Bar, progress, say
 
 from .calibration import Sample, calibration_samples
 from .export.runtimes import check_packing
@@ -87,7 +87,8 @@ def convert(
         ModelError: or one of its subclasses, such as ConfigError for options that exclude each
             other. Nothing is left behind, unless only the upload has failed.
     """
-    mlx_path, calibration = Path(mlx_path), None if calibration is None else Path(calibration)
+    mlx_path = user_path(mlx_path)
+    calibration = None if calibration is None else user_path(calibration)
     options = ConvertOptions(**locals())  # whose fields are these parameters
     run(options, options.command_line())
 
@@ -126,7 +127,7 @@ def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
         names = name_some(skipped)
         reports.append(f"not quantised, as their width is no multiple of the group size: {names}")
     if reports and not options.quiet:
-        print(*reports, sep="\n", file=sys.stderr)
+        say("\n".join(reports), keep="\n")
     if options.upload_repo:
         with progress(f"uploading to {options.upload_repo}", quiet=options.quiet) as tell:
             tell(f"uploaded: {upload(options.mlx_path, options.upload_repo)}")
@@ -172,8 +173,12 @@ def _write(
     name, revision = source.checkpoint.name, source.checkpoint.revision
     origin = f"{name}, commit {revision}" if revision else name
     change = _change(config.source.get("vision_from"), options, bool(packed))
-    copy_licence(source.checkpoint.path, directory, origin, change)
     reports, quality = list[str](), ""
+    if left_out := copy_licence(source.checkpoint.path, directory, origin, change):
+        reports.append(
+            f"not copied, as they are links to elsewhere, no files or too large: "
+            f"{name_some(left_out)}; see to the licence yourself"
+        )
     read_converted = partial(source.read_converted, directory)
     if options.verify:
         _, expected = source.to_target_layout(*_stored(source, options, packed))

@@ -1,11 +1,13 @@
 """Write the files of a checkpoint directory, completely or not at all."""
 
+import errno
 import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,11 +19,15 @@ from numpy.typing import NDArray
 
 from mlx_mobileclip.checkpoints.safetensors import STORED_DTYPES
 from mlx_mobileclip.checkpoints.weights import FLOATS, is_finite, not_finite
-from mlx_mobileclip.errors import CheckpointError
+from mlx_mobileclip.errors import CheckpointError, ModelError
+from mlx_mobileclip.json_fields import read_bounded
+from mlx_mobileclip.terminal import printable
 
 MAX_SHARD_BYTES = 5 << 30
 PARTIAL = ".partial"  # suffix of directories that are not complete yet
 CHUNK = 1 << 24  # values that are checked at a time while writing
+MAX_LICENCE_BYTES = 4 << 20
+MAX_LICENCES = 16
 LICENCE_NAME = re.compile(r"LICEN[CS]E[\w-]*(\.(md|txt|rst|pdf))?", re.IGNORECASE)
 NOTICE = """This directory holds model weights converted by mlx-fastvlm from: {source}
 {change}
@@ -36,14 +42,15 @@ or quantised copy is a derivative of them: keep this notice and the licence file
 def new_directory(target: Path) -> Iterator[Path]:
     """Create a directory that appears only if the block ends without an error.
 
-    The block writes to a temporary directory beside the target, which is renamed at the end, and
-    removed on an error. Every run has one of its own. Those of runs that were killed are removed.
+    The block writes to a directory that is moved to the target at the end. Until then it is in a
+    temporary one beside the target, into which only the user can look, and which is removed in the
+    end. Every run has one of its own. Those of runs that were killed are removed.
 
     Args:
         target: Directory to create; it must not exist yet, or be empty.
 
     Yields:
-        The temporary directory.
+        The directory to write to.
 
     Raises:
         CheckpointError: the target is in use, also by another run that ended first, or the disk is
@@ -56,10 +63,12 @@ def new_directory(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _lock(target.parent):  # no other run looks for abandoned directories meanwhile
                 _remove_abandoned(target)
-                partial.mkdir()
+                partial.mkdir(mode=0o700)
                 stack.enter_context(_lock(partial))
-            yield partial
-            partial.rename(target)  # also over an empty directory, but over no other
+            directory = partial / target.name
+            directory.mkdir()
+            yield directory
+            directory.rename(target)  # also over an empty directory, but over no other
     except (OSError, RuntimeError) as error:
         check_target(target)  # another run may have ended first
         raise CheckpointError(
@@ -85,24 +94,29 @@ def _lock(directory: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove temporary directories of ended processes: nobody holds their locks."""
-    name = re.escape(target.name)
-    partial_name = re.compile(rf"\.{name}(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}")
+    """Remove temporary directories of the user's ended processes: nobody holds their locks."""
+    partial_name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}{re.escape(PARTIAL)}")
     for path in target.parent.iterdir():
-        if partial_name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if not partial_name.fullmatch(path.name):
+            continue
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
             with _lock(path, wait=False) as abandoned:
                 if abandoned:
                     shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:
-    """Check that nothing would be overwritten.
+    """Check that the target can be written, and that nothing would be overwritten.
 
     Raises:
-        CheckpointError: the target exists and is not an empty directory, or cannot be read.
+        CheckpointError: the target exists and is not an empty directory, is a link or a mount
+            point, or its parent cannot be written.
     """
     try:
         in_use = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        fixed = "a link" if target.is_symlink() else "a mount point" if _is_mount(target) else ""
+        _check_writable(target)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{target}: cannot be written ({reason})") from error
@@ -110,6 +124,34 @@ def check_target(target: Path) -> None:
         raise CheckpointError(f"{target}: give a new directory as --mlx-path")
     if in_use:
         raise CheckpointError(f"{target}: already exists; remove it or choose another --mlx-path")
+    if fixed:
+        raise CheckpointError(
+            f"{target}: cannot be written, as it is {fixed}; give a new directory as --mlx-path, "
+            "such as one in it"
+        )
+
+
+def _is_mount(target: Path) -> bool:
+    """Whether a directory is a mount point, also one of a part of the same file system."""
+    if target.is_mount():
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:  # no Linux
+        return False
+    name = str(target.resolve()).replace(" ", "\\040")
+    return any(line.split()[4] == name for line in lines)
+
+
+def _check_writable(target: Path) -> None:
+    """Raise OSError if no directory can be made in the target's parent, or in its nearest one."""
+    parent = target.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{parent} is no directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{parent} cannot be written")
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
@@ -117,24 +159,35 @@ def write_json(path: Path, values: dict[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_licence(source: Path, target: Path, name: str, change: str) -> None:
+def copy_licence(source: Path, target: Path, name: str, change: str) -> list[str]:
     """Copy the source's licence files and write NOTICE.
 
-    A symbolic link is followed only within the source, or from a snapshot in the Hub's cache to
-    the files of its repository, so that a link in the source cannot publish a file of the user's.
+    A link is followed only as `check_link` allows, so that none in the source can publish a file
+    of the user's.
 
     Args:
         source: Directory or file of the checkpoint. What is beside a single file is not copied.
         target: Directory to write to.
         name: Of the source, for the notice.
         change: How the weights were changed, for the notice.
+
+    Returns:
+        The names of those that were not copied, as they are links to elsewhere, no files, larger
+        than 4 MB, or more than 16.
     """
-    home = source.parent.parent if source.parent.name == "snapshots" else source
-    for path in sorted(source.iterdir()) if source.is_dir() else ():
-        inside = path.resolve().is_relative_to(home.resolve())
-        if LICENCE_NAME.fullmatch(path.name) and path.is_file() and inside:
-            shutil.copyfile(path, target / path.name)
-    (target / "NOTICE").write_text(NOTICE.format(source=name, change=change))
+    paths = sorted(source.iterdir()) if source.is_dir() else []
+    licences = [path for path in paths if LICENCE_NAME.fullmatch(path.name)]
+    left_out = [path.name for path in licences[MAX_LICENCES:]]
+    for path in licences[:MAX_LICENCES]:
+        try:
+            data = read_bounded(path, MAX_LICENCE_BYTES)
+        except (ModelError, OSError):
+            left_out.append(path.name)
+        else:
+            (target / path.name).write_bytes(data)
+    notice = NOTICE.format(source=printable(name), change=printable(change, keep="\n"))
+    (target / "NOTICE").write_text(notice, encoding="utf-8")
+    return left_out
 
 
 def write_tensors(
@@ -159,7 +212,7 @@ def write_tensors(
     for i, names in enumerate(groups):
         last = f"-{i + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         file = f"model{last}.safetensors"
-        with (directory / file).open("wb") as shard:
+        with (directory / file).open("xb") as shard:
             shard.write(_header({name: tensors[name] for name in names}))
             for name in names:
                 shard.write(_data(tensors.pop(name), name))

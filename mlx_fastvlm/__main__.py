@@ -3,7 +3,7 @@
 import sys
 
 from mlx_mobileclip import __version__
-from mlx_mobileclip.terminal import CommandParser
+from mlx_mobileclip.terminal import CommandParser, open_standard_streams
 
 from .cli import generate
 
@@ -12,6 +12,7 @@ COMMANDS = {"generate": (generate.main, "answer a question about images")}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
+    open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         run, _ = COMMANDS[argv[0]]

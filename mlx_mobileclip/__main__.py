@@ -8,7 +8,7 @@ import sys
 
 from . import __version__
 from .cli import classify_command, embed_command, evaluate_command
-from .terminal import CommandParser, run_command
+from .terminal import CommandParser, open_standard_streams, run_command
 
 COMMANDS = {
     "classify": classify_command,
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    open_standard_streams()
     args = build_parser().parse_args(argv)
     return run_command(lambda: args.run(args), debug=args.debug)
 

@@ -2,6 +2,7 @@
 
 MAX_MESSAGE = 4096
 MAX_NAME = 120
+LFS_POINTER = b"version https://git-lfs."
 
 
 class ModelError(Exception):
@@ -34,6 +35,15 @@ class PromptError(ModelError):
 
 class DataError(ModelError):
     """A file of the user's data (labels, lists, texts, training shards, output) cannot be used."""
+
+
+def refuse_lfs_pointer(start: bytes, where: object) -> None:
+    """Raise CheckpointError if a file begins like a Git LFS pointer, which a plain clone leaves."""
+    if start.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{where}: is a Git LFS pointer in place of the file; run git lfs pull there, or "
+            "download the file itself"
+        )
 
 
 def name_some(names: list[str], limit: int = 8) -> str:

@@ -1,13 +1,15 @@
 """Small files and JSON objects of a checkpoint, read as hostile input: bounded and type-checked."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError, refuse_lfs_pointer
 
 MAX_CONFIG_BYTES = 1 << 20
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Fields:
@@ -80,6 +82,11 @@ class Fields:
             raise self.error(key, "is not a string of at most 4096 printable characters")
         return value
 
+    def record(self, key: str) -> dict[str, str | None]:
+        """An object of strings and nulls; empty if the field is absent."""
+        given = self.object(key) if self.has(key) else Fields({}, self.where)
+        return {name: given.string(name) if given.has(name) else None for name in given.values}
+
     def choice(self, key: str, allowed: tuple[str, ...], default: Any = ...) -> str:
         """One of the allowed strings."""
         value = self.string(key, default)
@@ -120,26 +127,77 @@ class Fields:
         return tuple(Fields({key: v}, self.where).boolean(key) for v in values)
 
 
-def read_bounded(path: Path, limit_bytes: int, remark: str = "") -> bytes:
-    """Read a small file whole.
+def check_link(path: Path) -> None:
+    """Check that a file of a checkpoint is no link to a file elsewhere.
+
+    Such a link could make a private file of the user's part of what is converted and published.
+    Only those of a snapshot in the Hub's cache are followed, to the blobs of their repository.
+
+    Args:
+        path: The file, directly in the checkpoint's directory.
 
     Raises:
-        ConfigError: it is no regular file, or larger than the limit, which `remark` explains.
+        CheckpointError: it is a link to outside that directory, or to nothing.
+    """
+    if not path.is_symlink():
+        return
+    try:
+        real, directory = path.resolve(strict=True), path.parent.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"{path}: is a link to nothing; download the file again") from error
+    if not real.is_relative_to(directory) and real.parent != hub_blobs(directory):
+        raise CheckpointError(
+            f"{path}: is a link to outside the checkpoint, which is not followed; put the file "
+            "itself there"
+        )
+
+
+def hub_blobs(snapshot: Path) -> Path | None:
+    """Where the files lie that a snapshot in the Hub's cache links to; None if it is none.
+
+    Args:
+        snapshot: Any directory, resolved.
+    """
+    snapshots, repository = snapshot.parent, snapshot.parent.parent
+    is_one = snapshots.name == "snapshots" and repository.name.startswith("models--")
+    return repository / "blobs" if is_one and COMMIT.fullmatch(snapshot.name) else None
+
+
+def read_bounded(
+    path: Path, limit_bytes: int, remark: str = "", *, follow_links: bool = False
+) -> bytes:
+    """Read a small file whole.
+
+    Args:
+        path: The file.
+        limit_bytes: Of its size.
+        remark: Ends the message if it is larger.
+        follow_links: The user named it, so that it may be a link to anywhere; see `check_link`.
+
+    Raises:
+        CheckpointError: it is a link to outside its directory.
+        ConfigError: it is no regular file, or larger than the limit.
         OSError: it is missing or cannot be read.
     """
     if path.exists() and not path.is_file():  # a pipe would block, a device never end
         raise ConfigError(f"{path}: is not a regular file")
+    if path.exists() and not follow_links:
+        check_link(path)
     with path.open("rb") as file:
         data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise ConfigError(f"{path}: larger than {limit_bytes >> 20} MB{remark}")
+    refuse_lfs_pointer(data, path)
     return data
 
 
-def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON object of bounded size.
+def read_json(
+    path: Path, limit_bytes: int = MAX_CONFIG_BYTES, *, follow_links: bool = False
+) -> dict[str, Any]:
+    """Read a JSON object of bounded size; arguments as for `read_bounded`.
 
     Raises:
+        CheckpointError: the file is a link to outside its directory.
         ConfigError: the file is missing, larger than the limit, not JSON, nested too deep, or
             repeats a key (two readers could then see two different files).
     """
@@ -151,7 +209,8 @@ def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]
         return result
 
     try:
-        data = read_bounded(path, limit_bytes, "; this is no config file")
+        remark = "; this is no config file"
+        data = read_bounded(path, limit_bytes, remark, follow_links=follow_links)
         value = json.loads(data, object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error

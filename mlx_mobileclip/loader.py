@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .json_fields import read_json
 from .layers import prepare
 from .models.clip import MODEL_TYPE, PARTS, MobileCLIP, MobileCLIPConfig, PreprocessConfig
+from .paths import user_path
 from .preprocess.processor import Processor
 from .preprocess.tokenizer import (
     CLIP_VOCABULARY,
@@ -103,7 +104,7 @@ def read_canonical(
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
     """Config and lazy tensors in canonical form, converted on the way if need be."""
     path = checkpoint.directory / "config.json"
-    stated = None if config is None else Path(config)
+    stated = None if config is None else user_path(config)
     values = read_json(path) if path.is_file() and stated is None else {}
     if values.get("model_type") != MODEL_TYPE:
         return read_foreign(checkpoint, variant, preprocess, stated)

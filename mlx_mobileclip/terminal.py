@@ -1,6 +1,7 @@
 """Behaviour shared by all command lines: usage errors, exit status, one-line errors, progress.
 
-stdout is reserved for the result; everything here writes to stderr.
+stdout is reserved for the result. `say` is the only place that writes to stderr: names in files,
+and messages of libraries that quote them, may hold what a terminal obeys.
 """
 
 import argparse
@@ -8,9 +9,10 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
@@ -20,6 +22,10 @@ INTERRUPTED = 130
 BAR_WIDTH = 24
 REDRAW_SECONDS = 0.1  # on a terminal
 LINE_SECONDS = 10.0  # between plain lines, where stderr is no terminal
+CLEAR_LINE = "\r\x1b[K"  # move to the start of the line and clear it
+# Control characters, those that separate lines or change the direction of writing, and halves of
+# surrogate pairs. Joiners stay, which emoji and Indic scripts need.
+UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -53,6 +59,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with a usage error, and suggest what may have been meant."""
+        message = printable(message)  # argparse writes it, not `say`
         meant = [
             f"did you mean {right}?"
             for wrong, choices in (*self._wrong_options(), *_wrong_choices(message))
@@ -92,33 +99,66 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
             warnings.showwarning = _show_warning
             command()
         sys.stdout.flush()
-    except ModelError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted", keep="\n")
         return INTERRUPTED
     except BrokenPipeError:
-        _abandon_stdout()
+        _abandon(sys.stdout)
         return INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (each is told, and shown whole with --debug)
         if debug:
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message} (run again with --debug for the traceback)", file=sys.stderr)
+            say(traceback.format_exc().rstrip(), keep="\n")
+        elif isinstance(error, ModelError):
+            say(f"error: {error}")
+        else:
+            message = " ".join(str(error).split()) or type(error).__name__
+            say(f"error: {message} (run again with --debug for the traceback)")
         try:
             sys.stdout.flush()
         except OSError:
-            _abandon_stdout()
+            _abandon(sys.stdout)
         return 1
     return 0
 
 
-def _abandon_stdout() -> None:
-    """Redirect stdout, so that the flush at exit does not fail on a closed pipe or a full disk."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def open_standard_streams() -> None:
+    """Open /dev/null in place of a standard stream that is closed, as after `<&-` in a shell.
+
+    The next file to be opened would take its descriptor, and be read or written in its place.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))  # noqa: PTH123, SIM115
+
+
+def say(text: str, *, start: str = "", end: str = "\n", keep: str = "") -> None:
+    """Print a text on stderr, without what a terminal would obey.
+
+    Where stderr is full or closed, nothing is printed, and the work goes on.
+
+    Args:
+        text: Any text.
+        start: Printed before it as it is, such as CLEAR_LINE.
+        end: Printed after it as it is.
+        keep: Control characters of the text that stay.
+    """
+    try:
+        print(f"{start}{printable(text, keep=keep)}", end=end, file=sys.stderr, flush=True)
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Redirect a stream, so that the flush at exit does not fail on a closed pipe or a full disk.
+
+    It stays as it is where it has no descriptor.
+    """
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_warning(
@@ -129,8 +169,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{start}warning: {printable(str(message))}", file=sys.stderr)
+    say(f"warning: {message}", start=CLEAR_LINE if sys.stderr.isatty() else "")
 
 
 @contextmanager
@@ -152,16 +191,16 @@ def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 
     live = sys.stderr.isatty() and not quiet
     if live:
-        print(f"{what} ...", end="", file=sys.stderr, flush=True)
+        say(f"{what} ...", end="")
     try:
         yield set_status
     except BaseException:
         if live:
-            print(file=sys.stderr)
+            say("")
         raise
     if not quiet:
-        start = "\r\x1b[K" if live else ""
-        print(f"{start}{status} ({time.perf_counter() - started:.1f} s)", file=sys.stderr)
+        start = CLEAR_LINE if live else ""
+        say(f"{status} ({time.perf_counter() - started:.1f} s)", start=start)
 
 
 class Bar:
@@ -191,7 +230,7 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            say("", start=CLEAR_LINE, end="")
 
     def advance(self, count: int) -> None:
         """Count items as done."""
@@ -203,18 +242,18 @@ class Bar:
         if self._live:
             self._draw()
         else:
-            print(self._text(), file=sys.stderr, flush=True)
+            say(self._text())
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        print(f"\r\x1b[K{text}" if self._live else text, file=sys.stderr, flush=True)
+        say(text, start=CLEAR_LINE if self._live else "")
         if self._live:
             self._draw()
 
     def _draw(self) -> None:
         filled = BAR_WIDTH * self.done // max(1, self.total)
         bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        print(f"\r\x1b[K[{bar}] {self._text()}", end="", file=sys.stderr, flush=True)
+        say(f"[{bar}] {self._text()}", start=CLEAR_LINE, end="")
 
     def _text(self) -> str:
         seconds = time.perf_counter() - self._started
@@ -227,11 +266,11 @@ class Bar:
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Remove control characters, which could move a terminal's cursor or worse.
+    """Remove characters that could move a terminal's cursor, reorder what it shows, or worse.
 
     Args:
         text: Any text; surrogates, as in file names that are not UTF-8, become backslash escapes.
         keep: Control characters that stay, such as newline and tab.
     """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c for c in text if c in keep or not (ord(c) < 32 or 127 <= ord(c) < 160))
+    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else "", text)

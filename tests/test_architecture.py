@@ -294,6 +294,26 @@ def test_no_code_of_a_checkpoint_can_run() -> None:
         assert not [w for w in banned if re.search(w, source)], path
 
 
+def test_one_function_writes_to_stderr() -> None:
+    """`terminal.say`, which leaves out what a terminal would obey."""
+    for path in MODULES.values():
+        if path != ROOT / "mlx_mobileclip/terminal.py":
+            words = set(re.findall(r"\w+", "".join(code_of(path))))
+            assert not words & {"stderr", "__stderr__", "print_exc", "StreamHandler"}, path
+            assert "cli" in path.parts or "print" not in words, path
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """The names that a file uses, without its comments and texts."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            yield f"{node.id} "
+        elif isinstance(node, ast.Attribute):
+            yield f"{node.attr} "
+        elif isinstance(node, ast.alias):
+            yield f"{node.name} "
+
+
 def test_every_file_is_in_the_architecture() -> None:
     """docs/architecture.md has a line for each file, and none for one that is gone."""
     text = (ROOT / "docs" / "architecture.md").read_text()

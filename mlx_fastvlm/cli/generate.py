@@ -6,7 +6,7 @@ stdout carries the answer (or one JSON object) and nothing else; all the rest is
 import argparse
 
 from mlx_mobileclip import __version__
-from mlx_mobileclip.terminal import CommandParser, run_command
+from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_command
 
 from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT, PRESETS
 
@@ -35,18 +35,23 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="P",
-        help="image file; give it again for further images, in order",
+        help="image file, or - for one from stdin; give it again for further images, in order",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="T", help=f'question (default: "{DEFAULT_PROMPT}")')
+    what.add_argument(
+        "--prompt",
+        metavar="T",
+        help="question, or - for one from stdin, which is also read where a pipe or file is "
+        f'connected to it and T is left out (default: "{DEFAULT_PROMPT}")',
+    )
     what.add_argument("--preset", choices=sorted(PRESETS), help="question of Apple's demo app")
     parser.add_argument("--system", metavar="T", help="system prompt")
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help="most tokens of the answer (default: %(default)s)",
+        help=f"most tokens of the answer (default: {DEFAULT_MAX_TOKENS}, or less if the model has "
+        "no room for so many)",
     )
     drawing = parser.add_argument_group("drawing of tokens")
     drawing.add_argument(
@@ -115,6 +120,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None, prog: str = "python -m mlx_fastvlm.generate") -> int:
     """Run the command; returns the exit status."""
+    open_standard_streams()
     args = build_parser(prog).parse_args(argv)
     return run_command(lambda: _run(args), debug=args.debug)
 

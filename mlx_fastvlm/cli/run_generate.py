@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +17,9 @@ from mlx_mobileclip.checkpoints.hub import is_repository
 from mlx_mobileclip.cpu.process import slow_blas_remedy
 from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import find_image, is_data_uri
-from mlx_mobileclip.terminal import printable, progress
+from mlx_mobileclip.terminal import printable, progress, say
 
-from ..defaults import DEFAULT_PROMPT, PRESETS
+from ..defaults import DEFAULT_PROMPT
 from ..generation.answer import Result, Stats, join
 from ..generation.image_cache import ImageCache
 from ..generation.prompt_cache import PromptCache
@@ -28,6 +27,7 @@ from ..generation.sampling import Sampling
 from ..generation.stream import stream_generate
 from ..loader import find_checkpoint, load_checkpoint
 from ..preprocess.processor import check_resolution
+from .stdin import STDIN, chat, read_inputs
 
 # MLX keeps freed memory for reuse, by default all that it ever had: after an image of 1024 px that
 # is much for a Mac of 8 GB.
@@ -36,9 +36,9 @@ FREED_BYTES = 1 << 30
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer; options as `generate.build_parser` reads them."""
-    prompt = PRESETS[args.preset] if args.preset else args.prompt
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    prompt, images = read_inputs(args)
     if is_repository(args.model):
         _check(args, prompt)  # before anything is downloaded
     checkpoint = find_checkpoint(args.model, args.revision)
@@ -51,24 +51,30 @@ def run(args: argparse.Namespace) -> None:
         set_status(f"loaded {args.model}{commit}")
     load_s = time.perf_counter() - started
     if not args.quiet and (remedy := slow_blas_remedy()):
-        print(f"note: {remedy}", file=sys.stderr)
+        say(f"note: {remedy}")
     options = _options(args)
     messages: list[dict[str, str]] = []
-    for question in _questions(prompt, chat=args.chat):
-        messages.append({"role": "user", "content": question})
+
+    def answer(question: str) -> None:
+        asked = [*messages, {"role": "user", "content": question}]
         chunks = []
-        for chunk in stream_generate(model, processor, messages, args.image, **options):
+        for chunk in stream_generate(model, processor, asked, images, **options):
             chunks.append(chunk)
             if not args.json:
                 print(_shown(chunk.text), end="", flush=True)
         result = join(chunks, processor)
-        messages.append({"role": "assistant", "content": result.text})
+        messages[:] = [*asked, {"role": "assistant", "content": result.text}]
         if args.json:
             print(json.dumps(_report(args.model, result, load_s)), flush=True)
-            continue
+            return
         print(flush=True)
         if not args.quiet:
-            print(_summary(result.stats), file=sys.stderr)
+            say(_summary(result.stats))
+
+    if args.chat:
+        chat(prompt, answer)
+    else:
+        answer(DEFAULT_PROMPT if prompt is None else prompt)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,23 +91,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _questions(prompt: str | None, *, chat: bool) -> Iterator[str]:
-    """The question given; in a chat then one a line from stdin, up to its end."""
-    if not chat:
-        yield DEFAULT_PROMPT if prompt is None else prompt
-        return
-    if prompt is not None:
-        yield prompt
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
-
-
 def _check(args: argparse.Namespace, prompt: str | None) -> None:
     """Find what is wrong with the options before the model is loaded."""
     if args.resolution is not None:
@@ -109,7 +98,7 @@ def _check(args: argparse.Namespace, prompt: str | None) -> None:
     if not args.image and prompt is None and not args.chat:
         raise PromptError("there is nothing to answer; give --image, --prompt or both")
     for path in args.image:
-        if not is_data_uri(path):
+        if path != STDIN and not is_data_uri(path):
             find_image(path)
     Sampling(args.repetition_penalty, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
 

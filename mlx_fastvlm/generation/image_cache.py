@@ -4,7 +4,6 @@ import hashlib
 import os
 import weakref
 from collections import OrderedDict
-from pathlib import Path
 from threading import Lock
 
 import mlx.core as mx
@@ -13,6 +12,7 @@ import numpy as np
 from mlx_mobileclip import __version__
 from mlx_mobileclip.caching.disk_cache import DiskCache
 from mlx_mobileclip.caching.fingerprint import Weights
+from mlx_mobileclip.paths import user_path
 
 from ..models.fastvlm import FastVLM
 
@@ -36,7 +36,7 @@ class ImageCache:
                 the images show, so protect the directory as you would the images.
         """
         self.max_bytes = max_bytes
-        self._disk = None if directory is None else DiskCache(Path(directory).expanduser())
+        self._disk = None if directory is None else DiskCache(user_path(directory))
         self._entries: OrderedDict[str, mx.array] = OrderedDict()
         self._weights = Weights()
         self._lock = Lock()

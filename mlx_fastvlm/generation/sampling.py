@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import mlx.core as mx
 
@@ -43,13 +45,16 @@ class Sampling:
             ("seed", 0, (1 << 63) - 1),
         )
         for name, low, high in bounds:
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            kinds = int if name in ("top_k", "seed") else (int, float)
+            whole = name in ("top_k", "seed")
+            kinds: Any = Integral if whole else Real
             if not isinstance(value, kinds) or not low <= value <= high:
-                kind = "an integer" if kinds is int else "a number"
-                raise PromptError(f"{name} is {value!r}; it must be {kind} from {low} to {high}")
+                kind = "an integer" if whole else "a number"
+                shown = repr(value)[:60]
+                raise PromptError(f"{name} is {shown}; it must be {kind} from {low} to {high}")
+            object.__setattr__(self, name, int(value) if whole else float(value))  # of NumPy
 
 
 class Sampler:

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -62,14 +63,14 @@ def stream_generate(
     system: str | None = None,
     resolution: int | None = None,
     image_mode: str | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     kv_bits: int | None = None,
     prompt_cache: PromptCache | None = None,
     image_cache: ImageCache | None = None,
@@ -84,7 +85,8 @@ def stream_generate(
         system: System prompt instead of the default.
         resolution: Side the images are resized to, px.
         image_mode: "pad" or "crop".
-        max_tokens: Most tokens to generate; prompt and answer must fit the model together.
+        max_tokens: Most tokens to generate; prompt and answer must fit the model together. By
+            default 256, or as many as there is room for.
         temperature: 0 for greedy; see `Sampling` for this and the next five.
         top_p: Nucleus probability.
         top_k: Number of tokens to choose from.
@@ -115,7 +117,7 @@ def stream_generate(
         prompt, images, system=system, resolution=resolution, image_mode=image_mode
     )
     length, image_tokens = len(ids), ids.count(IMAGE_TOKEN)
-    _check_room(length, max_tokens, processor.max_length)
+    max_tokens = _answer_length(length, max_tokens, processor.max_length)
     tokenizer = processor.tokenizer
     cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
     prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
@@ -157,18 +159,25 @@ def stream_generate(
             prompt_cache.keep(weights, sequence, cache, kv_bits)
 
 
-def _check_room(length: int, max_tokens: int, max_length: int) -> None:
+def _answer_length(length: int, max_tokens: int | None, max_length: int) -> int:
+    """Most tokens of the answer to a prompt of so many."""
     room = max_length - length
     if not room:
         raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
-    if not isinstance(max_tokens, int) or not 1 <= max_tokens <= room:
+    if max_tokens is None:
+        return min(DEFAULT_MAX_TOKENS, room)
+    if not isinstance(max_tokens, Integral) or not 1 <= max_tokens <= room:
         raise PromptError(
-            f"max_tokens is {max_tokens}; after a prompt of {length} tokens it can be 1 to {room}"
+            f"max_tokens is {max_tokens!r:.60}; after a prompt of {length} tokens it can be 1 to "
+            f"{room}"
         )
+    return int(max_tokens)
 
 
-def _stop_texts(stop: str | Sequence[str]) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+def _stop_texts(stop: str | Sequence[str] | None) -> list[str]:
+    if not isinstance(stop, (str, list, tuple, set, type(None))):
+        raise PromptError(f"stop must be a text or a list of texts, not a {type(stop).__name__}")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
     if not all(isinstance(text, str) and text for text in stops):
         raise PromptError("a stop text must be a text of at least one character")
     return stops

@@ -34,6 +34,7 @@ class Decoder:
     def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> Drawn:
         """Begin to compute the token after these ids, (1, L)."""
         logits = self._model(ids, self._cache, embeddings, last_only=True)[0, -1, : self._known]
+        self._dtype = logits.dtype
         return self._draw(logits.astype(mx.float32))
 
     def _draw(self, logits: mx.array) -> Drawn:
@@ -59,8 +60,9 @@ class Decoder:
                 drawn = self._draw(drawn.logits)
                 continue
             if value == NOT_FINITE:
+                wider = "" if self._dtype == mx.float32 else "try --dtype float32, or "
                 raise ModelError(
-                    "the decoder's logits are not finite; try --dtype float32, or convert again"
+                    f"the decoder's logits are not finite; {wider}get the checkpoint again"
                 )
             yield value
             if following is None:

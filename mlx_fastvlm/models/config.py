@@ -116,7 +116,7 @@ class FastVLMConfig:
             image_mode=fields.choice("image_mode", IMAGE_MODES),
             max_length=fields.integer("max_length", 1, 1 << 20),
             quantization=read_packed(fields),
-            source=_source(fields),
+            source=fields.record("source"),
         )
         if config.image_size not in RESOLUTIONS:
             raise fields.error("image_size", f"is not a multiple of {RESOLUTIONS.step}")
@@ -128,13 +128,6 @@ class FastVLMConfig:
         if config.projector_depth == 0 and config.vision.features != config.text.hidden_size:
             raise fields.error("projector_type", "identity needs features as wide as the decoder")
         return config
-
-
-def _source(fields: Fields) -> dict[str, str | None]:
-    if not fields.has("source"):
-        return {}
-    given = fields.object("source")
-    return {key: given.string(key) if given.has(key) else None for key in given.values}
 
 
 def projector_depth(projector_type: str) -> int:

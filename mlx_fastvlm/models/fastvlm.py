@@ -51,8 +51,8 @@ class FastVLM(nn.Module):
         Raises:
             ConfigError: MLX cannot pack heads of this width.
         """
-        if bits not in (None, 4, 8):
-            raise ConfigError(f"kv_bits is {bits}; it can be 8 or 4")
+        if bits not in (None, 4, 8) or isinstance(bits, float):
+            raise ConfigError(f"kv_bits is {bits!r:.40}; it can be 8 or 4")
         if bits is not None and self.config.text.head_dim % 32:
             raise ConfigError(
                 f"heads are {self.config.text.head_dim} wide, no multiple of 32; leave out kv_bits"

@@ -49,6 +49,8 @@ def render(
         PromptError: a malformed message, or another number of image parts than images.
     """
     turns = read_messages(prompt)
+    if not isinstance(system, (str, type(None))):
+        raise PromptError(f"system must be a text, not a {type(system).__name__}")
     if not turns or turns[-1][0] != "user":
         raise PromptError("the last message must be the user's; add one to be answered")
     if any(role == "system" for role, _ in turns[1:]):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import BinaryIO, cast
 
 import mlx.core as mx
@@ -68,6 +69,8 @@ class Picture:
             self._name = os.fspath(source)
         if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
             source = read_image(cast(str | os.PathLike[str] | BinaryIO, source))
+        elif isinstance(source, memoryview):
+            source = bytes(source)
         elif not isinstance(source, (bytes, bytearray)):
             source = open_image(source)
         self._source = source
@@ -160,6 +163,7 @@ class Processor:
         size = self.image_size if resolution is None else resolution
         mode = self.image_mode if image_mode is None else image_mode
         check_resolution(size)
+        size = int(size)  # of NumPy, perhaps
         if mode not in IMAGE_MODES:
             raise ImageError(f"image_mode {mode!r} is not one of {', '.join(IMAGE_MODES)}")
         return size, mode
@@ -167,7 +171,7 @@ class Processor:
 
 def check_resolution(size: int) -> None:
     """Raise ImageError unless images can be resized to this side, px."""
-    if isinstance(size, bool) or not isinstance(size, int) or size not in RESOLUTIONS:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size not in RESOLUTIONS:
         raise ImageError(
             f"resolution {size} is not one of {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} "
             f"in steps of {RESOLUTIONS.step}"

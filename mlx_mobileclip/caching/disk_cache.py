@@ -20,7 +20,7 @@ from threading import get_ident
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ModelError
 from ..json_fields import read_bounded
 
 SUFFIX = ".matrix"
@@ -66,7 +66,7 @@ class DiskCache:
             if not self._is_ours() or not _only_ours(path.stat()):
                 return None
             data = read_bounded(path, MAX_ENTRY_BYTES)
-        except (OSError, ConfigError):
+        except (OSError, ModelError):
             return None
         with suppress(OSError):  # on a read-only file system
             os.utime(path)  # recently used entries survive the longest

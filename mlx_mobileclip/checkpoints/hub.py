@@ -8,17 +8,22 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ModelError
 from ..json_fields import read_json
+from ..paths import user_path
 from .core_ml.package import PARTS as PACKAGE_PARTS
 from .core_ml.package import SUFFIX as PACKAGE_SUFFIX
 from .safetensors import tensor_files
 
 DEMO = "demo"  # names the small model that comes with a package
 DEMO_DIRECTORY = Path(__file__).parents[1] / DEMO
+OWNERS = ("apple", "timm")  # of the published models
+PUBLISHED_FASTVLM = (DEMO, *(f"apple/FastVLM-{size}" for size in ("0.5B", "1.5B", "7B")))
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = (
     "config.json",
@@ -83,7 +88,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> 
     name = os.fspath(model)
     _refuse_captioner(name)
     if is_repository(model):
-        return _fetch(name, revision, _download_fastvlm, demo)
+        return _fetch(name, revision, _download_fastvlm, demo, PUBLISHED_FASTVLM)
     path, is_directory, is_file = look(name)
     if is_file and path.suffix == ".zip":
         raise CheckpointError(f"{name}: is a zip file; unpack it first: unzip {name}")
@@ -91,8 +96,9 @@ def resolve(model: str | os.PathLike[str], revision: str | None, demo: Path) -> 
         what = "is a file, not a directory" if is_file else "no such directory"
         raise CheckpointError(
             f"{name}: {what}; give a checkpoint's directory or a repository such as "
-            "apple/FastVLM-0.5B"
+            f"apple/FastVLM-0.5B{_meant(name, PUBLISHED_FASTVLM)}"
         )
+    _refuse_adapter(path, name)
     return Checkpoint(path, name)
 
 
@@ -107,35 +113,43 @@ def resolve_file(model: str | os.PathLike[str], revision: str | None = None) -> 
         return _packaged(DEMO_DIRECTORY, revision)
     name = os.fspath(model)
     _refuse_captioner(name)
+    published = _published_mobileclips()
     of_weights = Path(name).suffix in WEIGHT_SUFFIXES
     if is_repository(model) and not of_weights:
-        return _fetch(name, revision, _download_mobileclip, DEMO_DIRECTORY)
+        return _fetch(name, revision, _download_mobileclip, DEMO_DIRECTORY, published)
     path, is_directory, is_file = look(name)
     if is_directory or (is_file and of_weights):
+        _refuse_adapter(path, name)
         return Checkpoint(path, name)
     what = f"is no {', '.join(WEIGHT_SUFFIXES)} file" if is_file else "no such file"
     raise CheckpointError(
         f"{name}: {what}; give a checkpoint's file or directory, or a repository such as "
-        "apple/MobileCLIP2-S0"
+        f"apple/MobileCLIP2-S0{_meant(name, published)}"
     )
 
 
 def is_repository(model: str | os.PathLike[str]) -> bool:
     """Whether this names a repository on the Hub rather than something local.
 
-    What exists here and is no directory is never one: its name stays on this machine.
+    What exists here and is no directory is never one, nor is what would lie in a directory here,
+    unless that is called like a publisher: such names stay on this machine.
     """
     if not isinstance(model, str) or not REPOSITORY.fullmatch(model) or model[0] == ".":
         return False
-    return os.path.isdir(model) or not os.path.lexists(model)  # noqa: PTH112 (never raises)
+    if os.path.lexists(model):
+        return os.path.isdir(model)  # noqa: PTH112 (never raises)
+    parent = model.partition("/")[0]
+    return parent in OWNERS or not os.path.isdir(parent)  # noqa: PTH112
 
 
 def look(name: str) -> tuple[Path, bool, bool]:
     """A local path, whether it is a directory, and whether it is a file."""
+    if not name:
+        raise CheckpointError("the name of the checkpoint is empty; write . for this directory")
     try:
-        path = Path(name).expanduser()
+        path = user_path(name)
         return path, path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:  # no access; NUL; ~ of an unknown user
+    except (OSError, ValueError) as error:  # no access; NUL
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{name[:200]!r}: cannot be read ({reason})") from error
 
@@ -188,6 +202,33 @@ def _refuse_captioner(name: str) -> None:
         )
 
 
+def _refuse_adapter(path: Path, name: str) -> None:
+    """Refuse what LoRA training saves by itself; the model it belongs to is not among it."""
+    directory = path.parent if path.is_file() else path
+    weights = [p.name for p in directory.glob("*.safetensors")]
+    if any((directory / a).is_file() for a in ADAPTERS) and set(weights) <= {*ADAPTERS}:
+        raise CheckpointError(
+            f"{name}: is a LoRA adapter without its model; merge it first (merge_and_unload() of "
+            "PEFT) and give the merged checkpoint"
+        )
+
+
+def _published_mobileclips() -> tuple[str, ...]:
+    from ..models.variants import VARIANTS  # imports models that FastVLM does without
+
+    return (DEMO, *(f"apple/{variant}" for variant in VARIANTS))
+
+
+def _meant(name: str, published: tuple[str, ...]) -> str:
+    """What may have been meant by a name that is not found, for the end of a message."""
+    if name in published:
+        return ""
+    names = {known.lower(): known for known in published}
+    names |= {known.lower().partition("/")[2]: known for known in published if "/" in known}
+    found = get_close_matches(name.lower(), names, 1, cutoff=0.7)
+    return f"; did you mean {names[found[0]]}?" if found else ""
+
+
 def _packaged(directory: Path, revision: str | None) -> Checkpoint:
     if revision is not None:
         raise CheckpointError(
@@ -232,6 +273,7 @@ def _snapshot(
 
 def _download_fastvlm(name: str, revision: str | None) -> Path:
     path = _snapshot(name, revision, FILES)
+    _refuse_adapter(path, name)
     # Without network this is whatever the cache holds, which may be half a download.
     read_json(path / "config.json")
     tensor_files(path)
@@ -252,7 +294,11 @@ def _download_mobileclip(name: str, revision: str | None) -> Path:
 
 
 def _fetch(
-    name: str, revision: str | None, download: Callable[[str, str | None], Path], demo: Path
+    name: str,
+    revision: str | None,
+    download: Callable[[str, str | None], Path],
+    demo: Path,
+    published: tuple[str, ...] = (),
 ) -> Checkpoint:
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -262,13 +308,16 @@ def _fetch(
         RevisionNotFoundError,
     )
 
+    meant = _meant(name, published)
+    local = f", or write ./{name} for the directory here" if look(name)[1] else ""
     try:
         path = download(name, revision)
     except GatedRepoError as error:
         raise CheckpointError(f"{name}: gated; accept its terms on huggingface.co") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: no such repository, or a private one; check the name, or run: hf auth login"
+            f"{name}: no such repository, or a private one; check the name, or run: hf auth "
+            f"login{local}{meant}"
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: has no revision {revision!r}") from error
@@ -277,10 +326,9 @@ def _fetch(
     except LocalEntryNotFoundError as error:
         offline = "; or try --model demo, a small model that comes with this package"
         alternative = offline if demo.is_dir() else ""
-        local = f", or write ./{name} for the directory here" if Path(name).is_dir() else ""
         raise CheckpointError(
             f"{name}: not in the cache, and huggingface.co cannot be reached; "
-            f"connect and run the command again to download it{local}{alternative}"
+            f"connect and run the command again to download it{local}{alternative}{meant}"
         ) from error
     except ModelError as error:
         raise CheckpointError(

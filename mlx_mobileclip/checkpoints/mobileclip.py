@@ -5,13 +5,14 @@ apple/ml-mobileclip 4144bb1, open_clip 3.3.0 `convert.py`, timm 1.0.31 `timm/mod
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import CheckpointError, ConfigError
-from ..json_fields import Fields, read_json
+from ..json_fields import Fields, check_link, read_json
 from ..models.clip import MobileCLIPConfig, PreprocessConfig
 from ..models.text import TextConfig
 from ..models.variants import VARIANTS, variant_named
@@ -29,7 +30,8 @@ from .stated_config import described_variant, describes_a_model, honoured, with_
 from .torch_pickle import read_torch
 
 CONFIG_NAMES = ("config.json", "open_clip_config.json")
-NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$"
+# The last counts the updates of an averaged model of PyTorch.
+NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$|^n_averaged$"
 # Names of open_clip's models whose text tower is not apart ("custom_text": false).
 TEXT_AT_ROOT = re.compile(
     r"(token_embedding\.|positional_embedding$|transformer\.|ln_final\.|text_projection$)"
@@ -67,11 +69,22 @@ def read_foreign(
     if packaged is None:
         file = _weights_file(checkpoint)
         config = _config(checkpoint, file, variant, preprocess, config_path)
-        tensors, layout = read_source(checkpoint)
+
+        def fit(tensors: dict[str, mx.array], layout: Layout) -> dict[str, mx.array]:
+            return _fitted(checkpoint, config, tensors, layout)[1]
+
+        tensors, layout = read_source(checkpoint, fit)
     else:
         variant, towers = packaged
         config = _config(checkpoint, checkpoint.path, variant, preprocess, config_path)
         tensors, layout = read_towers(checkpoint, towers, config), CORE_ML
+    return _fitted(checkpoint, config, tensors, layout)
+
+
+def _fitted(
+    checkpoint: Checkpoint, config: MobileCLIPConfig, tensors: dict[str, mx.array], layout: Layout
+) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
+    """Config and canonical tensors, once it is known which layout they have."""
     if "text" not in layout.prefixes:
         config = replace(config, text=None)
     record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
@@ -80,20 +93,40 @@ def read_foreign(
     return config, canonical_tensors(tensors, config, layout, where)
 
 
-def read_source(checkpoint: Checkpoint) -> tuple[dict[str, mx.array], Layout]:
-    """Lazy tensors of a source checkpoint under their own names, and which layout those are of.
+def read_source(
+    checkpoint: Checkpoint, fit: Callable[[dict[str, mx.array], Layout], object] | None = None
+) -> tuple[dict[str, mx.array], Layout]:
+    """Tensors of a source checkpoint under their own names, and which layout those are of.
+
+    Args:
+        checkpoint: A directory, or a file of weights.
+        fit: Raises if names or shapes are not those of the model. Called before a PyTorch file is
+            read, with stand-ins for its tensors; safetensors are lazy and need no such care.
 
     Raises:
         CheckpointError: there are no weights, they are damaged, or of no known layout.
     """
     file = _weights_file(checkpoint)
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    if file.suffix == ".safetensors":
+        return _named(read_safetensors(file), checkpoint.name)
+
+    if fit is None:
+        return _named(read_torch(file), checkpoint.name)
+
+    def check(stand_ins: dict[str, mx.array]) -> None:
+        fit(*_named(stand_ins, checkpoint.name))
+
+    return _named(read_torch(file, check, NEVER_USED), checkpoint.name)
+
+
+def _named(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
+    """The tensors under their own names, in a type that is computed with, and their layout."""
     tensors = {
         key: value.astype(mx.float32, stream=mx.cpu) if value.dtype == mx.float64 else value
         for key, value in tensors.items()
-        if key != "n_averaged"  # PyTorch's averaged models count their updates
+        if key != "n_averaged"
     }
-    tensors, layout = _detect(tensors, checkpoint.name)
+    tensors, layout = _detect(tensors, where)
     if "text" in layout.prefixes and not layout.apple:
         text = layout.prefixes["text"]
         tensors = {text * bool(TEXT_AT_ROOT.match(k)) + k: v for k, v in tensors.items()}
@@ -158,6 +191,8 @@ def _weights_file(checkpoint: Checkpoint) -> Path:
             f"{checkpoint.name}: holds no .safetensors, .bin or .pt file, nor .pth or .ckpt, nor "
             "Core ML packages of MobileCLIP; give the file or directory of a checkpoint"
         )
+    if found[0] != checkpoint.path:  # which may be a link to anywhere, for the user named it
+        check_link(found[0])
     return found[0]
 
 
@@ -170,7 +205,11 @@ def _config(
 ) -> MobileCLIPConfig:
     """The variant's config, as the JSON files of the checkpoint change it."""
     paths = [config_path] if config_path else [checkpoint.directory / n for n in CONFIG_NAMES]
-    files = [Fields(read_json(path), str(path)) for path in paths if config_path or path.is_file()]
+    files = [
+        Fields(read_json(path, follow_links=config_path is not None), str(path))
+        for path in paths
+        if config_path or path.is_file()
+    ]
     if preprocess is None:
         _check_belonging(checkpoint, files)
     described = [fields for fields in files if describes_a_model(fields)]
@@ -221,7 +260,7 @@ def _check_belonging(checkpoint: Checkpoint, files: list[Fields]) -> None:
 def _detect(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
     """The layout, and the tensors without what other code has put before every name."""
     ends = [0]
-    first, last = (name.split(".")[:-1] for name in (min(tensors), max(tensors)))
+    first, last = (end(tensors, default="").split(".")[:-1] for end in (min, max))
     for a, b in zip(first, last, strict=False):
         if a != b:
             break

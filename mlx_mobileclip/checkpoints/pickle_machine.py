@@ -9,11 +9,9 @@ Instructions: `pickletools` of the standard library, which also parses them.
 """
 
 import io
-import itertools
 import pickletools
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,9 @@ from ..errors import CheckpointError
 
 MAX_STEPS = 500_000  # of the pickle; the largest MobileCLIP takes some 100,000
 MAX_DIMENSIONS = 8
-MAX_COUNT = 1 << 40
+MAX_COUNT = (1 << 31) - 1  # items along an axis of an MLX array
+OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+MAX_NAME = 1000  # characters
 
 # Storage class: (item type as numpy reads it, type it is in MLX).
 STORAGES: dict[str, tuple[str, mx.Dtype]] = {
@@ -58,7 +58,7 @@ class Opaque:
     name: str
 
     def __str__(self) -> str:
-        return self.name.replace(" ", ".")[:100]
+        return self.name[:100].replace(" ", ".")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,28 +104,37 @@ class _Machine:
 
     def run(self) -> Any:
         """Interpret to the end; returns the object that is left."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # about escapes in names, which have none
-            return self._run()
-
-    def _run(self) -> Any:
-        steps = pickletools.genops(io.BytesIO(self.data))
         try:
-            for opcode, argument, _ in itertools.islice(steps, MAX_STEPS):
-                if opcode.name == "STOP":
+            for opcode, argument in self.instructions():
+                if opcode == "STOP":
                     return self.pop()
-                step = _STEPS.get(opcode.name)
+                step = _STEPS.get(opcode)
                 if step is not None:
                     step(self, argument)
-                elif opcode.name in _CONSTANTS:
-                    self.stack.append(_CONSTANTS[opcode.name])
-                elif opcode.name in _LITERALS:
-                    self.stack.append(argument)
+                elif opcode in _CONSTANTS:
+                    self.stack.append(_CONSTANTS[opcode])
                 else:
-                    raise self.error(f"its pickle uses the instruction {opcode.name}")
-        except (ValueError, KeyError, IndexError, TypeError, DeprecationWarning) as error:
+                    self.stack.append(argument)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise self.error(f"its pickle is damaged ({str(error)[:120]})") from error
         raise self.error(f"its pickle has no end within {MAX_STEPS} steps")
+
+    def instructions(self) -> Iterator[tuple[str, Any]]:
+        """Instructions by name, with their arguments."""
+        file = io.BytesIO(self.data)
+        for _ in range(MAX_STEPS):
+            opcode = OPCODES.get(file.read(1).decode("latin-1"))
+            if opcode is None:
+                raise ValueError("no instruction where one is needed")
+            if opcode.name not in _KNOWN:
+                raise self.error(f"its pickle uses the instruction {opcode.name}")
+            if opcode.name == "GLOBAL":  # pickletools warns about a backslash in it
+                lines = [file.readline(MAX_NAME).decode("ascii") for _ in ("module", "name")]
+                if not all(line.endswith("\n") and "\\" not in line for line in lines):
+                    raise ValueError("a name that is too long or odd")
+                yield opcode.name, " ".join(line[:-1] for line in lines)
+            else:
+                yield opcode.name, opcode.arg.reader(file) if opcode.arg else None
 
     def pop(self) -> Any:
         if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
@@ -163,6 +172,8 @@ class _Machine:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a name that is no string")
+        if len(name) + len(module) > MAX_NAME:
+            raise ValueError("a name that is too long")
         self.find_global(f"{module} {name}")
 
     def put(self, index: int) -> None:
@@ -200,9 +211,8 @@ class _Machine:
             return
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys, such as tuples in tuples, could hide work in their hash.
-            plain = isinstance(key, (str, int, float))
-            target[key if plain else Opaque(type(key).__name__)] = value
+            # Of others the hash can be chosen, or hide work: numbers, tuples in tuples.
+            target[key if isinstance(key, str) else Opaque(type(key).__name__)] = value
 
     def build(self, _: Any) -> None:
         # PyTorch hangs the modules' versions on the dictionary of tensors; they do not matter.
@@ -303,3 +313,4 @@ _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8"),
 }
+_KNOWN = {"STOP", *_STEPS, *_CONSTANTS, *_LITERALS}

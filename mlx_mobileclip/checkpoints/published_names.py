@@ -6,12 +6,11 @@ Source: open_clip 3.3.0 `pretrained.py`, timm 1.0.31, and the model cards.
 from pathlib import PurePath
 
 from ..models.variants import TOWERS, variant_named
-from .hub import WEIGHT_SUFFIXES, is_repository
+from .hub import OWNERS, WEIGHT_SUFFIXES, is_repository
 
 # Of a name, and of a name of timm's after the tower: that it is a port of Apple's model.
 _PORTS = ("-OpenCLIP", "_timm")
 _ORIGINS = ("apple_mclip", "apple_mclip_lt", "apple_mclip2_dfndr2b")
-_OWNERS = ("apple", "timm")
 
 
 def published_variant(name: str) -> str | None:
@@ -23,7 +22,7 @@ def published_variant(name: str) -> str | None:
     """
     path = PurePath(name)
     of_weights = path.suffix in WEIGHT_SUFFIXES
-    if is_repository(name) and not of_weights and path.parts[0] not in _OWNERS:
+    if is_repository(name) and not of_weights and path.parts[0] not in OWNERS:
         return None  # somebody else's repository: fine-tuned, perhaps otherwise than named
     base = path.stem if of_weights else path.name
     for ending in _PORTS:

@@ -4,15 +4,18 @@ MLX's own reader accepts files whose shapes wrap around, overlap or are negative
 first checked by the reference implementation (`safetensors.safe_open`).
 """
 
+import os
 import re
 from pathlib import Path
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, name_some
-from ..json_fields import read_json
+from ..errors import CheckpointError, name_some, refuse_lfs_pointer
+from ..json_fields import check_link, read_json
 
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = f"{SINGLE_NAME}.index.json"
 MAX_INDEX_BYTES = 16 << 20
 MAX_DIMENSIONS = 4
 MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
@@ -32,10 +35,11 @@ def tensor_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or all there are.
 
     Raises:
-        CheckpointError: there are none, or the index names a file that is missing or outside.
+        CheckpointError: there are none, one is a link to outside, or the index names a file that
+            is missing or outside, or none of a single file beside it.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
+    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    if os.path.lexists(index):
         names = read_json(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise CheckpointError(f"{index}: has no weight_map; download the file again")
@@ -50,7 +54,12 @@ def tensor_files(directory: Path) -> list[Path]:
                     f"{directory / name}: the index names this shard but it is not there; "
                     "download it again"
                 )
-        return [directory / name for name in files]
+        if single.name not in files and os.path.lexists(single):
+            raise CheckpointError(
+                f"{directory}: holds {single.name} beside an index of other files; remove the one "
+                f"that is out of date, {single.name} or {index.name} with its shards"
+            )
+        return _checked(directory, files)
     # Hidden files are not weights: macOS leaves a "._model.safetensors" beside each unpacked file.
     names = sorted(
         p.name
@@ -58,17 +67,32 @@ def tensor_files(directory: Path) -> list[Path]:
         if SHARD_NAME.fullmatch(p.name) and p.name[0] != "." and p.is_file()
     )
     if not names:
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if others:
+            raise CheckpointError(
+                f"{directory}: holds its weights only as {name_some(others, 2)}, which is not read "
+                "here; save them as safetensors, as save_pretrained() of transformers does"
+            )
         raise CheckpointError(
             f"{directory}: holds no .safetensors file; give the directory of a checkpoint"
         )
-    return [directory / name for name in names]
+    return _checked(directory, names)
+
+
+def _checked(directory: Path, names: list[str]) -> list[Path]:
+    paths = [directory / name for name in names]
+    for path in paths:
+        check_link(path)
+    return paths
 
 
 def _check_header(path: Path) -> None:
     """Reject what MLX's reader would take on trust; reads the header only."""
     try:
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
+            start = file.read(64)
+        refuse_lfs_pointer(start, path)
+        header_bytes = int.from_bytes(start[:8], "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: a header of {header_bytes} bytes; download it again")
         with safe_open(path, framework="numpy") as file:
@@ -90,10 +114,17 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     """All tensors of one file by name, lazily: data is read when first used.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or MLX cannot open it.
     """
     _check_header(path)
-    loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise CheckpointError(f"{path}: its name is not UTF-8, which MLX needs; rename it")
+    try:
+        loaded = mx.load(str(path), format="safetensors", stream=mx.cpu)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: MLX cannot read it ({str(error)[:200]}); download it again"
+        ) from error
     assert isinstance(loaded, dict)
     return loaded
 

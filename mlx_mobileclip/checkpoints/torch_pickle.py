@@ -9,21 +9,25 @@ File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6).
 
 import io
 import math
+import re
 import struct
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, name_some
+from ..errors import CheckpointError, name_some, refuse_lfs_pointer
 from .pickle_machine import STORAGES, Opaque, TensorView, interpret
 
 MAX_PICKLE_BYTES = 16 << 20
-MAX_ENTRIES = 100_000
+MAX_DIRECTORY_BYTES = 4 << 20  # of the zip, ten times what PyTorch writes; each entry has 46
 MAX_REPEATS = 2  # how often the file's bytes may appear in tensors: tied weights, not floods
+MAX_SPREAD = 4  # how many times its own size a large tensor may reach across its storage
+SMALL_BYTES = 1 << 20
 # Where checkpoints keep their tensors, the more usual first. Weights averaged over training come
 # after those themselves, as open_clip takes them.
 WRAPPERS = (
@@ -31,15 +35,22 @@ WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema", "weights", "params"),
 )
 TRAINERS = ("optim", "callback", "loop", "scheduler", "lr_", "scaler", "rng")
-MAX_WRAPPERS = 8  # inside each other
+MAX_WRAPPERS = 4  # inside each other
+
+Check = Callable[[dict[str, mx.array]], object]
 
 
-def read_torch(path: Path) -> dict[str, mx.array]:
-    """All tensors of a checkpoint file by name, without the containers around them.
+def read_torch(
+    path: Path, check: Check | None = None, unused: str | None = None
+) -> dict[str, mx.array]:
+    """The tensors of a checkpoint file by name, without the containers around them.
 
     Args:
         path: A file as `torch.save` writes it. The tensors may stand under one of `WRAPPERS`, or
             be the only ones there are; what stands beside them is not read.
+        check: Called before any tensor is read, with lazy zeros in their place; raises if their
+            names, shapes or types are not those of the model.
+        unused: Pattern of the names of tensors that are left out.
 
     Raises:
         CheckpointError: the file is damaged, holds anything but tensors and plain values among
@@ -47,28 +58,59 @@ def read_torch(path: Path) -> dict[str, mx.array]:
     """
     try:
         with path.open("rb") as file:
-            return read_torch_stream(file, str(path))
+            return read_torch_stream(file, str(path), check, unused)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_torch_stream(file: IO[bytes], where: str) -> dict[str, mx.array]:
+def read_torch_stream(
+    file: IO[bytes], where: str, check: Check | None = None, unused: str | None = None
+) -> dict[str, mx.array]:
     """`read_torch` for an open file; `where` is what messages call it."""
     try:
         size_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
-        start = file.read(4)
+        start = file.read(64)
+        refuse_lfs_pointer(start, where)
         if not start.startswith(b"PK"):
             raise CheckpointError(_not_a_zip(where, start))
-        with zipfile.ZipFile(file) as archive:
+        bounded = _BoundedFile(file, where)
+        with zipfile.ZipFile(cast(IO[bytes], bounded)) as archive:
+            bounded.limit = size_bytes
             root = _check_archive(archive, size_bytes, where)
             data = archive.read(f"{root}data.pkl")
             tensors = _tensors_of(interpret(data, where), where)
-            return _load(archive, root, tensors, size_bytes, where)
+            if unused is not None:
+                tensors = {k: v for k, v in tensors.items() if not re.search(unused, k)}
+            _check_sizes(archive, root, tensors, size_bytes, where)
+            if check is not None:
+                check(
+                    {k: mx.zeros(v.shape, STORAGES[v.storage.kind][1]) for k, v in tensors.items()}
+                )
+            return _load(archive, root, tensors)
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
         raise CheckpointError(
             f"{where}: not a sound PyTorch file ({str(error)[:200]}); download it again"
         ) from error
+
+
+class _BoundedFile:
+    """A file of which one read takes no more than a limit, as `zipfile` reads a whole directory."""
+
+    def __init__(self, file: IO[bytes], where: str):
+        self.limit = MAX_DIRECTORY_BYTES
+        self._file = file
+        self._where = where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self.limit + 1 if size < 0 else min(size, self.limit + 1))
+        if len(data) > self.limit:
+            limit = f"{self.limit >> 20} MB"
+            raise CheckpointError(f"{self._where}: its directory of entries is larger than {limit}")
+        return data
 
 
 def _not_a_zip(where: str, start: bytes) -> str:
@@ -83,8 +125,6 @@ def _not_a_zip(where: str, start: bytes) -> str:
 def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str:
     """Check what the zip claims before any of it is read; returns the folder of data.pkl."""
     entries = archive.infolist()
-    if len(entries) > MAX_ENTRIES:
-        raise CheckpointError(f"{where}: has {len(entries)} entries, more than {MAX_ENTRIES}")
     names = [entry.filename for entry in entries]
     if len(set(names)) != len(names):
         raise CheckpointError(f"{where}: two of its entries have the same name")
@@ -122,15 +162,20 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
 def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
     """The dictionary of tensors: under the usual names, or the only one there is."""
     for _ in range(MAX_WRAPPERS):
-        if isinstance(found, dict):
-            inner = (found.get(name) for name in WRAPPERS)
-            found = next((each for each in inner if _holding(each)), found)
+        if not isinstance(found, dict):
+            break
+        seen: set[int] = set()  # what holds no tensors is searched once
+        inner = (found.get(name) for name in WRAPPERS)
+        wrapped = next((each for each in inner if any(_holding(each, seen))), None)
+        if wrapped is None:
+            break
+        found = wrapped
     if not isinstance(found, dict):
         what = found if isinstance(found, Opaque) else type(found).__name__
         raise CheckpointError(
             f"{where}: holds a {what}, no dictionary of tensors; save the model's state_dict()"
         )
-    holding = _holding(found)
+    holding = list(_holding(found, set()))
     models = [(path, each) for path, each in holding if any("." in name for name in _own(each))]
     if len(models) == 1:
         found = models[0][1]
@@ -161,13 +206,11 @@ def _own(found: dict[Any, Any]) -> dict[str, TensorView]:
     return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, TensorView)}
 
 
-def _holding(found: Any) -> list[tuple[str, dict[Any, Any]]]:
+def _holding(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]:
     """This dictionary and those within it that hold tensors, with their places.
 
-    What trainers keep for themselves is passed over.
+    What trainers keep for themselves is passed over, and so is what has been `seen`, by id.
     """
-    result: list[tuple[str, dict[Any, Any]]] = []
-    seen: set[int] = set()
     waiting = [("", found)]
     while waiting:
         path, value = waiting.pop()
@@ -175,56 +218,81 @@ def _holding(found: Any) -> list[tuple[str, dict[Any, Any]]]:
             continue
         seen.add(id(value))
         if _own(value):
-            result.append((path, value))
+            yield path, value
         for key, inner in value.items():
             shown = str(key)[:40]
             if isinstance(inner, dict) and not shown.lower().startswith(TRAINERS):
                 waiting.append((f"{path}.{shown}".lstrip(".")[:80], inner))
-    return result
 
 
-def _load(
+def _span(view: TensorView) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the one after its last."""
+    if 0 in view.shape:
+        return 0, 0
+    size = np.dtype(STORAGES[view.storage.kind][0]).itemsize
+    last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+    return view.offset * size, (last + 1) * size
+
+
+def _check_sizes(
     archive: zipfile.ZipFile,
     root: str,
     tensors: dict[str, TensorView],
     size_bytes: int,
     where: str,
-) -> dict[str, mx.array]:
-    """Read each storage once and cut its tensors out."""
-    by_storage: dict[str, list[str]] = defaultdict(list)
+) -> None:
+    """Compare what the tensors claim with what the file has, before any is read."""
+    stored = {entry.filename: entry.file_size for entry in archive.infolist()}
     total = 0
     for name, view in tensors.items():
-        by_storage[view.storage.key].append(name)
-        total += math.prod(view.shape) * np.dtype(STORAGES[view.storage.kind][0]).itemsize
+        entry, shown = f"{root}data/{view.storage.key}", name[:200]
+        item_bytes = np.dtype(STORAGES[view.storage.kind][0]).itemsize
+        if entry not in stored:
+            raise CheckpointError(f"{where}: {entry}, the storage of {shown}, is missing")
+        needed = view.storage.items * item_bytes
+        if needed > stored[entry]:
+            raise CheckpointError(
+                f"{where}: {entry} has {stored[entry]} bytes, but {shown} needs {needed}"
+            )
+        own, (start, end) = math.prod(view.shape) * item_bytes, _span(view)
+        if end - start > max(MAX_SPREAD * own, SMALL_BYTES):
+            raise CheckpointError(
+                f"{where}: {shown} has {own} bytes, scattered over {end - start}; save a copy of it"
+            )
+        total += own
     if total > MAX_REPEATS * size_bytes:
         raise CheckpointError(f"{where}: its tensors claim {total} bytes of a {size_bytes} file")
-    names = set(archive.namelist())
+
+
+def _load(
+    archive: zipfile.ZipFile, root: str, tensors: dict[str, TensorView]
+) -> dict[str, mx.array]:
+    """Read the parts of each storage that its tensors view, once and in order."""
+    by_storage: dict[str, list[str]] = defaultdict(list)
+    for name, view in tensors.items():
+        by_storage[view.storage.key].append(name)
     result: dict[str, mx.array] = {}
     for key, members in by_storage.items():
-        entry = f"{root}data/{key}"
-        if entry not in names:
-            raise CheckpointError(
-                f"{where}: {entry}, the storage of {members[0][:200]}, is missing"
-            )
-        for name in members:
-            storage = tensors[name].storage
-            needed = storage.items * np.dtype(STORAGES[storage.kind][0]).itemsize
-            stored = archive.getinfo(entry).file_size
-            if needed > stored:
-                raise CheckpointError(
-                    f"{where}: {entry} has {stored} bytes, but {name[:200]} needs {needed}"
-                )
-        data = archive.read(entry)
-        for name in members:
-            result[name] = _array(data, tensors[name])
+        with archive.open(f"{root}data/{key}") as file:
+            block, start, end = b"", 0, 0  # the last bytes read, and where they lie
+            for name in sorted(members, key=lambda name: _span(tensors[name])):
+                first, last = _span(tensors[name])
+                if first > end:
+                    file.seek(first)
+                    block, start, end = b"", first, first
+                if last > end:
+                    block = block[first - start :] + file.read(last - end)
+                    start, end = first, last
+                result[name] = _array(block[first - start : last - start], tensors[name])
     return {name: result[name] for name in tensors}
 
 
 def _array(data: bytes, view: TensorView) -> mx.array:
+    """The tensor whose span these bytes are."""
     kind, dtype = STORAGES[view.storage.kind]
     if 0 in view.shape:
         return mx.zeros(view.shape, dtype)
-    items = np.frombuffer(data, kind, view.storage.items)[view.offset :]
+    items = np.frombuffer(data, kind)
     strides = [stride * items.itemsize for stride in view.strides]
     array = np.lib.stride_tricks.as_strided(items, view.shape, strides, writeable=False)
     array = np.ascontiguousarray(array).reshape(view.shape)

@@ -54,11 +54,14 @@ def as_dtype(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
     return tensor.astype(dtype if tensor.ndim else mx.float32)
 
 
-def not_finite(names: list[str], dtype: mx.Dtype, where: str) -> CheckpointError:
-    """The error for values that are not, or that do not fit the precision."""
+def not_finite(
+    names: list[str], dtype: mx.Dtype, where: str, *, damaged: bool = False
+) -> CheckpointError:
+    """The error for values that are not, or that do not fit the precision unless `damaged`."""
+    wider = "" if damaged or dtype == mx.float32 else "try --dtype float32, or "
     return CheckpointError(
         f"{where}: not finite in {str(dtype).split('.')[-1]}: {name_some(names)}; "
-        "try --dtype float32, or download the checkpoint again"
+        f"{wider}download the checkpoint again"
     )
 
 
@@ -81,7 +84,9 @@ def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, wher
     except RuntimeError as error:
         raise CheckpointError(f"{where}: the weights cannot be read ({error})") from error
     if bad := sorted(name for name, ok in finite.items() if not ok.item()):
-        raise not_finite(bad, dtype, where)
+        values = dict(weights)
+        damaged = any(mx.any(mx.isnan(values[name])).item() for name in bad)  # no cast makes these
+        raise not_finite(bad, dtype, where, damaged=damaged)
 
 
 def _in_order(tensor: mx.array) -> mx.array:

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..embedding.lines import read_lines
 from ..errors import DataError
-from ..terminal import printable
+from ..paths import user_path
+from ..terminal import printable, say
 from .inputs import find_all_images
 from .loading import embed_labels, load_model
 from .options import (
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B,C", help="labels, separated by commas")
     labels.add_argument("--label", action="append", metavar="L", help="one label; again: more")
-    labels.add_argument("--labels-file", type=Path, metavar="F", help="file with a label a line")
+    labels.add_argument(
+        "--labels-file", type=user_path, metavar="F", help="file with a label a line"
+    )
     labels.add_argument("--imagenet", action="store_true", help="the 1000 classes of ImageNet")
     add_template_arguments(parser)
     parser.add_argument(
@@ -78,7 +80,6 @@ def run(args: argparse.Namespace) -> None:
         DataError: an image was skipped (the results of the others are printed), or all were.
         ModelError: an option or the model cannot be used.
     """
-    from ..embedding.files import openable
     from ..embedding.pipeline import check_batch_size, iter_embeddings
     from ..eval.zero_shot import chooser
     from ..preprocess.image import open_image
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     check_batch_size(args.batch_size)
     paths, unreadable = find_all_images(args.image)
     if len(paths) == 1:
-        open_image(openable(paths[0]))  # report a wrong one before the model is loaded
+        open_image(paths[0])  # report a wrong one before the model is loaded
     model, processor = load_model(args)
     texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
     choose = chooser(model, labels, texts, args.top_k)
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             skipped.append(item.name)
             where = "" if item.name in str(item.error) else f"{item.name}: "
-            print(printable(f"skipped {where}{item.error}"), file=sys.stderr)
+            say(f"skipped {where}{item.error}")
 
     with closing(iter_embeddings(model, processor, paths, batch_size=args.batch_size)) as embedded:
         FORMATS[args.format](results(embedded), args, len(paths))

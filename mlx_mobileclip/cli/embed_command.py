@@ -1,14 +1,14 @@
 """`embed`: write the embeddings of images or texts to a file."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from ..embedding.lines import read_lines
 from ..errors import DataError
+from ..paths import user_path
+from ..terminal import say
 from .inputs import find_all_images, folders_among
 from .loading import load_model
 from .options import add_batch_size_argument, add_model_arguments
@@ -30,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="directory (searched recursively), glob, image, or file with a path a line",
     )
-    inputs.add_argument("--texts", type=Path, metavar="FILE", help="file with a text a line")
+    inputs.add_argument("--texts", type=user_path, metavar="FILE", help="file with a text a line")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="X", help=".safetensors, .npz or .parquet"
+        "--output",
+        type=user_path,
+        required=True,
+        metavar="X",
+        help=".safetensors, .npz or .parquet",
     )
     parser.add_argument(
         "--update",
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             update=args.update,
         )
     except KeyboardInterrupt:
-        print("run the same command again to go on from there", file=sys.stderr)
+        say("run the same command again to go on from there")
         raise
     unit = "images" if args.images else "texts"
     result = f"embedded {summary.embedded} of {summary.total} {unit} into {args.output}"
@@ -89,4 +93,4 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet:
         seconds = time.perf_counter() - started
         rate = (summary.embedded - summary.resumed - summary.kept) / seconds
-        print(f"{result} ({seconds:.1f} s, {rate:.1f} {unit}/s)", file=sys.stderr)
+        say(f"{result} ({seconds:.1f} s, {rate:.1f} {unit}/s)")

@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import sys
 
 from ..errors import DataError
+from ..terminal import say
 from .loading import embed_labels, load_model
 from .options import (
     add_batch_size_argument,
@@ -76,10 +76,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = templates(args)
         present = len(set(targets))
         if present < len(labels):
-            print(
-                f"{present} of {len(labels)} classes have images; all {len(labels)} labels compete",
-                file=sys.stderr,
-            )
+            say(f"{present} of {len(labels)} classes have images; all {len(labels)} labels compete")
         model, processor = load_model(args)
         texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
         results = evaluate_imagenet(model, processor, paths, targets, texts, **options)

@@ -1,16 +1,15 @@
 """Find the images that the options name, and say on stderr what was left out."""
 
 import os
-import sys
 
 from ..embedding.files import PassedOver, find_images
-from ..embedding.lines import expand
-from ..terminal import printable
+from ..paths import user_path
+from ..terminal import say
 
 
 def folders_among(sources: list[str]) -> list[str]:
-    """The sources that are directories, spelled as in the paths that `find_images` returns."""
-    return [str(expand(source)) for source in sources if os.path.isdir(expand(source))]  # noqa: PTH112
+    """The sources that are directories, named as the paths that `find_images` finds there."""
+    return [str(user_path(s)) for s in sources if os.path.isdir(user_path(s))]  # noqa: PTH112
 
 
 def find_all_images(sources: list[str]) -> tuple[list[str], int]:
@@ -28,10 +27,10 @@ def find_all_images(sources: list[str]) -> tuple[list[str], int]:
 
     def skip(folder: str, reason: str) -> None:
         if folder not in unreadable:
-            print(printable(f"skipped {folder}: {reason}"), file=sys.stderr)
+            say(f"skipped {folder}: {reason}")
         unreadable.add(folder)
 
     paths = [path for source in sources for path in find_images(source, skip, passed_over)]
     if passed_over:
-        print(printable(str(passed_over)), file=sys.stderr)
+        say(str(passed_over))
     return paths, len(unreadable)

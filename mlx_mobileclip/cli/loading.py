@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING
 
-from ..terminal import Bar, progress
+from ..terminal import Bar, progress, say
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -34,7 +33,7 @@ def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
         loaded = load(args.model, **options)
         set_status(f"loaded {args.model}")
     if not args.quiet and (remedy := slow_blas_remedy()):
-        print(f"note: {remedy}", file=sys.stderr)
+        say(f"note: {remedy}")
     return loaded
 
 

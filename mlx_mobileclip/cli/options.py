@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..defaults import DEFAULT_MODEL
 from ..errors import ConfigError
 from ..json_fields import Fields
+from ..paths import user_path
 
 if TYPE_CHECKING:
     from ..models.clip import PreprocessConfig
@@ -93,7 +94,7 @@ def named_path(name: str) -> Path:
     """A path that an option names; `Path("")` would be the current directory."""
     if not name:
         raise argparse.ArgumentTypeError("an empty name; write . for this directory")
-    return Path(name)
+    return user_path(name)
 
 
 def templates(args: argparse.Namespace) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ The output appears complete or not at all. Until then the rows are in a resume l
 """
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..models.clip import MobileCLIP
+from ..paths import user_path
 from ..preprocess.processor import Processor
 from ..terminal import Bar
-from .files import openable
 from .identity import image_identity, text_identity
 from .pipeline import Embedded, check_sequence, iter_embeddings, iter_text_embeddings
 from .progress import consume
 from .readers import Stored, read_embeddings
-from .resume_log import Key, ResumeLog
+from .resume_log import REMEDY, Key, ResumeLog
 from .writers import check_names, check_output, write_embeddings
 
 
@@ -124,10 +124,10 @@ def _stamp(path: str) -> str | None:
     Empty if they cannot be told.
     """
     try:
-        status = Path(openable(path)).expanduser().stat()
+        status = user_path(path).stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: ~ of an unknown user
+    except (OSError, ValueError):
         return ""
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -169,6 +169,7 @@ def _run(
             stored = dict(before.keys)
             stamps = stamps | {name: found[name] or stored[name] for name in others}
         check_names(output, names, list(stamps.values()))
+        _check_same_inputs(log, stamps, stamp)
 
         def store(embedded: list[str], new: NDArray[np.float32]) -> None:
             log.append([(name, stamps[name]) for name in embedded], new)
@@ -188,11 +189,25 @@ def _run(
             raise DataError(f"none of the {len(names)} {about['kind']} could be embedded")
         if before is None or keys != before.keys:
             values, kept_names = [rows[key] for key in keys], [name for name, _ in keys]
-            write_embeddings(output, kept_names, values, about, [stamp for _, stamp in keys])
+            kept_stamps = [stamp for _, stamp in keys]
+            replace = before is not None
+            write_embeddings(output, kept_names, values, about, kept_stamps, replace=replace)
         log.remove()
     left = {name for name, _ in keys}
     dropped = 0 if before is None else len({name for name, _ in before.keys} - left)
     return Summary(len(names), len(keys), resumed, skipped, kept, dropped)
+
+
+def _check_same_inputs(
+    log: ResumeLog, stamps: Mapping[str, str], stamp: Callable[[str], str | None]
+) -> None:
+    """Refuse to go on from a run that had other inputs: its rows would be lost."""
+    names = {name for name, _ in log.rows}
+    if names.isdisjoint(stamps) and any(stamp(name) is not None for name in names):
+        raise DataError(
+            f"{log.path}: holds {len(names)} {log.about['kind']} of an unfinished run with other "
+            f"inputs; run that one again, {REMEDY}"
+        )
 
 
 def _read_before(output: Path, about: dict[str, str]) -> Stored:

@@ -2,12 +2,14 @@
 
 import glob
 import os
+import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .lines import expand, read_lines
+from ..paths import user_path
+from .lines import read_lines
 
 IMAGE_SUFFIXES = frozenset(
     # Not all can be decoded, such as HEIC, but then the user is told which are skipped.
@@ -58,7 +60,7 @@ def find_images(
     """
     if not source:
         raise DataError("an empty name; give a directory (. for this one), a glob or a list")
-    path = expand(source)
+    path = user_path(source)
     passed_over = PassedOver() if passed_over is None else passed_over
     # os.path returns False for what cannot be accessed, where Path raises.
     if os.path.isdir(path):  # noqa: PTH112
@@ -81,41 +83,39 @@ def find_images(
     )
 
 
-def openable(path: str) -> str:
-    """Make a path from `find_images` safe for `Path.expanduser`.
-
-    `Path` drops the ./ that `find_images` puts before a ~, so that the ~ would be expanded.
-    """
-    return str(Path.cwd() / path) if path.startswith("./~") else path
-
-
 def _literal(path: str) -> str:
     """Keep a ~ at the start of a file name from being expanded to a home directory."""
     return f"./{path}" if path.startswith("~") else path
 
 
 def _match(pattern: str, passed_over: PassedOver) -> list[str]:
-    """The files that match a glob, sorted; `**` searches folders as `_search` does."""
-    parts = pattern.split("/")
-    if "**" not in parts:
+    """The files that match a glob, sorted; each `**` searches every folder once, as `_search`."""
+    first, *rest = [part.strip("/") for part in re.split(r"(?:(?<=/)|^)\*\*(?=/|$)", pattern)]
+    if not rest:
         matches = glob.glob(pattern)  # noqa: PTH207 (the glob may be absolute)
         files = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
         if len(matches) > len(files):
             passed_over["folders that match a glob"] += len(matches) - len(files)
         return sorted(files)
-    place = parts.index("**")
-    base, rest = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
-    bases = glob.glob(f"{base}/") if place else ["."]  # noqa: PTH207
-    found: set[str] = set()
 
     def unreadable(_: OSError) -> None:
         passed_over["folders that cannot be read"] += 1
 
-    for start in bases:
-        for folder, _ in _search(Path(start), unreadable, passed_over):
-            inner = PassedOver()  # the folders within this one are searched in their turn
-            found.update(_match(str(Path(glob.escape(folder), rest)), inner))
+    root = "/" if pattern.startswith("/") else ""
+    bases = glob.glob(f"{root}{first}/") if root or first else ["."]  # noqa: PTH207
+    for between in rest[:-1]:
+        folders = [folder for folder, _ in _search(bases, unreadable, PassedOver())]
+        bases = [base for folder in folders for base in _folders_within(folder, between)]
+    found: set[str] = set()
+    for folder, _ in _search(bases, unreadable, passed_over):
+        inner = PassedOver()  # the folders within this one are searched in their turn
+        found.update(_match(str(Path(glob.escape(folder), rest[-1] or "*")), inner))
     return sorted(found)
+
+
+def _folders_within(folder: str, pattern: str) -> list[str]:
+    """The folders that match a glob within a folder; itself if there is none, as in `**/**`."""
+    return glob.glob(f"{glob.escape(folder)}/{pattern}/") if pattern else [folder]  # noqa: PTH207
 
 
 def _is_image(path: Path) -> bool:
@@ -142,7 +142,7 @@ def _walk(
             raise DataError(f"{folder}: {reason}") from error
         on_skip(folder, reason)
 
-    for folder, files in _search(directory, failed, passed_over):
+    for folder, files in _search([str(directory)], failed, passed_over):
         for name in sorted(files):
             path = Path(folder, name)
             if reason := _reason_to_pass_over(path):
@@ -152,19 +152,18 @@ def _walk(
 
 
 def _search(
-    directory: Path, failed: Callable[[OSError], None], passed_over: PassedOver
+    directories: Sequence[str], failed: Callable[[OSError], None], passed_over: PassedOver
 ) -> Iterator[tuple[str, list[str]]]:
-    """A directory and its folders, each with its files; first the real folders, then the links.
+    """Directories and their folders, each with its files; first the real folders, then the links.
 
     What is reached without a link is never left out, so that a file keeps its name whatever links
-    lead to it. Within a linked folder, one that was searched before is left out: a loop ends.
+    lead to it. A folder that was searched before is left out: a loop ends.
     """
     searched: set[tuple[int, int] | str] = set()
-    links = deque([directory])
-    while links:
-        start = links.popleft()
-        linked = start is not directory
-        if linked and _identity(start) in searched:
+    left = deque(sorted(map(Path, directories), key=lambda path: path.resolve() != path.absolute()))
+    while left:
+        start = left.popleft()
+        if _identity(start) in searched:
             passed_over["linked folders that were searched already"] += 1
             continue
         for folder, folders, files in os.walk(start, onerror=failed):
@@ -174,8 +173,8 @@ def _search(
                 if name.startswith("."):
                     passed_over["hidden folders"] += 1
                 elif os.path.islink(path):  # noqa: PTH114
-                    links.append(path)
-                elif linked and _identity(path) in searched:
+                    left.append(path)
+                elif _identity(path) in searched:
                     passed_over["folders that were searched already"] += 1
                 else:
                     continue

@@ -6,6 +6,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32
 from pathlib import Path
 
 from ..errors import DataError
+from ..paths import user_path
 
 # A byte order mark and its encoding; UTF-32's first, since it begins like UTF-16's.
 MARKS = (
@@ -15,6 +16,8 @@ MARKS = (
     (BOM_UTF16_LE, "utf-16-le"),
     (BOM_UTF16_BE, "utf-16-be"),
 )
+MAX_BYTES = 256 << 20  # 2.5 million paths of 100 characters
+START_BYTES = 1 << 16
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -27,10 +30,11 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
             as in the names that the system gives.
 
     Raises:
-        DataError: the file cannot be read, or a line is no text in these encodings.
+        DataError: the file cannot be read or is larger than 256 MB, or a line is no text in these
+            encodings.
     """
     try:
-        data = expand(path).read_bytes()
+        data = _read(user_path(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason})") from error
@@ -61,9 +65,13 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
     return lines
 
 
-def expand(path: str | os.PathLike[str]) -> Path:
-    """The path with a ~ at its start replaced by the home directory, if there is such a user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~ of an unknown user: a file name such as ~$a.png
-        return Path(path)
+def _read(path: Path) -> bytes:
+    """The contents of a text file, or a part of it that shows that it is none."""
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+        if b"\0" in start and not start.startswith(tuple(mark for mark, _ in MARKS)):
+            return start
+        data = start + file.read(MAX_BYTES - len(start) + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{path}: larger than {MAX_BYTES >> 20} MB; split it")
+    return data

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from ..errors import DataError, ModelError
 from ..models.clip import MobileCLIP
 from ..preprocess.processor import Processor
-from .files import openable
 
 MAX_WORKERS = 8  # by default; decoders gain little from more
 
@@ -64,7 +64,7 @@ def iter_embeddings(
     """
 
     def prepare(path: str) -> NDArray[Any]:
-        return processor.pixels(openable(path))
+        return processor.pixels(path)
 
     def encode(pixels: mx.array) -> mx.array:
         return model.encode_image(pixels, normalize=True)
@@ -106,9 +106,9 @@ def check_sequence(names: Iterable[str], what: str) -> None:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raise DataError if the batch size is below 1."""
-    if batch_size < 1:
-        raise DataError(f"a batch size of {batch_size} is not possible; it must be at least 1")
+    """Raise DataError unless the batch size is an integer of at least 1."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise DataError(f"a batch size of {batch_size!r:.40} cannot be; it must be at least 1")
 
 
 def is_unicode(text: str) -> bool:

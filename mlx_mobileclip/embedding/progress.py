@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ..terminal import Bar, printable
+from ..terminal import Bar
 from .pipeline import Embedded
 
 MAX_NAME = 200  # characters of a name in a message
@@ -41,7 +41,7 @@ def consume(
                     if item.error is not None:
                         message = errors[item.name] = str(item.error)
                         where = "" if item.name in message else f"{item.name[:MAX_NAME]}: "
-                        bar.say(printable(f"skipped {where}{message}"))
+                        bar.say(f"skipped {where}{message}")
                 bar.advance(len(batch))
     except KeyboardInterrupt:
         bar.say(f"{bar.done} of {bar.total} {bar.unit} are done")

@@ -1,6 +1,7 @@
 """Read an output file back, to bring it up to date."""
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def _read_safetensors(path: Path) -> Parts:
 
 
 def _read_npz(path: Path) -> Parts:
+    with zipfile.ZipFile(path) as archive:  # np.savez compresses nothing, so nothing can swell
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed")
     with np.load(path, allow_pickle=False) as file:
         about = {key: str(file[key]) for key in file.files if file[key].ndim == 0}
         stamps = json.loads(file["stamps"].tobytes()) if "stamps" in file.files else []

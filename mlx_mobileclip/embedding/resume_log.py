@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from ..errors import DataError
 
 Key = tuple[str, str]
+REMEDY = "remove it, or choose another --output"
+MAX_RECORD_BYTES = 256 << 20
+ROWS_PER_RECORD = 256
 # Magic, lengths in bytes of the keys (JSON) and of the rows (float32), CRC of keys and rows.
 RECORD = struct.Struct("<4sIII")
 MAGIC = b"MCE1"
@@ -52,7 +55,7 @@ class ResumeLog:
 
     def __enter__(self) -> "ResumeLog":
         try:
-            self._file = os.fdopen(_open_no_link(self.path), "a+b")
+            self._file = os.fdopen(_open_ours(self.path), "a+b")
         except OSError as error:
             raise DataError(
                 f"{self.path}: cannot be written ({error.strerror or error}); choose another "
@@ -82,7 +85,8 @@ class ResumeLog:
     def __exit__(self, *_: object) -> None:
         if not self.rows:  # nothing to go on from
             self.remove()
-        self._file.close()
+        with suppress(OSError):  # a full disk, told already
+            self._file.close()
 
     def append(self, keys: Sequence[Key], rows: NDArray[np.float32]) -> None:
         """Add the rows of a batch; they survive a killed process once this returns.
@@ -92,38 +96,47 @@ class ResumeLog:
             rows: Their embeddings (N, E).
 
         Raises:
-            DataError: the file cannot be written.
+            DataError: the file cannot be written, or its rows are of another width.
         """
-        self._append(json.dumps(list(keys)).encode(), rows.astype("<f4").tobytes())
+        known = next(iter(self.rows.values()), rows[0])
+        if len(known) != rows.shape[1]:
+            raise DataError(f"{self.path}: holds rows of another model; {REMEDY}")
+        for i in range(0, len(keys), ROWS_PER_RECORD):
+            some = slice(i, i + ROWS_PER_RECORD)
+            self._append(json.dumps(keys[some]).encode(), rows[some].astype("<f4").tobytes())
         self.rows.update(zip(keys, rows, strict=True))
 
     def remove(self) -> None:
-        """Delete the file, once its rows are in the output."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, once its rows are in the output; not another of its name."""
+        with suppress(OSError):
+            if os.path.samestat(self.path.lstat(), os.fstat(self._file.fileno())):
+                self.path.unlink()
 
     def _replay(self) -> int:
         """Read the rows of an earlier run; returns the length of the intact part in bytes."""
         header = self._next()
-        remedy = "remove it, or choose another --output"
         try:
             if header is None or not isinstance(about := json.loads(header[0]), dict):
                 raise ValueError
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{self.path}: is damaged, or no file of this program; {remedy}"
+                f"{self.path}: is damaged, or no file of this program; {REMEDY}"
             ) from error
         if about | {"model": ""} != self.about | {"model": ""}:
             made_by = f"{about.get('kind', '')} and model {about.get('model') or 'without a name'}"
             raise DataError(
                 f"{self.path}: is of an unfinished run with other weights, settings or version "
-                f"({made_by}); run that one again, {remedy}"
+                f"({made_by}); run that one again, {REMEDY}"
             )
         end = self._file.tell()
         while (record := self._next()) is not None:
-            keys = [(str(name), str(stamp)) for name, stamp in json.loads(record[0])]
-            rows = np.frombuffer(record[1], "<f4").reshape(len(keys), -1)
-            self.rows.update(zip(keys, rows, strict=True))
+            try:
+                self.rows.update(_rows_of(*record))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{self.path}: is no file of this program; {REMEDY}") from error
             end = self._file.tell()
+        if len({row.shape for row in self.rows.values()}) > 1:
+            raise DataError(f"{self.path}: holds rows of several models; {REMEDY}")
         return end
 
     def _next(self) -> tuple[bytes, bytes] | None:
@@ -132,8 +145,8 @@ class ResumeLog:
         if len(head) < RECORD.size:
             return None
         magic, keys_bytes, rows_bytes, checksum = RECORD.unpack(head)
-        left = self.path.stat().st_size - self._file.tell()
-        if magic != MAGIC or keys_bytes + rows_bytes > left:
+        left = os.fstat(self._file.fileno()).st_size - self._file.tell()
+        if magic != MAGIC or keys_bytes + rows_bytes > min(left, MAX_RECORD_BYTES):
             return None
         keys, rows = self._file.read(keys_bytes), self._file.read(rows_bytes)
         return (keys, rows) if zlib.crc32(rows, zlib.crc32(keys)) == checksum else None
@@ -150,11 +163,21 @@ class ResumeLog:
             ) from error
 
 
-def _open_no_link(path: Path) -> int:
-    """Open the log, but nothing that another has put in its place: a link, a pipe."""
+def _rows_of(keys: bytes, rows: bytes) -> dict[Key, NDArray[np.float32]]:
+    """The rows of a record by key; ValueError or TypeError if it is none of ours."""
+    names = [(str(name), str(stamp)) for name, stamp in json.loads(keys)]
+    matrix = np.frombuffer(rows, "<f4").reshape(len(names), -1)
+    if not np.isfinite(matrix).all():
+        raise ValueError("a value is not finite")
+    return dict(zip(names, matrix, strict=True))
+
+
+def _open_ours(path: Path) -> int:
+    """Open the log, but nothing that another has put in its place: a link, a pipe, their file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("is not a regular file")
-    return descriptor
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid():
+        return descriptor
+    os.close(descriptor)
+    raise OSError("is not a regular file of yours alone")

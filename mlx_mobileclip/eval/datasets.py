@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..embedding.files import find_images
 from ..errors import DataError, name_some
+from ..json_fields import read_bounded
 from .zero_shot import imagenet_wordnet_ids
 
 CAPTIONS_PER_IMAGE = 5  # as in clip_benchmark; a few COCO images have six or seven
@@ -88,12 +89,12 @@ def karpathy_test(captions: Path, images: Path) -> tuple[list[str], list[str], l
         Paths of the images, captions (five per image), and the image index of each caption.
 
     Raises:
-        DataError: the file does not have this form, or an image is missing.
+        ConfigError: the file is no regular file, or larger than 512 MB.
+        DataError: it does not have this form, or an image is missing.
     """
     try:
-        if captions.stat().st_size > MAX_CAPTIONS_BYTES:
-            raise DataError(f"{captions}: larger than {MAX_CAPTIONS_BYTES >> 20} MB")
-        entries = [e for e in json.loads(captions.read_bytes())["images"] if e["split"] == "test"]
+        data = read_bounded(captions, MAX_CAPTIONS_BYTES, follow_links=True)
+        entries = [e for e in json.loads(data)["images"] if e["split"] == "test"]
         texts = [[s["raw"] for s in e["sentences"]][:CAPTIONS_PER_IMAGE] for e in entries]
         files = [_image_file(images, e.get("filepath", ""), e["filename"]) for e in entries]
     except OSError as error:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..caching.disk_cache import DiskCache
 from ..embedding.identity import text_identity
-from ..embedding.pipeline import is_unicode, text_tower
+from ..embedding.pipeline import check_batch_size, is_unicode, text_tower
 from ..errors import DataError, ImageError, ModelError
 from ..models.clip import MobileCLIP
 from ..preprocess.image import ImageSource
@@ -225,12 +226,14 @@ def classify(
         ImageError: an image cannot be read.
         ModelError: an embedding is not finite.
     """
-    if top_k < 1:
-        raise DataError(f"top_k is {top_k}; ask for at least 1 label")
+    check_batch_size(batch_size)
+    if not isinstance(top_k, Integral) or top_k < 1:
+        raise DataError(f"top_k is {top_k!r:.40}; ask for at least 1 label")
     if texts is None:
         texts = text_matrix(model, processor, labels, templates, cache=cache)
     choose = chooser(model, labels, texts, top_k)
-    if not isinstance(images, Sequence):  # such as a set, which has no order
+    # A set, for one, has no order.
+    if not isinstance(images, (Sequence, np.ndarray, mx.array)):
         raise ImageError(f"images takes a list of images, not a {type(images).__name__}")
     results = []
     for start in range(0, len(images), batch_size):

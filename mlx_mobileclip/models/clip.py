@@ -105,7 +105,7 @@ class MobileCLIPConfig:
             else None,
             preprocess=PreprocessConfig.from_json(fields.object("preprocess_config")),
             quantization=read_packed(fields),
-            source=dict(fields.get("source", {})),
+            source=fields.record("source"),
         )
         size = config.preprocess.image_size
         if isinstance(config.image, ViTConfig) and config.image.image_size != size:

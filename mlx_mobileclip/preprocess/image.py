@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ImageError
+from ..errors import LFS_POINTER, ImageError
+from ..paths import user_path
 from .decoder_memory import DECODERS
 from .image_bounds import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, check_file, check_image, check_size
 
@@ -49,7 +50,7 @@ def open_image(source: ImageSource, name: str = "image") -> Image.Image:
 
     Args:
         source: Path, data URI, encoded bytes, file object, PIL image, or uint8 array (H, W),
-            (H, W, 3) or (H, W, 4).
+            (H, W, 3) or (H, W, 4) of NumPy, MLX or whatever NumPy can convert.
         name: What errors call it, unless it is a path.
 
     Returns:
@@ -83,9 +84,11 @@ def open_resized(
 def _open(source: ImageSource, name: str, reserved: ExitStack) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if hasattr(source, "__array__"):  # of MLX, PyTorch, JAX
+        return _from_array(_as_numpy(source))
     if isinstance(source, Image.Image):
         return _decode(source, name, reserved)
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), name, reserved)
     if not isinstance(source, (str, os.PathLike)) or is_data_uri(source):
         return _decode(io.BytesIO(read_image(source)), name, reserved)
@@ -113,8 +116,9 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> bytes:
             with find_image(source).open("rb") as file:
                 return file.read(MAX_IMAGE_BYTES)
         return _read_file(source)
-    except OSError as error:
-        raise ImageError(f"{source}: cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a file object that is closed
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{source}: cannot be read ({reason})") from error
 
 
 def is_data_uri(source: object) -> bool:
@@ -162,14 +166,13 @@ def find_image(source: str | os.PathLike[str]) -> Path:
     if "://" in name:
         raise ImageError(f"{name[:80]}: URLs are not opened; download the image and give its path")
     try:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "no such file"
             raise ImageError(f"{name}: {what}; give the path of an image")
         if path.stat().st_size > MAX_IMAGE_BYTES:
             raise ImageError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MB; resize it first")
-    # ValueError: a NUL in the name; RuntimeError: ~ of an unknown user.
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name[:200]!r}: cannot be read ({reason})") from error
     return path
@@ -203,10 +206,15 @@ def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         hint = ""
+        if source.seek(0) == 0 and source.read(len(LFS_POINTER)) == LFS_POINTER:
+            hint = ", but a Git LFS pointer in its place; run git lfs pull"
         if name.lower().endswith((".heic", ".heif")):
             hint = f"; on a Mac: sips -s format jpeg {name} --out photo.jpg"
         raise ImageError(f"{name}: not an image in {', '.join(FORMATS)}{hint}") from error
-    except Exception as error:  # decoders raise almost anything on damaged files
+    except Exception as error:
+        if opened and "closed image" in str(error):  # Pillow's words
+            raise ImageError(f"{name}: this PIL image is closed; open it again") from error
+        # Decoders raise almost anything on damaged files.
         raise ImageError(f"{name}: damaged image ({str(error)[:120]}); save it again") from error
 
 
@@ -219,6 +227,16 @@ def _silence_libtiff() -> None:
 
     with suppress(AttributeError, OSError):  # libtiff is linked statically, or missing
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def _as_numpy(array: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(array)
+    except Exception as error:  # such as bfloat16, or a tensor on another device
+        raise ImageError(
+            f"an image array of type {type(array).__name__} cannot be converted to NumPy "
+            f"({str(error)[:120]}); make it uint8 first"
+        ) from error
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:

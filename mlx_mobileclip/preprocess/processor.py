@@ -47,7 +47,7 @@ class Processor:
         Raises:
             ImageError: naming the image that cannot be used.
         """
-        is_list = isinstance(sources, (Sequence, np.ndarray)) and not isinstance(
+        is_list = isinstance(sources, (Sequence, np.ndarray, mx.array)) and not isinstance(
             sources, (str, bytes, bytearray)
         )
         if not is_list or not len(sources):

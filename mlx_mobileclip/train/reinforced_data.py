@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +32,7 @@ MAX_SAMPLE_BYTES = {
     "npz": 16 << 20,
     "torch": 16 << 20,
 }
+MAX_HEADER_BYTES = 16 << 10  # of a member, with the extended headers before it
 MAX_AUGMENTATIONS = 1024
 MAX_CAPTIONS = 1024
 MAX_WIDTH = 65536
@@ -131,10 +132,12 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
     Raises:
         DataError: the file, or a member by name, is damaged, too large or not of this form.
     """
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise DataError(f"{path}: is no file; give the path of a shard")
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as opened, _tar(reader := _Metered(opened, path)) as tar:
             key, last, members = "", 0, dict[str, bytes]()
-            for member in tar:
+            while (member := _next(tar, reader)) is not None:
                 name, _, suffix = Path(member.name).name.partition(".")
                 kind = MEMBERS.get(suffix.lower())
                 if member.size < 0 or member.offset < last:
@@ -153,6 +156,7 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
                         f"{path}: {member.name[:200]} has {member.size} bytes; "
                         f"at most {limit >> 20} MB are read"
                     )
+                reader.left = limit + tarfile.RECORDSIZE
                 file = tar.extractfile(member)
                 members[suffix.lower()] = file.read() if file else b""
             if members:
@@ -162,6 +166,37 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
             f"{path}: cannot be read as an uncompressed tar file ({str(error)[:200]}); "
             "download it again"
         ) from error
+
+
+class _Metered(io.BufferedIOBase):
+    """A file of which so many bytes are read and no more, since tarfile sets no bound itself."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self._file, self._path, self.left = file, path, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= self.left:
+            raise DataError(f"{self._path}: a header is too large; download it again")
+        self.left -= size
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _tar(reader: _Metered) -> tarfile.TarFile:
+    reader.left = MAX_HEADER_BYTES  # of the first member, which is read at once
+    return tarfile.open(fileobj=reader, mode="r:")
+
+
+def _next(tar: tarfile.TarFile, reader: _Metered) -> tarfile.TarInfo | None:
+    """The next member; those before it are forgotten, for a shard may have millions."""
+    reader.left = MAX_HEADER_BYTES
+    tar.members = []  # type: ignore[attr-defined]
+    return tar.next()
 
 
 def _sample(where: str, key: str, members: Mapping[str, bytes]) -> Reinforced:

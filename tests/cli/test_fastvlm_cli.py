@@ -86,10 +86,10 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         expected.append(generate(*demo, messages, image).text)
         messages.append({"role": "assistant", "content": expected[-1]})
     options = ["--model", "demo", "--image", str(image), "--chat", "--quiet"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"\n{questions[1]}\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"\n{questions[1]}\n".encode())))
     assert main([*options, "--prompt", questions[0]]) == 0
     assert capsys.readouterr() == ("".join(f"{text}\n" for text in expected), "")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(questions).encode())))
     assert main([*options, "--json"]) == 0
     answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert answers == expected

@@ -107,9 +107,10 @@ def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_debug_shows_the_traceback(images: Path) -> None:
-    with pytest.raises(mlx_mobileclip.DataError):
-        main(["classify", "--image", "none.png", "--labels", "a", "--debug"])
+def test_debug_shows_the_traceback(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "--image", "none.png", "--labels", "a", "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback ") and "DataError: none.png: no such file" in err
 
 
 def test_closed_pipe(images: Path, start: Callable[..., subprocess.Popen[str]]) -> None:

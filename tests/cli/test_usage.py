@@ -100,7 +100,7 @@ def test_help_ends_with_two_examples_that_work_offline(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("MLX_MOBILECLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("sys.stdin", io.StringIO("How many shapes are there?\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"How many shapes are there?\n")))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for kind, name in (

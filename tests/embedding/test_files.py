@@ -1,6 +1,7 @@
 """Which files a source stands for."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,25 @@ def test_find_images(photos: Path, tmp_path: Path) -> None:
 
 def names(source: Path, passed_over: PassedOver | None = None) -> list[str]:
     return [str(Path(p).relative_to(source)) for p in find_images(str(source), None, passed_over)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*.png", "**", "**/**/*.png", "*/**/*.png", "**/l/**/*.png", "**/*/**/*/**/*/**/*.png"],
+)
+def test_each_file_matches_once_whatever_links_lead_to_it(tmp_path: Path, pattern: str) -> None:
+    """60 folders with a link to themselves and one to the folder above."""
+    for i in range(60):
+        folder = tmp_path / f"{i % 12}" / f"{i}"
+        folder.mkdir(parents=True)
+        (folder / "x.png").touch()
+        (folder / "l").symlink_to(".")
+        (folder / "up").symlink_to("..")
+    (tmp_path / "l").symlink_to(".")
+    started = time.perf_counter()
+    found = find_images(f"{tmp_path}/{pattern}")
+    assert time.perf_counter() - started < 2
+    assert len(found) == len({os.path.realpath(path) for path in found}) == 60
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "HEIC", "hif", "jxl", "png", "dib"])

@@ -96,7 +96,9 @@ def test_an_output_without_stamps_is_embedded_again(tmp_path: Path, suffix: str)
     paths, output = many(tmp_path), tmp_path / f"x{suffix}"
     run(paths, output)
     stored = read_embeddings(output)
-    writers.write_embeddings(output, paths, list(stored.rows[::-1]), stored.about)  # wrong rows
+    writers.write_embeddings(
+        output, paths, list(stored.rows[::-1]), stored.about, replace=True
+    )  # wrong rows
     assert all(stamp == "" for _, stamp in read_embeddings(output).keys)
     Path(paths[5]).unlink()
     summary = run(paths[:2], output, update=True)

@@ -172,7 +172,7 @@ HOSTILE: dict[str, tuple[Build, str]] = {
 def test_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
     build, reason = HOSTILE[name]
     for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).symlink_to(sound / file)
+        (tmp_path / file).hardlink_to(sound / file)
     build(tmp_path / "merges.txt")
     started = time.perf_counter()
     with pytest.raises(ConfigError, match=reason) as caught:
@@ -210,7 +210,7 @@ def test_conversion_refuses_them_too(
     source = tmp_path / "source"
     source.mkdir()
     for file in ("config.json", "model.safetensors"):
-        (source / file).symlink_to(sound / file)
+        (source / file).hardlink_to(sound / file)
     (source / "merges.txt").write_text("a b c\n")
     options = ["--model", str(source), "--mlx-path", str(tmp_path / "out")]
     assert converter.main(options) == 1

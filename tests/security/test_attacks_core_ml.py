@@ -257,7 +257,7 @@ CONSTANTS: Cases = {
         weights(lambda data: data.__setitem__(4, 1)),
         "version 1 instead of 2",
     ),
-    "NaN": (not_finite, "vision_tower.stem.conv.weight; try --dtype float32"),
+    "NaN": (not_finite, "vision_tower.stem.conv.weight; download the checkpoint again"),
     "no chain": (program(lambda made: made.const(WEIGHT)), "ends after 1 layers"),
     "values inline": (
         program(

@@ -179,7 +179,7 @@ PLACES = {
     "data:" + "x" * 5000: "not a data URI in base64",
     "x\0.jpg": "no such file",
     "x" * 5000: "cannot be read",
-    "~nobody-of-that-name/x.jpg": "cannot be read",
+    "~nobody-of-that-name/x.jpg": "no such file",
     "": "is a directory",
 }
 TOO_LONG_TO_CROP = ("16384x2.png", "2x8192.png")

@@ -1,5 +1,6 @@
 """Hostile safetensors files: each is refused in one line that names the fault."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -153,7 +154,27 @@ MISFITS: Cases = {
 }
 
 
-GROUPS = {"file": MALFORMED, "tensors": MISFITS}
+def with_index(file: str, index: Build | None = None) -> Build:
+    """Put an index of one other file beside model.safetensors."""
+
+    def build(case: Path) -> None:
+        path = case / "model.safetensors.index.json"
+        if index is not None:
+            index(path)
+            return
+        (case / file).write_bytes((case / "model.safetensors").read_bytes())
+        put(path, json.dumps({"weight_map": {VICTIM: file}}))
+
+    return build
+
+
+INDEXES: Cases = {
+    "old index": (with_index("model-00001-of-00001.safetensors"), "remove the one that is out of"),
+    "a pipe": (with_index("", os.mkfifo), "is not a regular file"),
+    "a link to nothing": (with_index("", lambda path: path.symlink_to("nowhere")), "No such file"),
+    "outside": (with_index("", lambda path: path.symlink_to("/etc/passwd")), "link to outside"),
+}
+GROUPS = {"file": MALFORMED, "tensors": MISFITS, "index": INDEXES}
 
 
 @pytest.fixture(scope="module")

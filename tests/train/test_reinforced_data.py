@@ -3,8 +3,11 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -232,6 +235,64 @@ def test_hostile_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
     assert list(read_shard(path)) == []
+
+
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def extended(fields: dict[str, str], kind: bytes = tarfile.XHDTYPE) -> bytes:
+    return tarfile.TarInfo._create_pax_generic_header(fields, kind, "utf-8")
+
+
+SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+HEADERS = {
+    "extended": header(tarfile.XHDTYPE, 3 << 30),
+    "global": header(tarfile.XGLTYPE, 3 << 30),
+    "of Solaris": header(tarfile.SOLARIS_XHDTYPE, 3 << 30),
+    "long name": header(tarfile.GNUTYPE_LONGNAME, 3 << 30),
+    "long link": header(tarfile.GNUTYPE_LONGLINK, 3 << 30),
+    "map of holes": extended(SPARSE) + header(tarfile.REGTYPE, 3 << 30, "a.txt"),
+    "endless map": extended(SPARSE) + header(tarfile.REGTYPE, 1 << 30) + b"9" * (1 << 20),
+    "one after the other": extended({"a": "b"}) * 1000 + header(tarfile.REGTYPE, 0),
+    "one within the other": header(tarfile.GNUTYPE_LONGNAME, 1) * 1000,
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_are_bounded(name: str, tmp_path: Path) -> None:
+    """3 GB by the header, and sparse."""
+    path = tmp_path / "0.tar"
+    path.write_bytes(HEADERS[name])
+    os.truncate(path, 3 << 30)
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(DataError, match=r"too large|cannot be read"):
+        list(read_shard(path))
+    assert time.perf_counter() - started < 2
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_members_and_global_headers_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    fields = {str(i): "v" for i in range(1200)}
+    empty = [header(tarfile.REGTYPE, 0, f"{i}.other") for i in range(2000)]
+    path.write_bytes(extended(fields, tarfile.XGLTYPE) + b"".join(empty) + bytes(1024))
+    tracemalloc.start()
+    started = time.perf_counter()
+    assert list(read_shard(path)) == []
+    assert time.perf_counter() - started < 5
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(DataError, match="is no file"):
+        list(read_shard(tmp_path / "0.tar"))
 
 
 def test_truncated_shard(tmp_path: Path) -> None:

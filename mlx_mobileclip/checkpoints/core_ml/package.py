@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
-from ...json_fields import read_json
+from ...json_fields import hub_blobs, read_json
 
 SUFFIX = ".mlpackage"
 MANIFEST = "Manifest.json"
@@ -68,7 +68,7 @@ class Package:
 
     def model(self) -> bytes:
         """The contents of model.mlmodel."""
-        manifest = read_json(self.path / MANIFEST)
+        manifest = read_json(self.path / MANIFEST, follow_links=True)  # `_check` has seen it
         entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
         entry = entries.get(root) if isinstance(entries, dict) and isinstance(root, str) else None
         stated = entry.get("path") if isinstance(entry, dict) else None
@@ -128,18 +128,10 @@ class Package:
             raise CheckpointError(
                 f"{self.where}: {part} is missing from the package; download it again"
             ) from error
-        if not real.is_relative_to(root) and real.parent != _blobs_of_the_cache(self.path):
+        if not real.is_relative_to(root) and real.parent != hub_blobs(root.parent):
             raise CheckpointError(
                 f"{self.where}: {part} is a link to outside the package, which is not followed; "
                 "put the file itself there"
             )
         if not regular or not os.access(real, os.R_OK):
             raise CheckpointError(f"{self.where}: {part} is no file that can be read")
-
-
-def _blobs_of_the_cache(package: Path) -> Path | None:
-    """The directory in the Hub's cache that the links of a snapshot lead to."""
-    snapshots = package.parent.parent
-    if snapshots.name != "snapshots":
-        return None
-    return snapshots.parent.resolve() / "blobs"

@@ -1,0 +1,122 @@
+"""What `mlx-fastvlm generate` reads from stdin."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_fastvlm import load
+from mlx_fastvlm.cli.generate import main
+
+ROOT = Path(__file__).parents[2]
+SCENE = ROOT / "examples" / "scene.png"
+QUESTION = "What colour is the square?"
+ANSWER = "The square is purple.\n"
+
+
+def run(data: bytes, *options: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run the command in this process, with a file of these bytes as stdin."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(file.raw)))
+        return main(["--model", "demo", "--quiet", *options])
+
+
+@pytest.mark.parametrize("options", [["--prompt", "-"], []])
+def test_a_question(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data in (QUESTION.encode(), f"\ufeff\n{QUESTION}\r\n".encode()):
+        assert run(data, "--image", str(SCENE), *options, monkeypatch=monkeypatch) == 0
+        assert capsys.readouterr() == (ANSWER, "")
+
+
+def test_a_question_that_is_given_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--image", str(SCENE), "--prompt", QUESTION)
+    assert run(b"Is there a star?", *options, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == ANSWER
+
+
+def test_an_image(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--image", "-", "--prompt", QUESTION)
+    assert run(SCENE.read_bytes(), *options, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr() == (ANSWER, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        (b"", ["--prompt", "-"], "stdin holds no question"),
+        (b"", [], "there is nothing to answer"),
+        (b"\xff\xfe", ["--prompt", "-"], "is not UTF-8"),
+        (b"", ["--image", "-"], "stdin holds no image"),
+        (b"text", ["--image", "-"], "not an image"),
+        (b"", ["--image", "-", "--prompt", "-"], "stdin can be one thing only"),
+        (b"", ["--image", "-", "--image", "-"], "stdin can be one thing only"),
+        (b"", ["--image", "-", "--chat"], "stdin can be one thing only"),
+        (b"a" * (5 << 20), ["--prompt", "-"], "more than 4 MB"),
+    ],
+)
+def test_what_stdin_cannot_be(
+    data: bytes,
+    options: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(data, *options, monkeypatch=monkeypatch) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err
+
+
+def test_a_line_that_cannot_be_answered_does_not_end_a_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [QUESTION.encode(), b"\xff\xfe", b"a" * (9 << 20), b"word " * 6000, QUESTION.encode()]
+    options = ("--image", str(SCENE), "--chat", "--json")
+    assert run(b"\n".join(lines), *options, monkeypatch=monkeypatch) == 1
+    printed = capsys.readouterr()
+    answers = [json.loads(line)["text"] + "\n" for line in printed.out.splitlines()]
+    assert answers == [ANSWER, ANSWER]
+    reasons = printed.err.splitlines()
+    words = ("not UTF-8", "more than 4 MB", "Shorten it", "questions without an answer: 3")
+    assert len(reasons) == 4
+    assert all(word in line for word, line in zip(words, reasons, strict=True))
+
+
+def test_an_open_pipe_is_not_waited_for_when_there_is_a_question() -> None:
+    command = [sys.executable, "-m", "mlx_fastvlm.generate", "--model", "demo", "--quiet"]
+    with subprocess.Popen(
+        [*command, "--prompt", "Hello"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ},
+    ) as process:  # fmt: skip
+        assert process.wait(30) == 0
+
+
+def test_the_default_length_fits_the_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor: Any = load("demo")[1]
+    room = processor.max_length - len(processor("").input_ids)
+    long = "the " * (room // 2)
+    while len(processor(long).input_ids) < processor.max_length - 40:
+        long += "the "
+    left = processor.max_length - len(processor(long).input_ids)
+    assert 0 < left <= 40
+    assert run(b"", "--prompt", long, "--json", monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["generated_tokens"] <= left
+    options = ("--prompt", long, "--max-tokens", "256")
+    assert run(b"", *options, monkeypatch=monkeypatch) == 1
+    assert (
+        f"max_tokens is 256; after a prompt of {processor.max_length - left} tokens it can be"
+        in (capsys.readouterr().err)
+    )
