@@ -234,7 +234,7 @@ def decode(setting: Setting) -> Figures:
     separate.set_dtype(mx.float16)
     nn.quantize(separate, 32 if setting.size == "tiny" else 64, 4)
     mx.eval(separate.parameters())
-    models = {"fused layers (ours)": _packed(setting), "separate layers (mlx-lm)": separate}
+    models = {"fused layers (ours)": _quantized(setting), "separate layers (mlx-lm)": separate}
     prompt = mx.array(inputs.text_ids(0, cases.DECODE_PROMPT))
     for variant, model in models.items():
         taken = []
@@ -288,7 +288,7 @@ def tower(setting: Setting) -> Figures:
 
 def answer(setting: Setting) -> Figures:
     """A question about a photograph: to the first token, and from token to token."""
-    models = {"unpacked": mlx_fastvlm.load(setting.model)[0], "4-bit": _packed(setting)}
+    models = {"float": mlx_fastvlm.load(setting.model)[0], "4-bit": _quantized(setting)}
     processor = mlx_fastvlm.load(setting.model)[1]
     for variant, model in models.items():
         first, speed = [], []
@@ -330,9 +330,9 @@ def mobileclip(setting: Setting) -> Figures:
         yield Figure(checkpoint.stem, f"texts, {batch} at a time", batch / words, "texts/s")
 
 
-def _packed(setting: Setting) -> FastVLM:
-    packing = Quantization(bits=4, group_size=32 if setting.size == "tiny" else 64)
-    return mlx_fastvlm.load(setting.model, quantize=packing, parts=("decoder",))[0]
+def _quantized(setting: Setting) -> FastVLM:
+    quantization = Quantization(bits=4, group_size=32 if setting.size == "tiny" else 64)
+    return mlx_fastvlm.load(setting.model, quantize=quantization, parts=("decoder",))[0]
 
 
 def _named(dtype: mx.Dtype) -> str:

@@ -6,3 +6,5 @@ convert("apple/FastVLM-0.5B", "fastvlm-0.5b-4bit", quantize=True)
 
 from .options import ConvertOptions as ConvertOptions
 from .pipeline import convert as convert
+
+__all__ = ["ConvertOptions", "convert"]

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
+from mlx_mobileclip import __version__
 from mlx_mobileclip.cli.options import add_description_arguments
 from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
@@ -108,7 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="pictures to measure the quantised model on (default: some that are drawn for it)",
     )
     parser.add_argument(
-        "--dequantize", action="store_true", help="write a quantised checkpoint as floats again"
+        "-d",
+        "--dequantize",
+        action="store_true",
+        help="write a quantised checkpoint as floats again",
     )
     parser.add_argument(
         "--verify",
@@ -123,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--version", action="version", version=__version__)
     return parser
 
 

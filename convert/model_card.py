@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_mobileclip import __version__
 from mlx_mobileclip.paths import user_path
-from mlx_mobileclip.quantization import Packed
+from mlx_mobileclip.quantization import QuantizedLayers
 from mlx_mobileclip.terminal import printable
 
 from .quantize.quality import Agreement, Closeness, Size
@@ -26,7 +26,7 @@ license_name: see-LICENSE-and-NOTICE
 
 {made} by mlx-fastvlm {version} from {source}.
 
-{packing}
+{quantization}
 
 {quality}
 
@@ -50,16 +50,16 @@ USE = {
 }
 
 
-def packing_summary(packed: Packed, dtype: str) -> str:
+def quantization_summary(quantized: QuantizedLayers, dtype: str) -> str:
     """A sentence on how many layers are quantised to how many bits.
 
     Args:
-        packed: Packing of each quantised layer.
+        quantized: Layers that are quantised, and how.
         dtype: Name of the dtype of all other weights.
     """
-    if not packed:
+    if not quantized:
         return f"All weights are {dtype}."
-    kinds = Counter(packed.values())
+    kinds = Counter(quantized.values())
     parts = [
         f"{number} layers in {kind.bits} bits ({kind.mode}, groups of {kind.group_size})"
         for kind, number in kinds.most_common()
@@ -94,7 +94,7 @@ def model_card(
     kind: str,
     source: str,
     base_model: str | None,
-    packed: Packed,
+    quantized: QuantizedLayers,
     dtype: str,
     quality: str,
     command_line: Sequence[str],
@@ -106,7 +106,7 @@ def model_card(
         kind: "fastvlm" or "mobileclip".
         source: Name of the source, and its commit if it is a repository.
         base_model: The source if it is a repository.
-        packed: Packing of each quantised layer.
+        quantized: Layers that are quantised, and how.
         dtype: Name of the dtype of all other weights.
         quality: Table of `quality_table`; empty if nothing was quantised by this conversion.
         command_line: Arguments of `python -m convert` that repeat the conversion.
@@ -115,10 +115,10 @@ def model_card(
         base=f"base_model: {base_model}\n" if base_model else "",
         kind=kind,
         name=name,
-        made="Quantised" if packed else "Converted",
+        made="Quantised" if quantized else "Converted",
         version=__version__,
         source=source,
-        packing=packing_summary(packed, dtype),
+        quantization=quantization_summary(quantized, dtype),
         quality=quality or "Nothing was quantised.",
         use=USE[kind].format(name=shlex.quote(name)),
         command=f"python -m convert {shlex.join(map(_without_folders, command_line))}",

@@ -14,14 +14,14 @@ from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.errors import CheckpointError, name_some
 from mlx_mobileclip.models.clip import PreprocessConfig
 from mlx_mobileclip.paths import user_path
-from mlx_mobileclip.quantization import Packed, Quantization, choose
+from mlx_mobileclip.quantization import Quantization, QuantizedLayers, choose_layers
 from mlx_mobileclip.terminal import Bar, progress, say
 
 from .calibration import Sample, calibration_samples
-from .export.runtimes import check_packing
-from .model_card import model_card, packing_summary, quality_table
+from .export.runtimes import check_quantization
+from .model_card import model_card, quality_table, quantization_summary
 from .options import ConvertOptions, parse_size
-from .quantize.mixed import BITS, bit_budget, group_by_module, mixed_packing, sensitivities
+from .quantize.mixed import BITS, bit_budget, group_by_module, mixed_quantization, sensitivities
 from .quantize.quality import Size, checkpoint_size
 from .quantize.stored import as_stored, dequantized
 from .sources import ModelSource, check_unchanged, find_source
@@ -113,11 +113,13 @@ def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
     with progress(f"reading {options.model}", quiet=options.quiet) as tell:
         source = source_class(checkpoint, options)
         tell(f"read {options.model}, {source.description}")
-    packed, skipped = _choose_packing(source, options, samples) if options.quantize else ({}, [])
+    layers, skipped = (
+        _choose_quantization(source, options, samples) if options.quantize else ({}, [])
+    )
     with progress(f"writing {options.mlx_path}", quiet=options.quiet) as tell:
         try:
             with new_directory(options.mlx_path) as directory:
-                size, reports = _write(directory, source, options, packed, samples, command_line)
+                size, reports = _write(directory, source, options, layers, samples, command_line)
                 check_unchanged(source)
         except CheckpointError:
             check_unchanged(source)  # a change would be the reason
@@ -133,37 +135,37 @@ def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
             tell(f"uploaded: {upload(options.mlx_path, options.upload_repo)}")
 
 
-def _choose_packing(
+def _choose_quantization(
     source: ModelSource, options: ConvertOptions, samples: list[Sample]
-) -> tuple[Packed, list[str]]:
-    """The packing of each layer to quantise, and the layers whose width no group divides."""
+) -> tuple[QuantizedLayers, list[str]]:
+    """The layers to quantise and how, and the paths of those whose width no group divides."""
     fewest = BITS[0] if options.max_size else None
     bits = fewest if options.q_bits is None else options.q_bits
-    packing = Quantization.of(options.q_mode or "affine", bits, options.q_group_size)
+    quantization = Quantization.of(options.q_mode or "affine", bits, options.q_group_size)
     parts = options.q_parts or source.default_parts
-    packed, skipped = choose(source.model, source.parts, parts, packing)
+    layers, skipped = choose_layers(source.model, source.parts, parts, quantization)
     if options.layout:
-        check_packing(options.layout, packed)  # before the measurements, which take long
+        check_quantization(options.layout, layers)  # before the measurements, which take long
     if options.mixed:
         dtype = DTYPES[options.dtype]
         max_bytes = None if options.max_size is None else parse_size(options.max_size)
-        budget = bit_budget(source.model, packed, dtype, max_bytes)
-        with Bar(len(group_by_module(packed)), "units measured", quiet=options.quiet) as bar:
-            costs = sensitivities(source.run_stages, source.read, packed, samples, bar)
-        packed = mixed_packing(source.model, packed, dtype, costs, budget)
-    return packed, skipped
+        budget = bit_budget(source.model, layers, dtype, max_bytes)
+        with Bar(len(group_by_module(layers)), "units measured", quiet=options.quiet) as bar:
+            costs = sensitivities(source.run_stages, source.read, layers, samples, bar)
+        layers = mixed_quantization(source.model, layers, dtype, costs, budget)
+    return layers, skipped
 
 
 def _write(
     directory: Path,
     source: ModelSource,
     options: ConvertOptions,
-    packed: Packed,
+    layers: QuantizedLayers,
     samples: list[Sample],
     command_line: Sequence[str],
 ) -> tuple[Size, list[str]]:
     """Write, verify and measure the checkpoint; returns its size and what to tell the user."""
-    config, tensors = _stored(source, options, packed)
+    config, tensors = _stored(source, options, layers)
     weights = sum(parameter.size for parameter in named_parameters(source.model).values())
     size = checkpoint_size(weights, tensors, config)
     values, tensors = source.to_target_layout(config, tensors)
@@ -172,7 +174,7 @@ def _write(
     source.write_tokenizer(directory)
     name, revision = source.checkpoint.name, source.checkpoint.revision
     origin = f"{name}, commit {revision}" if revision else name
-    change = _change(config.source.get("vision_from"), options, bool(packed))
+    change = _change(config.source.get("vision_from"), options, bool(layers))
     reports, quality = list[str](), ""
     if left_out := copy_licence(source.checkpoint.path, directory, origin, change):
         reports.append(
@@ -181,22 +183,22 @@ def _write(
         )
     read_converted = partial(source.read_converted, directory)
     if options.verify:
-        _, expected = source.to_target_layout(*_stored(source, options, packed))
+        _, expected = source.to_target_layout(*_stored(source, options, layers))
         count = check_written(directory, expected)
         errors = stage_errors(source.run_stages, source.read, read_converted, samples[0])
-        quantized = bool(config.quantization)
-        check_errors(errors, DTYPES[options.dtype], quantized, options.mlx_path)
+        is_quantized = bool(config.quantization)
+        check_errors(errors, DTYPES[options.dtype], is_quantized, options.mlx_path)
         reports.append(f"{verify_report(count, errors)}\n")
-    if packed:
+    if layers:
         cost = source.quality(source.run_stages, source.read, read_converted, samples)
         quality = quality_table(size, cost)
-        reports.append(f"{packing_summary(packed, options.dtype)}\n\n{quality}")
+        reports.append(f"{quantization_summary(layers, options.dtype)}\n\n{quality}")
     card = model_card(
         name=options.mlx_path.name,
         kind=source.kind,
         source=origin,
         base_model=name if is_repository(options.model) else None,
-        packed=config.quantization,
+        quantized=config.quantization,
         dtype=options.dtype,
         quality=quality,
         command_line=command_line,
@@ -205,20 +207,22 @@ def _write(
     return size, reports
 
 
-def _stored(source: ModelSource, options: ConvertOptions, packed: Packed) -> tuple[Any, Tensors]:
-    """Canonical config and lazy tensors in the dtype and packing that are to be written."""
+def _stored(
+    source: ModelSource, options: ConvertOptions, layers: QuantizedLayers
+) -> tuple[Any, Tensors]:
+    """Canonical config and lazy tensors as they are to be written."""
     config, tensors = source.read()
     if options.dequantize:
         tensors = dequantized(tensors, config.quantization)
         config = replace(config, quantization={})
-    if packed:
-        config = replace(config, quantization=packed)
-    return config, as_stored(tensors, DTYPES[options.dtype], packed)
+    if layers:
+        config = replace(config, quantization=layers)
+    return config, as_stored(tensors, DTYPES[options.dtype], layers)
 
 
 def _change(vision_from: str | None, options: ConvertOptions, quantized: bool) -> str:
     """What the notice says of how the weights were changed."""
     tower = f"Image tower taken from: {vision_from}\n" if vision_from else ""
     form = f"{options.layout}'s layout" if options.layout else "MLX"
-    packing = ", quantised" if quantized else ""
-    return f"{tower}Changes: folded and re-arranged for {form}, stored as {options.dtype}{packing}."
+    suffix = ", quantised" if quantized else ""
+    return f"{tower}Changes: folded and re-arranged for {form}, stored as {options.dtype}{suffix}."

@@ -48,9 +48,9 @@ def load(
             given. The tower loses 8 times more to bfloat16 than to float16.
         vision_from: Checkpoint to take the image tower from, for exports that carry none, or
             instead of the Core ML package in Apple's. It must be the same size and training stage.
-        quantize: Pack the weights once they are loaded, such as Quantization(bits=4). They are
-            whole in memory for a moment; a checkpoint that `convert` has packed never is.
-        parts: Which of "decoder" (with its embedding), "projector" and "vision" to pack.
+        quantize: Quantise the weights after loading, such as Quantization(bits=4). The floats are
+            in memory for a moment, which a checkpoint quantised by `convert` avoids.
+        parts: What to quantise: "decoder" (with its embedding), "projector" and "vision".
 
     Returns:
         The model, its weights evaluated so that any thread can use it, and its processor.

@@ -13,8 +13,8 @@ from .eval.metrics import Recall as Recall
 from .eval.metrics import recall as recall
 from .eval.metrics import top_k_accuracy as top_k_accuracy
 from .eval.zero_shot import Prediction as Prediction
+from .eval.zero_shot import build_zero_shot_classifier as build_zero_shot_classifier
 from .eval.zero_shot import classify as classify
-from .eval.zero_shot import text_matrix as text_matrix
 from .loader import load as load
 from .models.clip import MobileCLIP as MobileCLIP
 from .models.clip import MobileCLIPConfig as MobileCLIPConfig

@@ -33,6 +33,6 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
         shown = repr(dtype).removeprefix("mlx.core.")[:40]
-        fewer_bits = "; to pack weights into fewer bits, use quantize=" if "int" in shown else ""
+        fewer_bits = "; to quantise the weights, use quantize=" if "int" in shown else ""
         raise ConfigError(f"dtype {shown} is not one of {', '.join(DTYPES)}{fewer_bits}")
     return found

@@ -187,10 +187,10 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 def _quantized_product(x: mx.array, layer: nn.Module) -> mx.array:
     """X W^T, without the layer's bias."""
     arrays = [layer["weight"], layer["scales"], layer.get("biases")]
-    packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    quantization = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     if layer.training or not on_cpu():
-        return mx.quantized_matmul(x, *arrays, **packing)
-    return matmul.quantized_linear(x, arrays, packing)
+        return mx.quantized_matmul(x, *arrays, **quantization)
+    return matmul.quantized_linear(x, arrays, quantization)
 
 
 @positionwise

@@ -59,8 +59,8 @@ def load(
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given.
-        quantize: Pack the weights once they are loaded, such as Quantization(bits=8).
-        parts: Which of "image" and "text" to pack.
+        quantize: Quantise the weights after loading, such as Quantization(bits=8).
+        parts: What to quantise: "image" and "text".
         preprocess: How images are prepared, in place of what the checkpoint states.
         config: JSON file that describes the checkpoint (open_clip's, Apple's or timm's), in place
             of those that lie beside its weights.

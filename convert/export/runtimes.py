@@ -5,7 +5,6 @@ Source of the configs: mlx-vlm 0.7.10 `models/fastvlm`, transformers 5.23 `model
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from mlx_fastvlm.preprocess.tokenizer import FLAGS, TEXT_END, TURN_END, Tokenize
 from mlx_mobileclip.checkpoints.layout import Layout
 from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.errors import ConfigError
-from mlx_mobileclip.quantization import Packed
+from mlx_mobileclip.quantization import QuantizedLayers, quantization_entry
 
 from ..write import write_json
 from .unfold import source_paths, unfold
@@ -42,22 +41,22 @@ TEMPLATE = (
 )
 
 
-def check_packing(target: str, packed: Packed) -> None:
+def check_quantization(target: str, quantized: QuantizedLayers) -> None:
     """Check that a layout can hold quantised layers.
 
     Args:
         target: One of TARGETS.
-        packed: Packing of each quantised layer.
+        quantized: Layers that are quantised, and how.
 
     Raises:
         ConfigError: it cannot.
     """
-    if packed and target == "transformers":
+    if quantized and target == "transformers":
         raise ConfigError(
-            "transformers loads no weights that MLX has packed; leave out -q, or --dequantize"
+            "transformers cannot load weights that MLX has quantised; leave out -q, or --dequantize"
         )
-    if any(path.startswith("vision_tower.") for path in packed):
-        raise ConfigError("mlx-vlm loads no packed image tower; leave it out of --q-parts")
+    if any(path.startswith("vision_tower.") for path in quantized):
+        raise ConfigError("mlx-vlm cannot load a quantised image tower; leave it out of --q-parts")
 
 
 def check_image_mode(target: str, mode: str) -> None:
@@ -94,7 +93,7 @@ def to_layout(
     Raises:
         ConfigError: the layout cannot hold the quantised layers.
     """
-    check_packing(target, config.quantization)
+    check_quantization(target, config.quantization)
     layout = next(layout for layout in FASTVLM_LAYOUTS if layout.name == TARGETS[target])
     name = source_name(layout, config.vision, config.projector_type)
     common = unfold(config, tensors)
@@ -166,16 +165,15 @@ def _mlx_vlm_config(config: FastVLMConfig, text: dict[str, Any]) -> dict[str, An
 
 
 def _quantization_entry(config: FastVLMConfig, name: Callable[[str], str]) -> dict[str, Any]:
-    """mlx-lm's `quantization` entry: the most common packing, and that of each layer by path."""
+    """The `quantization` entry for the layers as the source calls them."""
     if not config.quantization:
         return {}
-    most_common, _ = Counter(config.quantization.values()).most_common(1)[0]
-    paths = {
-        name(f"{part}.weight").removesuffix(".weight"): asdict(packing)
-        for path, packing in config.quantization.items()
+    layers = {
+        name(f"{part}.weight").removesuffix(".weight"): quantization
+        for path, quantization in config.quantization.items()
         for part in source_paths(path)
     }
-    return {"quantization": asdict(most_common) | paths}
+    return {"quantization": quantization_entry(layers)}
 
 
 def _transformers_config(

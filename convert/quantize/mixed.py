@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.errors import ConfigError
-from mlx_mobileclip.quantization import MODES, Packed, Quantization
+from mlx_mobileclip.quantization import MODES, Quantization, QuantizedLayers
 from mlx_mobileclip.terminal import Bar
 
 from ..calibration import Sample
@@ -29,23 +29,23 @@ EXTRA_BITS = 0.5  # per weight, that a mixture may have more than uniform quanti
 HEADER_BYTES = 256  # of a safetensors file for each tensor in it, at most
 
 
-def group_by_module(packed: Packed) -> Units:
+def group_by_module(quantized: QuantizedLayers) -> Units:
     """Layers grouped by the module that holds them."""
     units: Units = defaultdict(dict)
-    for path, packing in packed.items():
-        units[path.rpartition(".")[0]][path] = packing
+    for path, quantization in quantized.items():
+        units[path.rpartition(".")[0]][path] = quantization
     return dict(units)
 
 
 def sensitivities(
-    run_stages: RunStages, read: Read, packed: Packed, samples: list[Sample], bar: Bar
+    run_stages: RunStages, read: Read, quantized: QuantizedLayers, samples: list[Sample], bar: Bar
 ) -> dict[str, float]:
     """How much the model's outputs change when one group of layers is rounded to TRIAL_BITS.
 
     Args:
         run_stages: Runs a model of this architecture.
         read: Reads the source.
-        packed: Layers that are to be quantised.
+        quantized: Layers that are to be quantised.
         samples: To measure it on.
         bar: Advanced by one for each group.
 
@@ -53,7 +53,9 @@ def sensitivities(
         By group, for FastVLM the mean Kullback-Leibler divergence of the next token in nats, for
         MobileCLIP the mean of 1 - cosine over images and texts.
     """
-    units = group_by_module({path: replace(how, bits=TRIAL_BITS) for path, how in packed.items()})
+    units = group_by_module(
+        {path: replace(how, bits=TRIAL_BITS) for path, how in quantized.items()}
+    )
     references: dict[str, list[mx.array]] = defaultdict(list)
     changes: dict[str, list[float]] = {}
     compared: Counter[tuple[str, str]] = Counter()
@@ -79,11 +81,11 @@ def sensitivities(
 def allocate_bits(
     costs: dict[str, float],
     weights: dict[str, int],
-    packing: Quantization,
+    quantization: Quantization,
     budget: float,
     dtype: mx.Dtype,
 ) -> dict[str, int]:
-    """Choose the bits of each group of layers, at least those of `packing`.
+    """Choose the bits of each group of layers, at least those of `quantization`.
 
     Rounding errors are proportional to the step between two values, and the divergence to their
     square: one more bit halves the steps and leaves a quarter of the divergence.
@@ -91,7 +93,7 @@ def allocate_bits(
     Args:
         costs: What rounding each group to TRIAL_BITS costs.
         weights: Number of weights of each group.
-        packing: Of all groups at first.
+        quantization: Of all groups at first.
         budget: Bits that may be added.
         dtype: Of weights that are not quantised, and of scales.
 
@@ -102,14 +104,14 @@ def allocate_bits(
     def stored(bits: int) -> float:
         if bits == FLOAT:
             return 8 * dtype.size
-        return replace(packing, bits=bits).stored_bits(dtype)
+        return replace(quantization, bits=bits).stored_bits(dtype)
 
     def cost(unit: str, bits: int) -> float:
         if bits == FLOAT:
             return 0
         return costs[unit] * ((2**TRIAL_BITS - 1) / (2**bits - 1)) ** 2
 
-    bits = dict.fromkeys(costs, packing.bits)
+    bits = dict.fromkeys(costs, quantization.bits)
     while True:
         gains = {}
         for unit, now in bits.items():
@@ -126,12 +128,14 @@ def allocate_bits(
         budget -= price
 
 
-def bit_budget(model: Any, packed: Packed, dtype: mx.Dtype, max_bytes: int | None) -> float:
-    """Bits that may be added to a packing with the fewest bits.
+def bit_budget(
+    model: Any, quantized: QuantizedLayers, dtype: mx.Dtype, max_bytes: int | None
+) -> float:
+    """Bits that may be added to layers that all have the fewest bits.
 
     Args:
         model: Not quantised; its weights are never read.
-        packed: Layers to quantise, with the fewest bits that they may have.
+        quantized: Layers to quantise, with the fewest bits that they may have.
         dtype: Of all other weights.
         max_bytes: Largest size of the files of weights; None for EXTRA_BITS per weight.
 
@@ -139,39 +143,39 @@ def bit_budget(model: Any, packed: Packed, dtype: mx.Dtype, max_bytes: int | Non
         ConfigError: the weights are larger even with the fewest bits.
     """
     sizes = {name: array.size for name, array in named_parameters(model).items()}
-    inside = {path: sizes.pop(f"{path}.weight") for path in packed}
+    inside = {path: sizes.pop(f"{path}.weight") for path in quantized}
     if max_bytes is None:
         return EXTRA_BITS * sum(inside.values())
-    least = sum(packed[path].stored_bits(dtype) * size for path, size in inside.items())
+    least = sum(quantized[path].stored_bits(dtype) * size for path, size in inside.items())
     least += 8 * (dtype.size * sum(sizes.values()) + HEADER_BYTES * (len(sizes) + 3 * len(inside)))
     if least > 8 * max_bytes:
         raise ConfigError(
             f"--max-size {max_bytes / 1e6:.1f}MB: the weights take {least / 8e6:.1f} MB even at "
-            f"{min(how.bits for how in packed.values())} bits; allow more, or fewer --q-bits or "
+            f"{min(how.bits for how in quantized.values())} bits; allow more, or fewer --q-bits or "
             "more --q-parts"
         )
     return 8 * max_bytes - least
 
 
-def mixed_packing(
-    model: Any, packed: Packed, dtype: mx.Dtype, costs: dict[str, float], budget: float
-) -> Packed:
+def mixed_quantization(
+    model: Any, quantized: QuantizedLayers, dtype: mx.Dtype, costs: dict[str, float], budget: float
+) -> QuantizedLayers:
     """Distribute a budget of bits over the layers.
 
     Args:
         model: Not quantised; its weights are never read.
-        packed: Layers to quantise, all with the fewest bits.
+        quantized: Layers to quantise, all with the fewest bits.
         dtype: Of all other weights.
         costs: As of `sensitivities`.
         budget: As of `bit_budget`.
 
     Returns:
-        Packing of each layer; layers that stay floats are left out.
+        Quantisation of each layer; layers that stay floats are left out.
     """
-    units = group_by_module(packed)
+    units = group_by_module(quantized)
     sizes = {name: array.size for name, array in named_parameters(model).items()}
     weights = {unit: sum(sizes[f"{path}.weight"] for path in units[unit]) for unit in units}
-    bits = allocate_bits(costs, weights, next(iter(packed.values())), budget, dtype)
+    bits = allocate_bits(costs, weights, next(iter(quantized.values())), budget, dtype)
     return {
         path: replace(how, bits=bits[unit])
         for unit, layers in units.items()

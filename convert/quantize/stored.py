@@ -8,40 +8,42 @@ import mlx.core as mx
 
 from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.checkpoints.weights import as_dtype
-from mlx_mobileclip.quantization import Packed, unpack
+from mlx_mobileclip.quantization import QuantizedLayers, dequantize
 
 
-def as_stored(tensors: Tensors, dtype: mx.Dtype, packed: Packed) -> Tensors:
+def as_stored(tensors: Tensors, dtype: mx.Dtype, quantized: QuantizedLayers) -> Tensors:
     """Cast every float tensor and quantise the weights of some layers.
 
     Args:
         tensors: Canonical tensors; emptied.
         dtype: Of the tensors that are not quantised, and of scales.
-        packed: Packing of the layers to quantise.
+        quantized: Layers to quantise, and how.
     """
     stored: Tensors = {}
     for name in list(tensors):
         tensor = as_dtype(tensors.pop(name), dtype)
         path, _, kind = name.rpartition(".")
-        if kind == "weight" and path in packed:
-            stored |= {f"{path}.{key}": value for key, value in packed[path].pack(tensor).items()}
+        if kind == "weight" and path in quantized:
+            stored |= {
+                f"{path}.{key}": value for key, value in quantized[path].quantize(tensor).items()
+            }
         else:
             stored[name] = tensor
     return stored
 
 
-def dequantized(tensors: Tensors, packed: Packed) -> Tensors:
+def dequantized(tensors: Tensors, quantized: QuantizedLayers) -> Tensors:
     """Turn quantised layers into float32 weights.
 
     Args:
         tensors: Canonical tensors; emptied.
-        packed: Packing of the layers that are quantised.
+        quantized: Layers that are quantised, and how.
     """
     floats: Tensors = {}
-    for path, packing in packed.items():
+    for path, quantization in quantized.items():
         names = {key: f"{path}.{key}" for key in ("weight", "scales", "biases")}
         layer = {key: tensors.pop(name) for key, name in names.items() if name in tensors}
-        floats[names["weight"]] = unpack(layer, packing, mx.float32)
+        floats[names["weight"]] = dequantize(layer, quantization, mx.float32)
     floats |= tensors
     tensors.clear()
     return floats

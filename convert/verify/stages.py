@@ -24,7 +24,7 @@ from mlx_mobileclip.models.fastvit import FastViT
 from mlx_mobileclip.models.text import TextTower
 from mlx_mobileclip.models.vit import ViT
 from mlx_mobileclip.preprocess.processor import Processor as ClipProcessor
-from mlx_mobileclip.quantization import Packed, Quantization, unpack
+from mlx_mobileclip.quantization import Quantization, QuantizedLayers, dequantize
 
 from ..calibration import LABELS, Sample
 
@@ -34,7 +34,7 @@ UNROUNDED = ""  # in place of the name of a unit
 HEAD_UNIT = "language_model"  # the unit of the embedding and the output layer
 LOGITS, IMAGES, TEXTS = "logits", "image embedding", "text embedding"
 Read = Callable[[], tuple[Any, Tensors]]  # reads a checkpoint: config and canonical tensors
-Units = dict[str, Packed]  # layers that are quantised alike, by the module that holds them
+Units = dict[str, QuantizedLayers]  # layers that are quantised alike, by the module that holds them
 
 
 class StageOutput(NamedTuple):
@@ -56,13 +56,15 @@ RunStages = Callable[[Read, Units, list[Sample]], Iterator[StageOutput]]
 
 
 @contextmanager
-def rounded(model: nn.Module, packed: Packed) -> Iterator[None]:
+def rounded(model: nn.Module, quantized: QuantizedLayers) -> Iterator[None]:
     """Quantise and dequantise the weights of some layers, within the block."""
     modules = dict(model.named_modules())
-    layers: dict[str, Any] = {path: modules[path] for path in packed}
+    layers: dict[str, Any] = {path: modules[path] for path in quantized}
     exact = {path: layer.weight for path, layer in layers.items()}
     for path, layer in layers.items():
-        layer.weight = unpack(packed[path].pack(layer.weight), packed[path], layer.weight.dtype)
+        layer.weight = dequantize(
+            quantized[path].quantize(layer.weight), quantized[path], layer.weight.dtype
+        )
     yield
     for path, layer in layers.items():
         layer.weight = exact[path]
@@ -182,13 +184,15 @@ class _FastVLMRun:
         decoder = self.model.language_model
         head = "language_model.embed_tokens." if self.tied else "language_model.lm_head."
         layer: Any = decoder.embed_tokens if self.tied else decoder.lm_head
-        packing = self.config.quantization.get(head.removesuffix("."))
+        quantization = self.config.quantization.get(head.removesuffix("."))
         with self._weights(("language_model.norm.", head), None):
             for i, each in enumerate(self.prompts):
                 for unit in states:
                     with rounded(self.model, self._layers(unit, head)):
                         x = decoder.norm(states[unit][i][0, each.start :]).astype(self.dtype)
-                        logits = _run_head(layer, packing, x)[:, :vocab_size].astype(mx.float32)
+                        logits = _run_head(layer, quantization, x)[:, :vocab_size].astype(
+                            mx.float32
+                        )
                         logits -= mx.logsumexp(logits, axis=-1, keepdims=True)
                         mx.eval(logits)
                     yield StageOutput(LOGITS, unit, logits)
@@ -202,7 +206,7 @@ class _FastVLMRun:
     def _units_in(self, *prefixes: str) -> list[str]:
         return [unit for unit in self.units if unit.startswith(prefixes)]
 
-    def _layers(self, unit: str, prefix: str) -> Packed:
+    def _layers(self, unit: str, prefix: str) -> QuantizedLayers:
         """The layers of a unit under a prefix."""
         layers = self.units.get(unit, {})
         return {path: how for path, how in layers.items() if f"{path}.".startswith(prefix)}
@@ -230,12 +234,12 @@ def _run_fastvit(tower: FastViT, pixels: mx.array) -> Iterator[tuple[str, mx.arr
     yield "final convolution", tower.final_conv(x)
 
 
-def _run_head(head: nn.Module, packing: Quantization | None, x: mx.array) -> mx.array:
+def _run_head(head: nn.Module, quantization: Quantization | None, x: mx.array) -> mx.array:
     """Logits (L, V) of states (L, D); HEAD_ROWS rows of the layer are dequantised at a time."""
     parts = []
     for start in range(0, len(head.weight), HEAD_ROWS):
         rows = {name: value[start : start + HEAD_ROWS] for name, value in head.parameters().items()}
-        weight = rows["weight"] if packing is None else unpack(rows, packing, x.dtype)
+        weight = rows["weight"] if quantization is None else dequantize(rows, quantization, x.dtype)
         parts.append(x @ weight.astype(x.dtype).T)
         mx.eval(parts[-1])
     return mx.concatenate(parts, axis=-1)

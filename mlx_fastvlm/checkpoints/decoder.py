@@ -7,13 +7,13 @@ import mlx.core as mx
 from mlx_mobileclip.checkpoints.source import Source
 from mlx_mobileclip.errors import CheckpointError
 from mlx_mobileclip.json_fields import Fields
-from mlx_mobileclip.quantization import Quantization, unpack
+from mlx_mobileclip.quantization import Quantization, dequantize
 
 from ..models.config import FastVLMConfig
 
 
-class Packings:
-    """What the config says of quantised layers; mlx-lm's form, with overrides by path."""
+class StatedQuantization:
+    """The `quantization` entry of a source: mlx-lm's form, with overrides by path."""
 
     def __init__(self, fields: Fields):
         """Find the entry in a config.json."""
@@ -21,10 +21,10 @@ class Packings:
         self._fields = fields.object(key) if key else None
 
     def of(self, path: str) -> Quantization:
-        """The packing of the layer that the source calls `path`."""
+        """How the layer that the source calls `path` is quantised."""
         if self._fields is None:
             raise CheckpointError(
-                f"{path} has scales, but config.json says nothing of quantization; "
+                f"{path} has scales, but config.json does not say how it is quantised; "
                 'add "quantization": {"group_size": ..., "bits": ...}'
             )
         override = self._fields.values.get(path)
@@ -35,15 +35,15 @@ class Packings:
 
 
 class Decoder:
-    """Takes decoder and projector out of a source; notes how each layer is packed."""
+    """Takes decoder and projector out of a source; records how each layer is quantised."""
 
-    def __init__(self, source: Source, config: FastVLMConfig, packings: Packings):
+    def __init__(self, source: Source, config: FastVLMConfig, quantizations: StatedQuantization):
         """Take from `source` the decoder and projector that `config` describes."""
         self.source = source
         self.config = config.text
         self.features, self.projector_depth = config.vision.features, config.projector_depth
-        self.packings = packings
-        self.packed: dict[str, Quantization] = {}
+        self.quantizations = quantizations
+        self.quantized: dict[str, Quantization] = {}
         self._head: dict[str, mx.array] = {}
         self._embedding: dict[str, mx.array] = {}
 
@@ -76,7 +76,7 @@ class Decoder:
         elif self.source.has("lm_head.weight"):
             self._head = self._linear("lm_head", [("lm_head", stored)], D)
             self._embedding = embedding
-            self.packed.pop("lm_head", None)
+            self.quantized.pop("lm_head", None)
         return {name: tensor[:rows] for name, tensor in (embedding | head).items()}
 
     def compare_tied(self) -> None:
@@ -108,22 +108,24 @@ class Decoder:
         self, dst: str, parts: list[tuple[str, int]], inputs: int, *, bias: bool = False
     ) -> dict[str, mx.array]:
         """One layer out of one or more that share their input, each (name, rows)."""
-        packings = [
-            self.packings.of(self.source.key(f"{name}.scales").removesuffix(".scales"))
+        quantizations = [
+            self.quantizations.of(self.source.key(f"{name}.scales").removesuffix(".scales"))
             if self.source.has(f"{name}.scales")
             else None
             for name, _ in parts
         ]
-        if len(set(packings)) == 1 and packings[0] is not None:
-            self.packed[dst] = packings[0]
-            packed = [self._packed(name, n, inputs, packings[0]) for name, n in parts]
-            out = {f"{dst}.{k}": mx.concatenate([p[k] for p in packed]) for k in packed[0]}
-        else:  # parts packed unlike each other cannot be one packed layer: unpack them
+        if len(set(quantizations)) == 1 and quantizations[0] is not None:
+            self.quantized[dst] = quantizations[0]
+            quantized = [self._quantized(name, n, inputs, quantizations[0]) for name, n in parts]
+            out = {f"{dst}.{k}": mx.concatenate([p[k] for p in quantized]) for k in quantized[0]}
+        else:  # parts that are quantised differently cannot be one quantised layer
             floats = [
                 self.source.take(f"{name}.weight", (n, inputs))
-                if packing is None
-                else unpack(self._packed(name, n, inputs, packing), packing, mx.float32)
-                for (name, n), packing in zip(parts, packings, strict=True)
+                if quantization is None
+                else dequantize(
+                    self._quantized(name, n, inputs, quantization), quantization, mx.float32
+                )
+                for (name, n), quantization in zip(parts, quantizations, strict=True)
             ]
             out = {f"{dst}.weight": mx.concatenate(floats)}
         if bias:
@@ -131,16 +133,16 @@ class Decoder:
             out[f"{dst}.bias"] = mx.concatenate(biases)
         return out
 
-    def _packed(
-        self, name: str, rows: int, inputs: int, packing: Quantization
+    def _quantized(
+        self, name: str, rows: int, inputs: int, quantization: Quantization
     ) -> dict[str, mx.array]:
-        if inputs % packing.group_size:
+        if inputs % quantization.group_size:
             raise CheckpointError(
                 f"{self.source.where}: {name} is {inputs} wide, no multiple of the group_size "
-                f"{packing.group_size} that config.json gives"
+                f"{quantization.group_size} that config.json gives"
             )
-        words, groups = inputs * packing.bits // 32, inputs // packing.group_size
-        affine = packing.mode == "affine"
+        words, groups = inputs * quantization.bits // 32, inputs // quantization.group_size
+        affine = quantization.mode == "affine"
         scale_dtypes = {} if affine else {"dtypes": (mx.uint8,)}
         out = {
             "weight": self.source.take(f"{name}.weight", (rows, words), (mx.uint32,)),

@@ -19,7 +19,7 @@ from mlx_mobileclip.json_fields import Fields, read_json
 from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
 
 from ..models.config import FORMAT_VERSION, MODEL_TYPE, FastVLMConfig, Qwen2Config
-from .decoder import Decoder, Packings
+from .decoder import Decoder, StatedQuantization
 from .image_fields import Settings, check_supported, image_settings
 from .layouts import detect, fastvlm_source, tower_keys
 
@@ -50,7 +50,8 @@ def read_foreign(
             its own Core ML package.
 
     Raises:
-        CheckpointError: tensors are missing, left over, misshapen or packed unlike the config.
+        CheckpointError: tensors are missing, left over, misshapen, or quantised otherwise
+            than the config says.
         ConfigError: the config describes no FastVLM.
     """
     fields = Fields(values, str(checkpoint.path / "config.json"))
@@ -71,7 +72,7 @@ def read_foreign(
     source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
     if tower is None:
         tower = fold_fastvit(source, vision, "vision.")
-    decoder = Decoder(source, config, Packings(fields))
+    decoder = Decoder(source, config, StatedQuantization(fields))
     canonical = {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
     canonical |= decoder.projector() | decoder.layers() | decoder.vocabulary(_stored_rows(fields))
     source.drop(NEVER_USED)
@@ -84,7 +85,7 @@ def read_foreign(
     }
     if origin is not None:
         record["vision_from"] = origin
-    return replace(config, quantization=decoder.packed, source=record), canonical
+    return replace(config, quantization=decoder.quantized, source=record), canonical
 
 
 def _check_kind(fields: Fields) -> None:

@@ -32,10 +32,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--image",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="P",
-        help="image file, or - for one from stdin; give it again for further images, in order",
+        help="one or more image files, in order; - reads one from stdin",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -45,7 +46,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         f'connected to it and T is left out (default: "{DEFAULT_PROMPT}")',
     )
     what.add_argument("--preset", choices=sorted(PRESETS), help="question of Apple's demo app")
-    parser.add_argument("--system", metavar="T", help="system prompt")
+    parser.add_argument("--system", "--system-prompt", metavar="T", help="system prompt")
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -53,17 +54,26 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help=f"most tokens of the answer (default: {DEFAULT_MAX_TOKENS}, or less if the model has "
         "no room for so many)",
     )
-    drawing = parser.add_argument_group("drawing of tokens")
-    drawing.add_argument(
-        "--temp", type=float, default=0.0, metavar="F", help="temperature; 0 is greedy (default)"
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temp",
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="temperature; 0 is greedy (default)",
     )
-    drawing.add_argument("--top-p", type=float, default=1.0, metavar="F", help="1 is off (default)")
-    drawing.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
-    drawing.add_argument("--min-p", type=float, default=0.0, metavar="F", help="0 is off (default)")
-    drawing.add_argument(
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="F", help="1 is off (default)"
+    )
+    sampling.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="F", help="0 is off (default)"
+    )
+    sampling.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="F", help="1 is off (default)"
     )
-    drawing.add_argument("--seed", type=int, metavar="N", help="for a repeatable draw")
+    sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument(
         "--kv-bits",
         type=int,

@@ -107,7 +107,7 @@ def _summary(stats: Stats) -> str:
     return (
         f"prompt {stats.prompt_tokens} tokens ({stats.image_tokens} image), first token after "
         f"{stats.ttft_s:.2f} s (preprocess {stats.preprocess_s:.2f}, vision {stats.vision_s:.2f}, "
-        f"prefill {stats.prefill_s:.2f}); {stats.generated_tokens} tokens at "
+        f"prefill {stats.prefill_s:.2f}); {stats.generation_tokens} tokens at "
         f"{stats.decode_tokens_per_s:.1f} tokens/s; "
         f"peak memory {stats.peak_memory_bytes / 1e9:.2f} GB"
     )
@@ -116,7 +116,7 @@ def _summary(stats: Stats) -> str:
 def _report(model: str, result: Result, load_s: float) -> dict[str, Any]:
     """The object that --json prints."""
     stats = asdict(result.stats)
-    counts = ("image_tokens", "prompt_tokens", "generated_tokens")
+    counts = ("image_tokens", "prompt_tokens", "generation_tokens")
     times = ("preprocess_s", "vision_s", "prefill_s", "ttft_s", "decode_tokens_per_s")
     return {
         "text": result.text,

@@ -22,7 +22,7 @@ class Stats:
         image_tokens: Image embeddings in the prompt.
         prompt_tokens: All tokens of the prompt, images included.
         cached_tokens: Those of them whose keys and values came from `prompt_cache`.
-        generated_tokens: Tokens of the answer, the one that ended it included.
+        generation_tokens: Tokens of the answer, the one that ended it included.
         peak_memory_bytes: Most memory MLX has held since the process started.
     """
 
@@ -34,7 +34,7 @@ class Stats:
     image_tokens: int
     prompt_tokens: int
     cached_tokens: int
-    generated_tokens: int
+    generation_tokens: int
     peak_memory_bytes: int
 
 
@@ -44,13 +44,13 @@ class Chunk:
 
     Attributes:
         text: New text, possibly empty.
-        token_id: The token that led to it.
+        token: Id of the token that led to it.
         finish_reason: None, and at the end "stop" or "length".
         stats: Figures so far.
     """
 
     text: str
-    token_id: int
+    token: int
     finish_reason: str | None
     stats: Stats
 
@@ -68,7 +68,7 @@ class Result:
 def join(chunks: list[Chunk], processor: Processor) -> Result:
     """The whole answer that a completed stream amounts to."""
     last = chunks[-1]
-    token_ids = [chunk.token_id for chunk in chunks]
+    token_ids = [chunk.token for chunk in chunks]
     if token_ids[-1] in processor.tokenizer.stop_ids:
         token_ids.pop()
     text = "".join(chunk.text for chunk in chunks)
@@ -140,6 +140,6 @@ class Clock:
             image_tokens=image_tokens,
             prompt_tokens=prompt_tokens,
             cached_tokens=cached_tokens,
-            generated_tokens=count,
+            generation_tokens=count,
             peak_memory_bytes=mx.get_peak_memory(),
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_mobileclip.json_fields import Fields
 from mlx_mobileclip.models.fastvit import FastViTConfig
-from mlx_mobileclip.quantization import Packed, read_packed
+from mlx_mobileclip.quantization import QuantizedLayers, quantization_entry, read_quantized_layers
 
 MODEL_TYPE = "mlx_fastvlm"
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ class FastVLMConfig:
         image_size: Side in pixels that the checkpoint was trained at.
         image_mode: "pad" to a square (Apple's predict.py) or "crop" (Apple's model card).
         max_length: Longest sequence in tokens, images and answer included.
-        quantization: Packing of each quantised layer by its path in the model.
+        quantization: Quantisation of each quantised layer by its path in the model.
         source: Where the checkpoint came from: model, revision, layout.
     """
 
@@ -78,7 +78,7 @@ class FastVLMConfig:
     image_size: int
     image_mode: str
     max_length: int
-    quantization: Packed = field(default_factory=dict)
+    quantization: QuantizedLayers = field(default_factory=dict)
     source: dict[str, str | None] = field(default_factory=dict)
 
     @property
@@ -100,7 +100,7 @@ class FastVLMConfig:
             "source": self.source,
         }
         if self.quantization:
-            result["quantization"] = {p: asdict(q) for p, q in self.quantization.items()}
+            result["quantization"] = quantization_entry(self.quantization)
         return result
 
     @classmethod
@@ -115,7 +115,7 @@ class FastVLMConfig:
             image_size=fields.integer("image_size", RESOLUTIONS.start, RESOLUTIONS.stop - 1),
             image_mode=fields.choice("image_mode", IMAGE_MODES),
             max_length=fields.integer("max_length", 1, 1 << 20),
-            quantization=read_packed(fields),
+            quantization=read_quantized_layers(fields),
             source=fields.record("source"),
         )
         if config.image_size not in RESOLUTIONS:

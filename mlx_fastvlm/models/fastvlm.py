@@ -10,7 +10,7 @@ from mlx_mobileclip.concurrency import enter
 from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.layers import GELU, Linear
 from mlx_mobileclip.models.fastvit import FastViT
-from mlx_mobileclip.quantization import pack
+from mlx_mobileclip.quantization import quantize_layers
 
 from .config import FastVLMConfig
 from .kv_cache import STEP, KVCache
@@ -34,7 +34,7 @@ class FastVLM(nn.Module):
         self.projector = [Linear(inputs[i], width) for i in range(config.projector_depth)]
         self.act = GELU()  # between the projector's layers
         self.language_model = Qwen2(config.text)
-        pack(self, config.quantization)
+        quantize_layers(self, config.quantization)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -46,10 +46,10 @@ class FastVLM(nn.Module):
 
         Args:
             capacity: Tokens to reserve room for.
-            bits: 8 or 4 to keep keys and values packed; None for floats.
+            bits: 8 or 4 to quantise keys and values; None for floats.
 
         Raises:
-            ConfigError: MLX cannot pack heads of this width.
+            ConfigError: MLX cannot quantise heads of this width.
         """
         if bits not in (None, 4, 8) or isinstance(bits, float):
             raise ConfigError(f"kv_bits is {bits!r:.40}; it can be 8 or 4")

@@ -46,8 +46,8 @@ class Attention(nn.Module):
         self, queries: mx.array, keys: Any, values: Any, cache: Any, mask: mx.array | str | None
     ) -> mx.array:
         if cache is not None and hasattr(cache, "bits"):  # mlx-lm's QuantizedKVCache: triples
-            packing = {"group_size": cache.group_size, "bits": cache.bits}
-            keys, values = mx.dequantize(*keys, **packing), mx.dequantize(*values, **packing)
+            how = {"group_size": cache.group_size, "bits": cache.bits}
+            keys, values = mx.dequantize(*keys, **how), mx.dequantize(*values, **how)
         scale = queries.shape[-1] ** -0.5
         if isinstance(mask, mx.array):
             return mx.fast.scaled_dot_product_attention(
@@ -94,7 +94,7 @@ class Qwen2(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._group_size = 64 if config.head_dim % 64 == 0 else 32  # of packed keys and values
+        self._group_size = 64 if config.head_dim % 64 == 0 else 32  # of quantised keys and values
         self.lm_head = (
             None
             if config.tie_word_embeddings

@@ -20,7 +20,7 @@ MAX_INDEX_BYTES = 16 << 20
 MAX_DIMENSIONS = 4
 MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
-# Weights, packed or float; uint8 are mxfp scales, int64 BatchNorm's step counters.
+# Weights, floats or quantised; uint8 are mxfp scales, int64 BatchNorm's step counters.
 STORED_DTYPES = {
     mx.float32: "F32",
     mx.float16: "F16",

@@ -37,17 +37,17 @@ def check_fit(model: nn.Module, tensors: dict[str, mx.array], where: str) -> Non
         problems.append(f"no place for {name_some(extra)}")
     for name in sorted(expected.keys() & tensors.keys()):
         want, have = expected[name], tensors[name]
-        packed = want.dtype not in FLOATS
+        quantized = want.dtype not in FLOATS
         if want.shape != have.shape:
             problems.append(f"{name} has shape {have.shape} instead of {want.shape}")
-        elif packed != (have.dtype not in FLOATS) or (packed and want.dtype != have.dtype):
+        elif quantized != (have.dtype not in FLOATS) or (quantized and want.dtype != have.dtype):
             problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
     if problems:
         raise CheckpointError(f"{where}: {name_some(problems)}; its tensors do not fit its config")
 
 
 def as_dtype(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A float tensor in another precision; a packed one as it is."""
+    """A float tensor in another precision; a quantised one as it is."""
     if tensor.dtype not in FLOATS:
         return tensor
     # A lone number, such as logit_scale, costs nothing to keep exact.
@@ -68,7 +68,7 @@ def not_finite(
 def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, where: str) -> None:
     """Give the model its weights: names and shapes must match exactly, values must be finite.
 
-    Float tensors are cast to `dtype`, packed ones are kept. The weights are evaluated here, so
+    Float tensors are cast to `dtype`, quantised ones are kept. The weights are evaluated here, so
     that another thread can use the model. `tensors` is emptied on the way, so that a source
     tensor's memory is free as soon as its cast is done.
 

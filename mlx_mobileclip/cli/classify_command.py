@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         ModelError: an option or the model cannot be used.
     """
     from ..embedding.pipeline import check_batch_size, iter_embeddings
-    from ..eval.zero_shot import chooser
+    from ..eval.zero_shot import predict
     from ..preprocess.image import open_image
 
     labels, prompts = _labels(args), templates(args)
@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if len(paths) == 1:
         open_image(paths[0])  # report a wrong one before the model is loaded
     model, processor = load_model(args)
-    texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
-    choose = chooser(model, labels, texts, args.top_k)
+    classifier = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
     skipped: list[str] = []
 
     def results(embedded: "Iterable[Embedded]") -> "Iterator[Result]":
@@ -101,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
 
         for item in embedded:
             if item.row is not None:
-                yield item.name, choose(mx.array(item.row)[None])[0]
+                row = mx.array(item.row)[None]
+                yield item.name, predict(model, row, classifier, labels, args.top_k)[0]
                 continue
             skipped.append(item.name)
             where = "" if item.name in str(item.error) else f"{item.name}: "

@@ -45,9 +45,11 @@ def embed_labels(
     *,
     quiet: bool,
 ) -> "mx.array":
-    """`text_matrix` of K labels, float32 (K, E), with a bar if there are many prompts."""
-    from ..eval.zero_shot import text_matrix
+    """Embeddings of K labels, float32 (K, E), with a progress bar if there are many prompts."""
+    from ..eval.zero_shot import build_zero_shot_classifier
 
     few = len(labels) * len(templates) < BAR_FROM_PROMPTS
     with Bar(len(labels), "labels", quiet=quiet or few) as bar:
-        return text_matrix(model, processor, labels, templates, on_progress=bar.advance)
+        return build_zero_shot_classifier(
+            model, processor, labels, templates, on_progress=bar.advance
+        )

@@ -71,7 +71,7 @@ def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.arr
 
 
 def quantized_linear(
-    x: mx.array, arrays: list[mx.array | None], packing: dict[str, Any]
+    x: mx.array, arrays: list[mx.array | None], quantization: dict[str, Any]
 ) -> mx.array:
     """X W^T with quantised weights.
 
@@ -83,7 +83,7 @@ def quantized_linear(
     Args:
         x: (..., C).
         arrays: Weight, scales, and biases if the mode has them.
-        packing: `group_size`, `bits` and `mode`, as `mx.quantized_matmul` takes them.
+        quantization: `group_size`, `bits` and `mode`, as `mx.quantized_matmul` takes them.
 
     Returns:
         (..., K).
@@ -94,8 +94,8 @@ def quantized_linear(
     def work(start: int, stop: int) -> mx.array:
         part: list[Any] = [None if array is None else array[start:stop] for array in arrays]
         if few:
-            return mx.quantized_matmul(x, *part, **packing)
-        return x @ mx.dequantize(*part, **packing).astype(x.dtype).T
+            return mx.quantized_matmul(x, *part, **quantization)
+        return x @ mx.dequantize(*part, **quantization).astype(x.dtype).T
 
     size = outputs * inputs
     work_size = min(size, LARGEST_PART) if few else size

@@ -38,7 +38,7 @@ def evaluate_imagenet(
         processor: The model's processor.
         paths: N images.
         targets: (N,) class index of each image.
-        texts: (K, E) embeddings of the classes, from `zero_shot.text_matrix`.
+        texts: (K, E) embeddings of the classes, from `zero_shot.build_zero_shot_classifier`.
         batch_size: Images per forward pass.
         quiet: Do not show progress.
 

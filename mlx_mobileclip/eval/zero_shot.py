@@ -81,7 +81,7 @@ def _data(name: str) -> dict[str, Any]:
     return values
 
 
-def text_matrix(
+def build_zero_shot_classifier(
     model: MobileCLIP,
     processor: Processor,
     labels: Sequence[str],
@@ -200,7 +200,7 @@ def classify(
     labels: Sequence[str],
     *,
     templates: Sequence[str] = PLAIN_TEMPLATE,
-    texts: mx.array | None = None,
+    classifier: mx.array | None = None,
     top_k: int = 5,
     batch_size: int = 32,
     cache: bool = True,
@@ -213,7 +213,8 @@ def classify(
         images: Paths, bytes, PIL images or arrays.
         labels: K labels to choose from.
         templates: Prompts in which `{}` stands for the label.
-        texts: The labels' embeddings (K, E) from `text_matrix`; computed if not given.
+        classifier: Embeddings of the labels (K, E) from `build_zero_shot_classifier`; computed if
+            not given.
         top_k: Number of labels to return per image, at most K.
         batch_size: Images per forward pass.
         cache: Keep the labels' embeddings on disk.
@@ -229,41 +230,54 @@ def classify(
     check_batch_size(batch_size)
     if not isinstance(top_k, Integral) or top_k < 1:
         raise DataError(f"top_k is {top_k!r:.40}; ask for at least 1 label")
-    if texts is None:
-        texts = text_matrix(model, processor, labels, templates, cache=cache)
-    choose = chooser(model, labels, texts, top_k)
+    if classifier is None:
+        classifier = build_zero_shot_classifier(model, processor, labels, templates, cache=cache)
+    classifier = check_classifier(classifier, labels)
     # A set, for one, has no order.
     if not isinstance(images, (Sequence, np.ndarray, mx.array)):
         raise ImageError(f"images takes a list of images, not a {type(images).__name__}")
     results = []
     for start in range(0, len(images), batch_size):
         pixels = processor.images(images[start : start + batch_size])
-        results += choose(model.encode_image(pixels, normalize=True))
+        embeddings = model.encode_image(pixels, normalize=True)
+        results += predict(model, embeddings, classifier, labels, top_k)
     return results
 
 
-def chooser(
-    model: MobileCLIP, labels: Sequence[str], texts: mx.array, top_k: int
-) -> Callable[[mx.array], list[list[Prediction]]]:
-    """What finds the best labels for the embeddings of images (N, E), unit rows; see `classify`.
+def check_classifier(classifier: mx.array, labels: Sequence[str]) -> mx.array:
+    """An MLX array of a classifier (K, E); raises DataError unless K is the number of labels."""
+    classifier = mx.array(classifier)
+    if classifier.ndim != 2 or classifier.shape[0] != len(labels):
+        shape = classifier.shape
+        raise DataError(f"classifier has shape {shape}, but there are {len(labels)} labels")
+    return classifier
+
+
+def predict(
+    model: MobileCLIP,
+    embeddings: mx.array,
+    classifier: mx.array,
+    labels: Sequence[str],
+    top_k: int,
+) -> list[list[Prediction]]:
+    """The best labels of images, as `classify` returns them.
+
+    Args:
+        model: Model with a text tower.
+        embeddings: Of N images, (N, E), unit rows.
+        classifier: Embeddings of K labels, (K, E), unit rows.
+        labels: The K labels.
+        top_k: Number of labels to return per image.
 
     Raises:
-        DataError: labels and texts differ in number.
-        ModelError: the model has no text tower; on a call, an embedding is not finite.
+        ModelError: the model has no text tower, or an embedding is not finite.
     """
-    texts = mx.array(texts)  # NumPy's too
-    if texts.ndim != 2 or texts.shape[0] != len(labels):
-        raise DataError(f"texts has shape {texts.shape}, but there are {len(labels)} labels")
     _, logit_scale = text_tower(model)
     scale = mx.minimum(mx.exp(logit_scale.astype(mx.float32)), MAX_LOGIT_SCALE)
-
-    def choose(embeddings: mx.array) -> list[list[Prediction]]:
-        similarities = embeddings.astype(mx.float32) @ texts.T
-        probabilities = mx.softmax(scale * similarities, axis=-1)
-        rows = zip(np.asarray(similarities), np.asarray(probabilities), strict=True)
-        return [_best(labels, cosines, chances, top_k) for cosines, chances in rows]
-
-    return choose
+    similarities = embeddings.astype(mx.float32) @ classifier.T
+    probabilities = mx.softmax(scale * similarities, axis=-1)
+    rows = zip(np.asarray(similarities), np.asarray(probabilities), strict=True)
+    return [_best(labels, cosines, chances, top_k) for cosines, chances in rows]
 
 
 def _best(

@@ -11,7 +11,12 @@ from ..concurrency import enter
 from ..errors import ImageError, ModelError, PromptError
 from ..json_fields import Fields
 from ..layers import mean_of_positions
-from ..quantization import Packed, pack, read_packed
+from ..quantization import (
+    QuantizedLayers,
+    quantization_entry,
+    quantize_layers,
+    read_quantized_layers,
+)
 from .fastvit import FastViT, FastViTConfig
 from .text import TextConfig, TextTower
 from .vit import ViT, ViTConfig
@@ -59,7 +64,7 @@ class MobileCLIPConfig:
         image: The image tower.
         text: The text tower; None for a checkpoint of the image tower alone.
         preprocess: How images are prepared.
-        quantization: Packing of each quantised layer by its path in the model.
+        quantization: Quantisation of each quantised layer by its path in the model.
         source: Where the checkpoint came from: model, revision, layout.
     """
 
@@ -68,7 +73,7 @@ class MobileCLIPConfig:
     image: FastViTConfig | ViTConfig
     text: TextConfig | None
     preprocess: PreprocessConfig
-    quantization: Packed = field(default_factory=dict)
+    quantization: QuantizedLayers = field(default_factory=dict)
     source: dict[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +91,7 @@ class MobileCLIPConfig:
         if self.text is not None:
             result["text_config"] = self.text.to_json()
         if self.quantization:
-            result["quantization"] = {p: asdict(q) for p, q in self.quantization.items()}
+            result["quantization"] = quantization_entry(self.quantization)
         return result
 
     @classmethod
@@ -104,7 +109,7 @@ class MobileCLIPConfig:
             if fields.has("text_config")
             else None,
             preprocess=PreprocessConfig.from_json(fields.object("preprocess_config")),
-            quantization=read_packed(fields),
+            quantization=read_quantized_layers(fields),
             source=fields.record("source"),
         )
         size = config.preprocess.image_size
@@ -150,7 +155,7 @@ class MobileCLIP(nn.Module):
         has_text = config.text is not None
         self.text = TextTower(config.text, config.embed_dim) if config.text else None
         self.logit_scale = mx.array(np.log(1 / 0.07), mx.float32) if has_text else None
-        pack(self, config.quantization)
+        quantize_layers(self, config.quantization)
 
     def encode_image(self, pixels: mx.array, normalize: bool = False) -> mx.array:
         """Embed images.

@@ -136,7 +136,7 @@ class TextTower(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """What the first layer is given of texts, (B, L, D)."""
-        # A packed embedding can come as bfloat16, beside which float16 would become float32.
+        # A quantised embedding can come as bfloat16, beside which float16 would become float32.
         return self.embedding(ids).astype(self.positions.dtype) + self.positions
 
     def pool(self, x: mx.array, ids: mx.array) -> mx.array:

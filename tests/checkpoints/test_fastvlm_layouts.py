@@ -111,7 +111,7 @@ def test_app_export_needs_a_tower_from_elsewhere(
 
 
 def listing(name: str, dtype: mx.Dtype = mx.bfloat16) -> dict[str, mx.array]:
-    """Lazy zeros for a listing; packed matrices are those whose module has scales."""
+    """Lazy zeros for a listing; quantised matrices are those whose module has scales."""
     shapes = synthetic.read_keys(name)
     zero = mx.array(0.0, dtype)
     return {
@@ -261,13 +261,13 @@ def test_padding_of_the_vocabulary_is_cut(
     assert_same(canonical(synthetic.write(tmp_path, tensors, config))[1], expected)
 
 
-# Packed weights.
+# Quantised weights.
 
 PACKED = {"group_size": 32, "bits": 8}
 
 
 def dequantized(tensors: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Float weights that hold exactly what the packed ones stand for."""
+    """Float weights that hold exactly what the quantised ones stand for."""
     result = {}
     for key, value in tensors.items():
         base = key.removesuffix(".weight")
@@ -281,10 +281,10 @@ def dequantized(tensors: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict
 
 @pytest.mark.parametrize("layout", ["mlx-vlm", "app export"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_packed_checkpoints_answer_as_their_float_values(
+def test_quantized_checkpoints_answer_as_their_float_values(
     layout: str, mixed: bool, tmp_path: Path
 ) -> None:
-    """Also with v_proj packed otherwise than q and k, as mlx-lm's mixed recipes do."""
+    """Also with v_proj quantised otherwise than q and k, as mlx-lm's mixed recipes do."""
     name = synthetic.mlx_vlm_name if layout == "mlx-vlm" else synthetic.app_export_name
     floats = synthetic.renamed(synthetic.apple_tensors(), name)
     floats = {k: synthetic.mlx_layout(k, v) for k, v in floats.items()}
@@ -292,14 +292,14 @@ def test_packed_checkpoints_answer_as_their_float_values(
         del floats["language_model.lm_head.weight"]
     how: dict[str, dict[str, Any]] = {}
 
-    def packed(key: str) -> dict[str, Any] | None:
+    def quantize(key: str) -> dict[str, Any] | None:
         if not key.startswith(("language_model", "mm_projector", "multi_modal_projector")):
             return None
         bits = 4 if mixed and "v_proj" in key else 8
         how[key.removesuffix(".weight")] = {"group_size": 32, "bits": bits}
         return how[key.removesuffix(".weight")]
 
-    tensors = synthetic.quantized(floats, packed)
+    tensors = synthetic.quantized(floats, quantize)
     overrides = {k: v for k, v in how.items() if v != PACKED}
     quantization = {**PACKED, "mode": "affine", **overrides, "vision_tower": False}
     config = synthetic.apple_config(
@@ -310,7 +310,7 @@ def test_packed_checkpoints_answer_as_their_float_values(
     vision_from = None
     if layout == "app export":
         vision_from = synthetic.write_layout(tmp_path / "original", "llava_qwen2")
-    path = synthetic.write(tmp_path / "packed", tensors, config)
+    path = synthetic.write(tmp_path / "quantized", tensors, config)
     model, processor = load(path, vision_from=vision_from)
     plain = dequantized(tensors, how)
     plain_config = {k: v for k, v in config.items() if not k.startswith("quantization")}
@@ -331,7 +331,7 @@ def test_scales_without_a_quantization_entry(tmp_path: Path) -> None:
     tensors = synthetic.quantized(floats, lambda key: PACKED)
     path = synthetic.write(tmp_path / "x", tensors, synthetic.apple_config())
     original = synthetic.write_layout(tmp_path / "original", "llava_qwen2")
-    with pytest.raises(CheckpointError, match="says nothing of quantization"):
+    with pytest.raises(CheckpointError, match="does not say how it is quantised"):
         load(path, vision_from=original)
 
 

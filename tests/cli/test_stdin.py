@@ -113,7 +113,7 @@ def test_the_default_length_fits_the_room(
     left = processor.max_length - len(processor(long).input_ids)
     assert 0 < left <= 40
     assert run(b"", "--prompt", long, "--json", monkeypatch=monkeypatch) == 0
-    assert json.loads(capsys.readouterr().out)["generated_tokens"] <= left
+    assert json.loads(capsys.readouterr().out)["generation_tokens"] <= left
     options = ("--prompt", long, "--max-tokens", "256")
     assert run(b"", *options, monkeypatch=monkeypatch) == 1
     assert (

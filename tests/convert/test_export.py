@@ -112,9 +112,15 @@ def test_what_other_runtimes_need(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layout", "transformers", "-q"), "transformers loads no weights that MLX has packed"),
+        (
+            ("--layout", "transformers", "-q"),
+            "transformers cannot load weights that MLX has quantised",
+        ),
         (("--layout", "transformers", "-q", "--q-mixed"), "leave out -q, or --dequantize"),
-        (("--layout", "mlx-vlm", "-q", "--q-parts", "vision"), "no packed image tower"),
+        (
+            ("--layout", "mlx-vlm", "-q", "--q-parts", "vision"),
+            "cannot load a quantised image tower",
+        ),
     ],
 )
 def test_what_cannot_be_written(

@@ -1,6 +1,7 @@
-"""Packed layers: every mode, in memory and on disk, and back to floats."""
+"""Quantised layers: every mode, in memory and on disk, and back to floats."""
 
 import itertools
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -28,16 +29,16 @@ from mlx_mobileclip.checkpoints import mobileclip
 from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.models.variants import VARIANTS
-from mlx_mobileclip.quantization import MODES, choose, pack
+from mlx_mobileclip.quantization import MODES, choose_layers, quantize_layers
 
-PACKINGS = [
+QUANTIZATIONS = [
     Quantization(bits, group_size, mode)
     for mode, (all_bits, group_sizes) in MODES.items()
     for bits in all_bits
     for group_size in group_sizes
     if group_size <= 64  # the widest that divides the tiny decoder
 ]
-# Products with packed weights sum in another order than with the same weights as floats.
+# Products with quantised weights sum in another order than with the same weights as floats.
 SUMMED = 1e-4
 
 
@@ -51,9 +52,9 @@ def convert(source: Path, target: Path, *options: str) -> None:
     assert command.main([*arguments, "--verify", *options]) == 0
 
 
-def q(packing: Quantization, *parts: str) -> list[str]:
-    result = ["-q", "--q-mode", packing.mode, "--q-bits", str(packing.bits)]
-    return [*result, "--q-group-size", str(packing.group_size), "--q-parts", *parts]
+def q(quantization: Quantization, *parts: str) -> list[str]:
+    result = ["-q", "--q-mode", quantization.mode, "--q-bits", str(quantization.bits)]
+    return [*result, "--q-group-size", str(quantization.group_size), "--q-parts", *parts]
 
 
 def answer(path: Path, **options: Any) -> mx.array:
@@ -63,14 +64,14 @@ def answer(path: Path, **options: Any) -> mx.array:
     return model(inputs.input_ids[None], pixels=inputs.pixels)
 
 
-@pytest.mark.parametrize("packing", PACKINGS, ids=str)
-def test_fastvlm(packing: Quantization, fastvlm: Path, tmp_path: Path) -> None:
-    """Packed on disk is packed in memory, and computes what its floats compute."""
-    convert(fastvlm, tmp_path / "packed", *q(packing, *FASTVLM_PARTS))
-    logits = answer(tmp_path / "packed")
-    options = {"quantize": packing, "parts": tuple(FASTVLM_PARTS)}
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_fastvlm(quantization: Quantization, fastvlm: Path, tmp_path: Path) -> None:
+    """What is quantised on disk is quantised in memory, and computes what its floats compute."""
+    convert(fastvlm, tmp_path / "quantized", *q(quantization, *FASTVLM_PARTS))
+    logits = answer(tmp_path / "quantized")
+    options = {"quantize": quantization, "parts": tuple(FASTVLM_PARTS)}
     assert mx.array_equal(logits, answer(fastvlm, **options)).item()
-    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    convert(tmp_path / "quantized", tmp_path / "floats", "--dequantize")
     assert relative_error(logits, answer(tmp_path / "floats")) < SUMMED
     assert relative_error(logits, answer(fastvlm)) > SUMMED  # as something was lost
 
@@ -79,11 +80,11 @@ def test_fastvlm(packing: Quantization, fastvlm: Path, tmp_path: Path) -> None:
 def test_parts_of_fastvlm(
     part: str, fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(fastvlm, tmp_path / "packed", *q(Quantization(8, 32), part))
-    model, _ = mlx_fastvlm.load(tmp_path / "packed")
-    packed = {name.rpartition(".")[0] for name in named_parameters(model) if "scales" in name}
-    assert packed == model.config.quantization.keys()
-    assert all(path.startswith(FASTVLM_PARTS[part]) for path in packed)
+    convert(fastvlm, tmp_path / "quantized", *q(Quantization(8, 32), part))
+    model, _ = mlx_fastvlm.load(tmp_path / "quantized")
+    quantized = {name.rpartition(".")[0] for name in named_parameters(model) if "scales" in name}
+    assert quantized == model.config.quantization.keys()
+    assert all(path.startswith(FASTVLM_PARTS[part]) for path in quantized)
     listed = (
         "not quantised, as their width is no multiple of the group size" in capsys.readouterr().err
     )
@@ -91,11 +92,11 @@ def test_parts_of_fastvlm(
 
 
 def test_back_to_floats(fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A packed checkpoint as floats says nothing of packing, and can be packed again."""
-    convert(fastvlm, tmp_path / "packed", "-q", "--q-group-size", "32")
-    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    """A dequantised checkpoint has no `quantization`, and can be quantised again."""
+    convert(fastvlm, tmp_path / "quantized", "-q", "--q-group-size", "32")
+    convert(tmp_path / "quantized", tmp_path / "floats", "--dequantize")
     told = capsys.readouterr().err
-    for name in ("packed", "floats"):
+    for name in ("quantized", "floats"):
         count = len(read_canonical(find_checkpoint(tmp_path / name))[1])
         assert f"{count} tensors were read back, bit by bit as they were written." in told
     model, _ = mlx_fastvlm.load(tmp_path / "floats")
@@ -105,7 +106,21 @@ def test_back_to_floats(fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert model.config.quantization
 
 
-def test_what_cannot_be_packed(fastvlm: Path, tmp_path: Path) -> None:
+def test_defaults_and_layers_in_config_json(fastvlm: Path, tmp_path: Path) -> None:
+    """mlx-lm's form: layers may leave out what the defaults say. Earlier ones had no defaults."""
+    convert(fastvlm, tmp_path / "quantized", *q(Quantization(8, 32), "decoder"))
+    path = tmp_path / "quantized" / "config.json"
+    config = json.loads(path.read_text())
+    expected = answer(tmp_path / "quantized")
+    defaults = {"bits": 8, "group_size": 32, "mode": "affine"}
+    layers = {name: v for name, v in config["quantization"].items() if name not in defaults}
+    assert config["quantization"] == defaults | dict.fromkeys(layers, defaults)
+    for entry in (layers, defaults | {name: {} for name in layers}):
+        path.write_text(json.dumps(config | {"quantization": entry}))
+        assert mx.array_equal(answer(tmp_path / "quantized"), expected).item()
+
+
+def test_what_cannot_be_quantized(fastvlm: Path, tmp_path: Path) -> None:
     four = Quantization(4, 32)
     with pytest.raises(ConfigError, match="no part is called 'text'; there are decoder"):
         mlx_fastvlm.load(fastvlm, quantize=four, parts=("text",))
@@ -113,9 +128,9 @@ def test_what_cannot_be_packed(fastvlm: Path, tmp_path: Path) -> None:
         mlx_fastvlm.load(fastvlm, quantize=Quantization(4, 128))
     with pytest.raises(ConfigError, match="nvfp5"):
         Quantization.of("nvfp5")
-    convert(fastvlm, tmp_path / "packed", *q(four, "decoder"))
+    convert(fastvlm, tmp_path / "quantized", *q(four, "decoder"))
     with pytest.raises(ConfigError, match="quantised already"):
-        mlx_fastvlm.load(tmp_path / "packed", quantize=four)
+        mlx_fastvlm.load(tmp_path / "quantized", quantize=four)
 
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP2-S3", "MobileCLIP2-B"])
@@ -128,9 +143,9 @@ def test_mobileclip(
     source = tmp_path / f"{variant.lower().replace('-', '_')}.pt"
     layout = "apple" if variant == "MobileCLIP-S0" else "open_clip"
     synthetic_clip.write(source, values(tiny_shapes(variant, layout)))
-    packing = Quantization(8, 32)
-    convert(source, tmp_path / "packed", *q(packing, *parts))
-    convert(tmp_path / "packed", tmp_path / "floats", "--dequantize")
+    quantization = Quantization(8, 32)
+    convert(source, tmp_path / "quantized", *q(quantization, *parts))
+    convert(tmp_path / "quantized", tmp_path / "floats", "--dequantize")
 
     def embeddings(path: Path, **options: Any) -> tuple[mx.array, mx.array]:
         model, processor = mlx_mobileclip.load(path, dtype="float32", **options)
@@ -141,9 +156,9 @@ def test_mobileclip(
     floats = embeddings(tmp_path / "floats")
     for name, here, there, loaded, whole in zip(
         MOBILECLIP_PARTS,
-        embeddings(tmp_path / "packed"),
+        embeddings(tmp_path / "quantized"),
         floats,
-        embeddings(source, quantize=packing, parts=parts),
+        embeddings(source, quantize=quantization, parts=parts),
         embeddings(source),
         strict=True,
     ):
@@ -157,13 +172,13 @@ def test_its_own_pictures(
 ) -> None:
     """Pictures of a directory replace the drawn ones; without any, nothing is written."""
     options = ["-q", "--q-group-size", "32", "--calibration", str(tmp_path / "pictures")]
-    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "packed")]
+    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "quantized")]
     assert command.main([*base, *options]) == 1
     assert "is no directory; give one with pictures" in capsys.readouterr().err
     (tmp_path / "pictures").mkdir()
     assert command.main([*base, *options]) == 1
     assert "holds no picture" in capsys.readouterr().err
-    assert not (tmp_path / "packed").exists()
+    assert not (tmp_path / "quantized").exists()
     drawn_images(1)[0].save(tmp_path / "pictures" / "one.png")
     assert command.main([*base, *options]) == 0
     one = capsys.readouterr().err
@@ -171,7 +186,7 @@ def test_its_own_pictures(
     eight = capsys.readouterr().err
     few, many = (int(re.findall(r"mean of (\d+) tokens", text)[0]) for text in (one, eight))
     assert 0 < few < many
-    card = (tmp_path / "packed" / "README.md").read_text()
+    card = (tmp_path / "quantized" / "README.md").read_text()
     assert "KL divergence" in card and "python -m convert --model" in card
 
 
@@ -207,8 +222,8 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
     config = synthetic.apple_config("tiny", tie_word_embeddings=tied)
     source = synthetic.write(tmp_path / "source", tensors, config)
     checkpoint, (model, processor) = find_checkpoint(source), mlx_fastvlm.load(source)
-    packed, _ = choose(model, FASTVLM_PARTS, tuple(FASTVLM_PARTS), Quantization(2, 32))
-    units = group_by_module(packed)
+    quantized, _ = choose_layers(model, FASTVLM_PARTS, tuple(FASTVLM_PARTS), Quantization(2, 32))
+    units = group_by_module(quantized)
     samples = calibration_samples(None)[:1]
     first = prompt(processor, samples[0])
     logs = {
@@ -219,7 +234,7 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
     assert logs.keys() == {UNROUNDED, *units}
     for unit, layers in units.items():
         other, _ = mlx_fastvlm.load(source)
-        pack(other, layers)
+        quantize_layers(other, layers)
         logits = other(first.ids, pixels=first.pixels)[0, first.start :, : processor.tokenizer.size]
         expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         assert (
@@ -230,7 +245,7 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
 def test_bits_go_where_they_save_most() -> None:
     """Greedy steps are the best choice there is: no other mixture of that size costs less."""
     costs, sizes = {"a": 1.0, "b": 0.1, "c": 0.5}, {"a": 640, "b": 640, "c": 1280}
-    packing = Quantization(2, 64)
+    quantization = Quantization(2, 64)
 
     def stored(bits: int) -> float:
         return 16 if bits == 16 else bits + 0.5
@@ -242,7 +257,7 @@ def test_bits_go_where_they_save_most() -> None:
         return sum(costs[u] * (15 / (2**n - 1)) ** 2 for u, n in bits.items() if n != 16)
 
     for room in (0, 640, 2560, 5000, 9000, 100_000):
-        found = allocate_bits(costs, sizes, packing, room, mx.float16)
+        found = allocate_bits(costs, sizes, quantization, room, mx.float16)
         spent = price(found)
         assert spent <= room
         others = (dict(zip("abc", n, strict=True)) for n in itertools.product(BITS, repeat=3))
@@ -251,7 +266,7 @@ def test_bits_go_where_they_save_most() -> None:
 
 
 def test_mixed(fastvlm: Path, tmp_path: Path) -> None:
-    """A mixture is nearer to the original than uniform packing with as many bits more."""
+    """A mixture is nearer to the original than uniform quantization with as many bits more."""
     sizes, kls = {}, {}
     for name, options in {
         "uniform": ["--q-bits", "3"],
@@ -265,7 +280,7 @@ def test_mixed(fastvlm: Path, tmp_path: Path) -> None:
     assert sizes["uniform"] < sizes["mixed"] < sizes["more"]
     assert kls["mixed"] < kls["uniform"]
     model, _ = mlx_fastvlm.load(tmp_path / "mixed")
-    assert len({packing.bits for packing in model.config.quantization.values()}) > 1
+    assert len({quantization.bits for quantization in model.config.quantization.values()}) > 1
 
 
 @pytest.mark.parametrize("share", [0.15, 0.25, 0.6, 2])
@@ -277,7 +292,7 @@ def test_what_fits(
     convert(fastvlm, plain)
     whole = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
     limit = int(share * whole)
-    target = tmp_path / "packed"
+    target = tmp_path / "quantized"
     arguments = ["--model", str(fastvlm), "--mlx-path", str(target), "--dtype", "float32"]
     options = ["-q", "--q-group-size", "32", "--max-size", f"{limit / 1000}K"]
     status = command.main([*arguments, *options])
@@ -294,7 +309,7 @@ def test_what_fits(
 def test_options_that_exclude_each_other(
     fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "packed")]
+    base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "quantized")]
     for options, message in {
         ("--max-size", "4MB"): "need -q",
         ("--q-mixed",): "need -q",

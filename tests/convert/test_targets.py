@@ -166,7 +166,7 @@ def test_no_home_directory(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["~nobody-of-that-name/x", "x" * 5000 + "/y", "a\0b/c"])
 def test_no_argument_ends_the_model_card(argument: str) -> None:
     card = model_card(
-        name="x", kind="fastvlm", source="x", base_model=None, packed={}, dtype="float16",
+        name="x", kind="fastvlm", source="x", base_model=None, quantized={}, dtype="float16",
         quality="", command_line=["--model", argument],
     )  # fmt: skip
     assert argument.replace("\0", "") in card

@@ -139,8 +139,8 @@ def test_streaming(demo: Demo, options: dict[str, Any]) -> None:
     whole = generate(*demo, *asked, max_tokens=40, **options)
     chunks = list(stream_generate(*demo, *asked, max_tokens=40, **options))
     assert "".join(chunk.text for chunk in chunks) == whole.text
-    ended = chunks[-1].token_id in demo[1].tokenizer.stop_ids
-    assert [chunk.token_id for chunk in chunks][: -1 if ended else None] == whole.token_ids
+    ended = chunks[-1].token in demo[1].tokenizer.stop_ids
+    assert [chunk.token for chunk in chunks][: -1 if ended else None] == whole.token_ids
     assert chunks[-1].finish_reason == whole.finish_reason
 
 

@@ -25,7 +25,7 @@ from mlx_mobileclip.json_fields import Fields, read_json
 from mlx_mobileclip.models import clip
 from mlx_mobileclip.models.fastvit import PRESETS
 from mlx_mobileclip.models.variants import VARIANTS
-from mlx_mobileclip.quantization import MODES, read_packed
+from mlx_mobileclip.quantization import MODES, read_quantized_layers
 
 PAGE = Document("docs/canonical-format.md")
 DEMOS = {kind: ROOT / f"mlx_{kind}" / "demo" for kind in ("fastvlm", "mobileclip")}
@@ -141,20 +141,20 @@ def test_quantization() -> None:
         for row in modes
     } == {mode: [set(bits), set(sizes)] for mode, (bits, sizes) in MODES.items()}
     (_, example), *_ = section.blocks
-    assert len(read_packed(Fields({"quantization": json.loads(example)}, "example"))) == 2
+    assert len(read_quantized_layers(Fields({"quantization": json.loads(example)}, "example"))) == 2
     rows, columns = 8, 384
     for mode, bits in [("affine", 4), ("affine", 3), ("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]:
-        packing = Quantization.of(mode, bits)
+        quantization = Quantization.of(mode, bits)
         scope = {"rows": rows, "columns": columns, "bits": bits, "mode": mode}
-        scope["group_size"] = packing.group_size
+        scope["group_size"] = quantization.group_size
         dtypes = {"uint32": mx.uint32, "uint8": mx.uint8, "float": mx.float16}
         stated = {
             name.removeprefix("{layer}."): (eval(shape, scope), dtypes[dtype])
             for name, shape, dtype, condition in map(spans, tensors)
             if not condition or eval(condition, scope)
         }
-        packed = packing.pack(mx.zeros((rows, columns), mx.float16))
-        assert stated == {name: (t.shape, t.dtype) for name, t in packed.items()}, mode
+        quantized = quantization.quantize(mx.zeros((rows, columns), mx.float16))
+        assert stated == {name: (t.shape, t.dtype) for name, t in quantized.items()}, mode
 
 
 def spans(row: list[str]) -> list[str]:

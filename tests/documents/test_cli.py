@@ -58,6 +58,7 @@ def test_every_option(title: str) -> None:
     assert not actions.keys() - rows.keys(), "missing in the document"
     assert not rows.keys() - actions.keys(), "in the document, but not in the parser"
     for name, action in actions.items():
+        assert action.help, name
         first, _, default = rows[name]
         *spellings, last = [code for code in code_spans(first) if code.startswith("-")]
         assert [*spellings, last.split()[0]] == list(action.option_strings)

@@ -40,7 +40,7 @@ def model() -> StandIn:
 
 def matrix(model: StandIn, **changes: object) -> np.ndarray:
     options = {"labels": LABELS, "templates": TEMPLATES} | changes
-    return np.array(zeroshot.text_matrix(model, StandInProcessor(), **options))
+    return np.array(zeroshot.build_zero_shot_classifier(model, StandInProcessor(), **options))
 
 
 def test_cache_saves_the_work_and_knows_its_content(model: StandIn, cache: Path) -> None:
@@ -295,6 +295,6 @@ def test_a_long_label_warns_each_time(model: StandIn) -> None:
     for label in ("very " * 80 + "long", "\u4e00" * 70, "&amp;" + "x " * 80):
         for _ in range(3):
             with pytest.warns(UserWarning, match="the model reads the first 75"):
-                zeroshot.text_matrix(model, Real(), ["red", label])
-    zeroshot.text_matrix(model, Real(), ["red"])
-    zeroshot.text_matrix(model, Real(), ["red"])
+                zeroshot.build_zero_shot_classifier(model, Real(), ["red", label])
+    zeroshot.build_zero_shot_classifier(model, Real(), ["red"])
+    zeroshot.build_zero_shot_classifier(model, Real(), ["red"])

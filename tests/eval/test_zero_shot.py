@@ -58,7 +58,7 @@ def test_ensemble_equals_the_formula(
 ) -> None:
     monkeypatch.setattr(zeroshot, "PROMPTS_PER_BATCH", per_batch)
     steps: list[int] = []
-    matrix = zeroshot.text_matrix(
+    matrix = zeroshot.build_zero_shot_classifier(
         model, StandInProcessor(), LABELS, TEMPLATES, cache=False, on_progress=steps.append
     )
     np.testing.assert_allclose(np.array(matrix), reference(model, LABELS, TEMPLATES), atol=1e-6)
@@ -85,8 +85,8 @@ def test_classify(model: StandIn, tmp_path: Path) -> None:
 
 def test_numpy_texts_are_taken(model: StandIn, tmp_path: Path) -> None:
     image = paint(tmp_path / "a.png", "blue")
-    texts: Any = np.array(zeroshot.text_matrix(model, StandInProcessor(), LABELS))
-    (best,) = zeroshot.classify(model, StandInProcessor(), [image], LABELS, texts=texts)
+    texts: Any = np.array(zeroshot.build_zero_shot_classifier(model, StandInProcessor(), LABELS))
+    (best,) = zeroshot.classify(model, StandInProcessor(), [image], LABELS, classifier=texts)
     assert best[0].label == "blue"
 
 
@@ -123,11 +123,11 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
         (["cat"], ["\udce9 {}"], "no text in UTF-8"),
     ):
         with pytest.raises(DataError, match=match):
-            zeroshot.text_matrix(model, processor, labels, templates)
+            zeroshot.build_zero_shot_classifier(model, processor, labels, templates)
     with pytest.raises(DataError, match="at least 1"):
         zeroshot.classify(model, processor, [image], ["cat"], top_k=0)
     with pytest.raises(DataError, match="2 labels"):
-        zeroshot.classify(model, processor, [image], ["a", "b"], texts=mx.zeros((3, 4)))
+        zeroshot.classify(model, processor, [image], ["a", "b"], classifier=mx.zeros((3, 4)))
     for images in ({image}, (i for i in [image]), 3, None):
         with pytest.raises(ImageError, match="takes a list"):
             zeroshot.classify(model, processor, images, ["cat"])
@@ -136,12 +136,12 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
     image_only = StandIn()
     image_only.text = None
     with pytest.raises(ModelError, match="image tower only"):
-        zeroshot.text_matrix(image_only, processor, ["cat"])
+        zeroshot.build_zero_shot_classifier(image_only, processor, ["cat"])
     with pytest.raises(ModelError, match="image tower only"):
-        zeroshot.classify(image_only, processor, [image], ["cat"], texts=mx.zeros((1, 4)))
+        zeroshot.classify(image_only, processor, [image], ["cat"], classifier=mx.zeros((1, 4)))
     model.text.weight = mx.full(model.text.weight.shape, float("nan"))
     with pytest.raises(ModelError, match="float32"):
-        zeroshot.text_matrix(model, processor, ["cat"])
+        zeroshot.build_zero_shot_classifier(model, processor, ["cat"])
 
 
 def test_data_files_name_their_source() -> None:
@@ -182,7 +182,7 @@ def test_parity_with_open_clip(model: StandIn) -> None:
 
     labels = list(IMAGENET_CLASSNAMES[:50])
     theirs = build_zero_shot_classifier(Torch(), tokenize, labels, OPENAI_IMAGENET_TEMPLATES)
-    ours = zeroshot.text_matrix(
+    ours = zeroshot.build_zero_shot_classifier(
         model, StandInProcessor(), labels, zeroshot.template_set("openai"), cache=False
     )
     np.testing.assert_allclose(np.array(ours), theirs.numpy().T, atol=1e-6)

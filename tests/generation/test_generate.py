@@ -67,7 +67,7 @@ def test_prefill_is_one_pass_and_computes_one_row(tiny: tuple[FastVLM, Processor
     lengths = [length for length, _ in model.calls]
     assert lengths[0] == result.stats.prompt_tokens and set(lengths[1:]) == {1}
     assert all(last_only for _, last_only in model.calls)
-    assert len(lengths) <= result.stats.generated_tokens + 1
+    assert len(lengths) <= result.stats.generation_tokens + 1
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
@@ -80,7 +80,7 @@ def test_both_end_tokens_stop(tiny: tuple[FastVLM, Processor], end: str) -> None
 def test_max_tokens(tiny: tuple[FastVLM, Processor]) -> None:
     result = answer(tiny[1], "abcdef", max_tokens=4)
     assert (result.text, result.finish_reason) == ("abcd", "length")
-    assert result.stats.generated_tokens == 4
+    assert result.stats.generation_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_streamed_equals_whole(tiny: tuple[FastVLM, Processor]) -> None:
     whole = generate(*tiny, "the", IMAGE, **options)
     chunks = list(stream_generate(*tiny, "the", IMAGE, **options))
     assert "".join(chunk.text for chunk in chunks) == whole.text
-    assert [chunk.token_id for chunk in chunks][: len(whole.token_ids)] == whole.token_ids
+    assert [chunk.token for chunk in chunks][: len(whole.token_ids)] == whole.token_ids
 
 
 def test_greedy_is_the_same_as_recomputing_everything(tiny: tuple[FastVLM, Processor]) -> None:
@@ -193,14 +193,14 @@ def test_a_full_context_leaves_no_room(tiny: tuple[FastVLM, Processor]) -> None:
 def test_a_stream_can_move_between_threads(tiny: tuple[FastVLM, Processor]) -> None:
     """As in a server that takes each piece in whatever thread is free."""
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "repetition_penalty": 1.3}
-    alone = [c.token_id for c in stream_generate(*tiny, "the", IMAGE, seed=1, **options)]
+    alone = [c.token for c in stream_generate(*tiny, "the", IMAGE, seed=1, **options)]
     stream = stream_generate(*tiny, "the", IMAGE, seed=1, **options)
     taken: list[Any] = []
     for _ in alone:
         thread = threading.Thread(target=lambda: taken.append(next(stream)))
         thread.start()
         thread.join()
-    assert [chunk.token_id for chunk in taken] == alone
+    assert [chunk.token for chunk in taken] == alone
 
 
 def test_same_seed_same_answer(tiny: tuple[FastVLM, Processor]) -> None:

@@ -208,7 +208,7 @@ def test_model_loaded_in_a_thread_answers_here(tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: loaded.append(load(tmp_path)))
     thread.start()
     thread.join()
-    assert generate(*loaded[0], "a", max_tokens=3).stats.generated_tokens == 3
+    assert generate(*loaded[0], "a", max_tokens=3).stats.generation_tokens == 3
 
 
 def contrasting_pixels() -> mx.array:

@@ -37,7 +37,7 @@ def quantized(claim: Any, *, columns: int = 3) -> Build:
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUANTIZED: Cases = {
-    "no word of it": (quantized(None), "config.json says nothing of quantization"),
+    "no word of it": (quantized(None), "config.json does not say how it is quantised"),
     "no object": (quantized([4, 32]), "quantization: is not an object"),
     **{
         f"bits {bits!r}": (quantized(packing(bits=bits)), "bits")
@@ -81,14 +81,17 @@ CANONICAL: Cases = {
     "source a list": (canonical(source=[1, 2]), "source: is not an object"),
     "source nested": (canonical(source={"model": {"a": 1}}), "source: model: is not a string"),
     "source with escapes": (canonical(source={"layout": "\x1b[2J"}), "source: layout: is not a"),
-    "packs nothing": (canonical(quantization={"x.y": packing()}), "no layer that can be packed"),
+    "packs nothing": (
+        canonical(quantization={"x.y": packing()}),
+        "not a layer that can be quantised",
+    ),
     "packs a convolution": (
         canonical(quantization={"vision_tower.stem.conv": packing()}),
-        "no layer that can be packed",
+        "not a layer that can be quantised",
     ),
     "packs a norm": (
         canonical(quantization={"language_model.norm": packing()}),
-        "no layer that can be packed",
+        "not a layer that can be quantised",
     ),
     "packs floats": (
         canonical(quantization={"language_model.embed_tokens": packing()}),
@@ -96,7 +99,7 @@ CANONICAL: Cases = {
     ),
     "packs uneven": (
         canonical(quantization={"language_model.layers.0.mlp.down_proj": packing(group_size=64)}),
-        "no multiple of group_size 64",
+        "not a multiple of group_size 64",
     ),
     "deeper": (canonical(text_config__num_hidden_layers=256), "missing language_model.layers."),
     "wider": (canonical(text_config__hidden_size=65536), "instead of"),
