@@ -1,7 +1,7 @@
-"""What this package costs, counted and measured: `python -m bench COMMAND`; see README.md.
+"""Benchmarks of this package: `python -m bench COMMAND`; see README.md.
 
-Works in a checkout: random checkpoints come from tests/support/synthetic.py, PyTorch's models
-from tests/parity/oracle.py.
+Needs a checkout: random checkpoints come from tests/support/synthetic.py, PyTorch models from
+tests/parity/oracle.py.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""The command line: `python -m bench counts|roofline|compare|mac|attacks`."""
+"""The command line: `python -m bench counts|roofline|compare|mac|attacks|schema`."""
 
 import argparse
 import sys
 
-from . import attacks, compare, counts, mac, roofline
-from .record import add_record, keep, surroundings
+from . import attacks, compare, counts, mac, roofline, schema
+from .record import add_record_argument, machine_info, write_report
 
 COMMANDS = {
     "counts": counts,
@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": compare,
     "mac": mac,
     "attacks": attacks,
+    "schema": schema,
 }
 
 
@@ -22,14 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         assert module.__doc__
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
         module.add_arguments(command)
-        add_record(command)
+        add_record_argument(command)
     args = parser.parse_args(argv)
-    where = surroundings()  # now, for the commit may be another one after an hour
+    machine = machine_info()  # before the run, because the commit may change meanwhile
     try:
         tables, record = COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    keep(tables, record, where, args.record)
+    write_report(tables, record, machine, args.record)
 
 
 if __name__ == "__main__":

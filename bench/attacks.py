@@ -1,4 +1,4 @@
-"""Time and memory that hostile files take, and what killed commands leave behind.
+"""Measure time and memory of hostile files, and what killed commands leave behind.
 
 Runs every attack of tests/security, and kills conversions and embedding runs at random moments.
 """
@@ -24,7 +24,7 @@ from . import ROOT
 from .record import table
 
 IMAGES = 48
-WORST = 3  # attacks shown for each kind and measure
+WORST = 3  # attacks shown per kind and measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         for row in _worst([o for o in outcomes if o["kind"] == kind])
     ]
     costs = table(["what is attacked", "attacks", "seconds", "MB", "by"], rows)
-    left = table(["command", "killed", "damaged or lost"], [[k, *v] for k, v in kills.items()])
-    return f"{costs}\n\n{left}", {"attacks": outcomes, "kills": kills}
+    losses = table(["command", "killed", "damaged or lost"], [[k, *v] for k, v in kills.items()])
+    return f"{costs}\n\n{losses}", {"attacks": outcomes, "kills": kills}
 
 
 def attack(file: Path) -> list[dict[str, Any]]:
-    """Time and memory of every attack that tests/security runs in a process of its own."""
+    """Time and memory of every attack that tests/security runs in a separate process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/security"]
     environment = os.environ | {"ATTACKS_RECORD": str(file)}
     subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=True)
@@ -64,29 +64,32 @@ def attack(file: Path) -> list[dict[str, Any]]:
 
 
 def _worst(outcomes: list[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
-    """Rows of the table: the slowest attacks, then those that take the most memory."""
+    """Rows of the table: the slowest attacks, and those that take the most memory."""
+    worst: dict[int, None] = {}
     for measure in ("seconds", "grown_mb"):
-        for outcome in sorted(outcomes, key=lambda o: -o[measure])[:WORST]:
-            seconds, megabytes = f"{outcome['seconds']:.2f}", f"{outcome['grown_mb']:.0f}"
-            yield len(outcomes), seconds, megabytes, outcome["what"]
+        order = sorted(range(len(outcomes)), key=lambda i: -outcomes[i][measure])
+        worst |= dict.fromkeys(order[:WORST])
+    for outcome in (outcomes[i] for i in worst):
+        seconds, megabytes = f"{outcome['seconds']:.2f}", f"{outcome['grown_mb']:.0f}"
+        yield len(outcomes), seconds, megabytes, outcome["what"]
 
 
 def kill_conversions(directory: Path, kills: int) -> tuple[int, int]:
-    """Number of conversions killed, and of those that left an incomplete output."""
+    """Number of conversions killed, and number of incomplete outputs."""
     target, whole = directory / "converted", directory / "whole"
     command = ["-m", "convert", "--model", "demo", "--quiet", "--mlx-path"]
     started = time.monotonic()
     subprocess.run([sys.executable, *command, str(whole)], cwd=ROOT, check=True)
     seconds, expected = time.monotonic() - started, _weights(whole)
-    killed = bad = 0
-    moments = random.Random(0)
+    killed = damaged = 0
+    rng = random.Random(0)
     while killed < kills:
-        if _kill_after(moments.uniform(0, 1.2 * seconds), [*command, str(target)]):
+        if _kill_after(rng.uniform(0, 1.2 * seconds), [*command, str(target)]):
             killed += 1
-        bad += target.exists() and _weights(target) != expected
+        damaged += target.exists() and _weights(target) != expected
         shutil.rmtree(target, ignore_errors=True)
     subprocess.run([sys.executable, *command, str(target)], cwd=ROOT, check=True)
-    return killed, bad + (_weights(target) != expected)
+    return killed, damaged + (_weights(target) != expected)
 
 
 def _weights(directory: Path) -> bytes:
@@ -94,7 +97,7 @@ def _weights(directory: Path) -> bytes:
 
 
 def kill_embedding(directory: Path, kills: int) -> tuple[int, int]:
-    """Number of embedding runs killed, and of wrong outputs; each run resumes the one before."""
+    """Number of embedding runs killed, and number of wrong outputs; each run resumes the last."""
     pictures, output = directory / "pictures", directory / "embedded.npz"
     pictures.mkdir()
     for i, image in enumerate(drawn_images(IMAGES)):
@@ -105,16 +108,16 @@ def kill_embedding(directory: Path, kills: int) -> tuple[int, int]:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     seconds, expected = time.monotonic() - started, _rows(output)
     output.unlink()
-    killed = bad = 0
-    moments = random.Random(1)
+    killed = damaged = 0
+    rng = random.Random(1)
     while killed < kills:
-        if _kill_after(moments.uniform(0, 1.2 * seconds), command):
+        if _kill_after(rng.uniform(0, 1.2 * seconds), command):
             killed += 1
         if output.exists():
-            bad += not np.allclose(_rows(output), expected, atol=1e-6)
+            damaged += not np.allclose(_rows(output), expected, atol=1e-6)
             output.unlink()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    return killed, bad + (not np.allclose(_rows(output), expected, atol=1e-6))
+    return killed, damaged + (not np.allclose(_rows(output), expected, atol=1e-6))
 
 
 def _rows(output: Path) -> Any:

@@ -1,11 +1,11 @@
-"""What is compared: one piece of work each, done alike by every contender that can."""
+"""Cases to compare: the same work for every contender that supports it."""
 
 from dataclasses import dataclass
 
-DECODE_PROMPT = 300  # tokens before those that are timed
+DECODE_PROMPT = 300  # tokens before the timed ones
 FASTVLM = ("ours", "mlx-vlm", "transformers")
 MOBILECLIP = ("ours", "open_clip")
-VARIANTS = {  # those that open_clip has too
+VARIANTS = {  # those that open_clip supports too
     "s0": "MobileCLIP2-S0",
     "s2": "MobileCLIP-S2",
     "b": "MobileCLIP-B:open_clip",
@@ -14,23 +14,23 @@ VARIANTS = {  # those that open_clip has too
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One piece of work.
+    """Work to measure.
 
     Attributes:
-        name: For `--only`, which takes its beginning too.
+        name: Name for `--only`, which accepts a prefix too.
         work: "vision" (pixels to embeddings), "first" (images and a question to the first token),
-            "second" (another question about the same images), "preprocess" (a photo of 12
-            megapixels to pixels), "photo" (the same from a JPEG),
-            "decode" (token after token), "image" or "text" (MobileCLIP's towers).
-        contenders: Who does it; "ours" first.
-        size: Of the checkpoint, as in tests/support/synthetic.py.
-        resolution: Of images, px.
-        images: In a prompt.
-        tokens: Of a prompt, those of images aside; or generated, if decoding.
-        batch: Images or texts at a time.
-        variant: Of MobileCLIP.
-        dtype: Of weights and arithmetic.
-        gpu: Whether that is done on the GPU.
+            "second" (another question about the same images), "preprocess" (a decoded photo of
+            12 megapixels to model input), "photo" (the same from a JPEG), "decode" (tokens after
+            the first), "image" or "text" (towers of MobileCLIP).
+        contenders: Contenders to compare; "ours" first.
+        size: Size of the checkpoint, as in tests/support/synthetic.py.
+        resolution: Side of the images, px.
+        images: Images in the prompt.
+        tokens: Text tokens in the prompt; for "decode", tokens to generate.
+        batch: Batch size of images or texts.
+        variant: MobileCLIP variant.
+        dtype: dtype of weights and computation.
+        gpu: Whether to compute on the GPU.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Case:
 
     @property
     def preprocesses(self) -> bool:
-        """Whether it ends at pixels, which no GPU has a part in."""
+        """Whether the case only preprocesses images, which never uses a GPU."""
         return self.work in ("preprocess", "photo")
 
 
-def usual(size: str) -> list[Case]:
-    """The cases that `python -m bench compare` runs; "tiny" is for trying it out."""
+def standard(size: str) -> list[Case]:
+    """Cases that `python -m bench compare` runs; size "tiny" is for a quick trial."""
     tiny = size == "tiny"
     resolution = 128 if tiny else 1024
     cases = [
@@ -66,21 +66,21 @@ def usual(size: str) -> list[Case]:
         ),
     ]
     return cases + [
-        clip(name, tower, batch)
+        clip_case(name, tower, batch)
         for name in (("s0",) if tiny else VARIANTS)
         for tower in ("image", "text")
         for batch in ((1,) if tiny else (1, 32))
     ]
 
 
-def clip(name: str, tower: str, batch: int) -> Case:
+def clip_case(name: str, tower: str, batch: int) -> Case:
     return Case(
         f"clip-{name}-{tower}-{batch}", tower, MOBILECLIP, batch=batch, variant=VARIANTS[name]
     )
 
 
 def scaling(size: str) -> list[Case]:
-    """How costs grow with pixels, images, tokens and batch."""
+    """Cases that show how costs grow with resolution, images, tokens and batch size."""
     cases = [
         Case(f"vision-{resolution}", "vision", size=size, resolution=resolution)
         for resolution in (256, 512, 768, 1024, 1536)
@@ -93,4 +93,4 @@ def scaling(size: str) -> list[Case]:
         Case(f"prompt-{tokens}", "first", size=size, images=0, tokens=tokens)
         for tokens in (300, 1000, 2000, 4000)
     ]
-    return cases + [clip("s0", "image", batch) for batch in (1, 4, 8, 16, 32)]
+    return cases + [clip_case("s0", "image", batch) for batch in (1, 4, 8, 16, 32)]

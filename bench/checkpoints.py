@@ -7,11 +7,11 @@ import synthetic_clip
 
 from .cases import Case
 
-VOCABULARY = 151_600  # ordinary tokens of FastVLM's tokenizer, of which few matter here
+VOCABULARY = 151_600  # ordinary tokens of FastVLM's tokenizer
 
 
 def write(case: Case, directory: Path) -> Path:
-    """What the case needs, unless it is there already; nothing for preprocessing."""
+    """Write the checkpoint of a case if it does not exist; nothing for preprocessing."""
     if case.variant:
         path = directory / f"{case.variant.partition(':')[0]}.safetensors"
         if not path.exists():

@@ -1,16 +1,16 @@
-"""Apple chips: what their GPUs can do at most.
+"""Peak performance of the GPUs of Apple chips.
 
-Bandwidths, numbers of cores, and the TFLOPS of M1 and M2 are Apple's (newsroom, chip by chip).
-Those of a core of M3 are from Hugging Face's list of hardware (14.2 TFLOPS for the M3 Max); for
-M4 and M5 figures differ by a tenth (M4 Max: 16.2 to 18.4). Each core of an M5 has matrix units of
-1024 half-precision FLOP a cycle, four times its other units: 16.4 TFLOPS for the M5.
+Bandwidths, core counts, and the TFLOPS of M1 and M2 are Apple's (newsroom, chip by chip). TFLOPS
+per core of the M3 are from Hugging Face's list of hardware (14.2 TFLOPS for the M3 Max); for M4 and
+M5 figures differ by a tenth (M4 Max: 16.2 to 18.4). Each core of an M5 has matrix units of 1024
+half-precision FLOP per cycle, four times its other units: 16.4 TFLOPS for the M5.
 """
 
 from dataclasses import dataclass
 
-_TFLOPS_OF_A_CORE = {"m1": 0.325, "m2": 0.358, "m3": 0.355, "m4": 0.4125, "m5": 0.42}
-_MATRIX_TFLOPS_OF_A_CORE = _TFLOPS_OF_A_CORE | {"m5": 1.64}
-_CORES_AND_BANDWIDTH = {  # of the largest GPU sold under the name; GB/s
+_TFLOPS_PER_CORE = {"m1": 0.325, "m2": 0.358, "m3": 0.355, "m4": 0.4125, "m5": 0.42}
+_MATRIX_TFLOPS_PER_CORE = _TFLOPS_PER_CORE | {"m5": 1.64}
+_CORES_AND_BANDWIDTH = {  # GB/s; of the largest GPU sold under each name
     "m1": (8, 68.25),
     "m1-pro": (16, 200),
     "m1-max": (32, 400),
@@ -34,12 +34,12 @@ _CORES_AND_BANDWIDTH = {  # of the largest GPU sold under the name; GB/s
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """A GPU's limits, in half precision.
+    """Limits of a GPU, in half precision.
 
     Attributes:
-        bandwidth: Of memory, bytes per second.
-        flops: Of all but products of matrices, FLOP per second.
-        matrix_flops: Of products of matrices; more than `flops` if there are units for them.
+        bandwidth: Memory bandwidth, bytes per second.
+        flops: FLOP per second, except in matrix products.
+        matrix_flops: FLOP per second in matrix products; more than `flops` with matrix units.
     """
 
     bandwidth: float
@@ -51,8 +51,8 @@ def _chip(name: str, cores: int, bandwidth: float) -> Chip:
     generation = name[:2]
     return Chip(
         bandwidth=bandwidth * 1e9,
-        flops=cores * _TFLOPS_OF_A_CORE[generation] * 1e12,
-        matrix_flops=cores * _MATRIX_TFLOPS_OF_A_CORE[generation] * 1e12,
+        flops=cores * _TFLOPS_PER_CORE[generation] * 1e12,
+        matrix_flops=cores * _MATRIX_TFLOPS_PER_CORE[generation] * 1e12,
     )
 
 

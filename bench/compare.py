@@ -1,8 +1,8 @@
-"""Time this package beside its peers, with the same random weights.
+"""Compare the speed of this package with its peers, on the same random weights.
 
-Each contender runs in a process of its own, and they take turns, so that what else happens on the
-machine meets them alike. In a turn brief work is repeated for a second, and its median taken. A
-ratio is that of medians of turns; its range is that of single turns.
+Each contender runs in its own process, and they take turns, so that other load on the machine
+affects all of them alike. Within a turn, short work is repeated for a second and the median taken.
+Ratios are those of the medians over turns; their ranges are those of single turns.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .cases import Case
 from .record import preload, table
 
 OURS = "ours"
-PAUSE_S = 0.5  # threads of PyTorch and OpenBLAS stay on the cores for a while after their work
+PAUSE_S = 0.5  # threads of PyTorch and OpenBLAS spin for a while after their work
 INSTALL = {
     "mlx-vlm": "pip install mlx-vlm",
     "mlx-lm": "pip install .",
@@ -40,41 +40,52 @@ INSTALL = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a contender took: seconds in each turn, and most bytes resident."""
+    """Results of a contender: seconds of each turn, and peak memory in bytes."""
 
     seconds: list[float]
     peak_bytes: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", action="append", metavar="CASE", help="a name or its beginning")
-    parser.add_argument("--scaling", action="store_true", help="costs as work grows, instead")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="CASE",
+        help="name of a case or its prefix; may be repeated",
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="measure how costs grow with the size of the work instead",
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--size", choices=("tiny", "0.5b"), default="0.5b")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32" if on_cpu() else "float16" if on_metal() else "bfloat16",
-        help="on this machine: %(default)s",
+        help="default on this machine: %(default)s",
     )
-    parser.add_argument("--dir", type=Path, help="where there is room for checkpoints, 3 GB")
+    parser.add_argument(
+        "--dir", type=Path, help="directory with 3 GB of free space for checkpoints"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    wanted = cases.scaling(args.size) if args.scaling else cases.usual(args.size)
-    wanted = [replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in wanted]
+    selected = cases.scaling(args.size) if args.scaling else cases.standard(args.size)
+    selected = [replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in selected]
     if args.only:
-        names = ", ".join(case.name for case in wanted)
-        wanted = [case for case in wanted if case.name.startswith(tuple(args.only))]
-        if not wanted:
-            raise SystemExit(f"no case begins with {' or '.join(args.only)}; there are {names}")
+        names = ", ".join(case.name for case in selected)
+        selected = [case for case in selected if case.name.startswith(tuple(args.only))]
+        if not selected:
+            raise SystemExit(f"no case starts with {' or '.join(args.only)}; choose from {names}")
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
     notes: list[str] = []
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        for case in wanted:
+        for case in selected:
             print(f"{case.name} ...", file=sys.stderr, flush=True)
             try:
                 checkpoint = checkpoints.write(case, Path(directory))
@@ -84,16 +95,16 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
                     raise
                 notes.append(f"Stopped by hand at {case.name}.")
                 break
-            found = list(_rows(case, measured))
-            print("\n".join(" ".join(row) for row in found), file=sys.stderr, flush=True)
-            rows += found
+            new_rows = list(_rows(case, measured))
+            print("\n".join(" ".join(row) for row in new_rows), file=sys.stderr, flush=True)
+            rows += new_rows
             taken = {name: asdict(figures) for name, figures in measured.items()}
             results.append(asdict(case) | {"measured": taken})
     header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
     notes += [f"{name} is left out: {why}" for name, why in absent.items()]
     device = mx.device_info().get("device_name", "") if not on_cpu() else "the CPU"
     notes.append(f"In {args.dtype}, on {device}.")
-    notes.append(f"Load of the machine before: {load:.1f}; of an idle one it is below 0.5.")
+    notes.append(f"Load average before the run: {load:.1f}; an idle machine is below 0.5.")
     record = {"results": results, "absent": absent, "load_before": load, "device": device}
     return "\n\n".join([table(header, rows), *notes]), record
 
@@ -101,25 +112,25 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def measure(
     case: Case, checkpoint: Path, repeats: int, absent: dict[str, str]
 ) -> dict[str, Measured]:
-    """Let the contenders take turns, after one turn each that does not count.
+    """Let the contenders take turns; the first turn of each is a warm-up.
 
     Args:
-        case: What is done.
-        checkpoint: From `checkpoints.write`.
-        repeats: Turns that count.
-        absent: Contenders that cannot take part, and why; added to.
+        case: Work to measure.
+        checkpoint: Path from `checkpoints.write`.
+        repeats: Turns to measure.
+        absent: Updated with contenders that cannot take part, and the reason.
     """
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(Worker(name, case, checkpoint)) for name in case.contenders
         }
-        for name in case.contenders:  # all load at once; each is heard before work begins
-            start = workers[name].hear()
+        for name in case.contenders:  # they load in parallel; wait until each is ready
+            start = workers[name].receive()
             if "missing" in start:
-                absent[name] = f"there is no {start['missing']}; {INSTALL.get(name, '')}"
+                absent[name] = f"{start['missing']} is not installed; {INSTALL.get(name, '')}"
                 del workers[name]
         seconds: dict[str, list[float]] = {name: [] for name in workers}
-        shuffle = random.Random(0)  # so that nobody always follows the same one
+        shuffle = random.Random(0)  # random order, so that no contender always follows another
         for _ in range(repeats + 1):
             for name in shuffle.sample(list(workers), len(workers)):
                 time.sleep(PAUSE_S)
@@ -127,7 +138,7 @@ def measure(
                 if answer:
                     seconds[name].append(answer["seconds"])
                 elif name == OURS:
-                    raise SystemExit(f"{case.name}: failed as told above")
+                    raise SystemExit(f"{case.name}: failed; see the error above")
                 else:
                     absent[f"{name} at {case.name}"] = "it failed"
                     del workers[name]
@@ -149,7 +160,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us alone
+            start_new_session=True,  # only the parent handles Ctrl-C
         )
 
     def __enter__(self) -> "Worker":
@@ -160,19 +171,19 @@ class Worker:
             self._process.kill()
         self._process.communicate()
 
-    def hear(self) -> dict[str, Any]:
-        """Its next answer; empty if it has ended."""
+    def receive(self) -> dict[str, Any]:
+        """Read the next answer; empty if the process has ended."""
         assert self._process.stdout
         return json.loads(self._process.stdout.readline() or "{}")
 
-    def ask(self, order: str) -> dict[str, Any]:
-        """What it answers to an order; nothing if it has ended."""
+    def ask(self, request: str) -> dict[str, Any]:
+        """Send a request and read the answer; empty if the process has ended."""
         assert self._process.stdin
         try:
-            print(order, file=self._process.stdin, flush=True)
+            print(request, file=self._process.stdin, flush=True)
         except BrokenPipeError:
             return {}
-        return self.hear()
+        return self.receive()
 
 
 def _rows(case: Case, measured: dict[str, Measured]) -> Iterator[list[str]]:

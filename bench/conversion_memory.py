@@ -1,10 +1,10 @@
-"""Peak memory of converting and of loading, as the operating system counts it.
+"""Measure the peak memory of converting and loading, as counted by the operating system.
 
     python bench/conversion_memory.py --size 7b --dir /some/large/disk
 
-Writes a sharded bfloat16 checkpoint of random weights in Apple's layout and the real shapes (the
-7B: 15.5 GB), converts it to 4 bits and loads the result, each in a process of its own. Prints the
-peak resident memory of each beside the bytes of weights, as JSON. Everything is removed after it.
+Writes a sharded bfloat16 checkpoint of random weights in Apple's layout and the real shapes (7B:
+15.5 GB), converts it to 4 bits and loads the result, each in its own process. Prints the peak
+resident memory of each and the size of the weights as JSON, and removes the files.
 """
 
 import argparse
@@ -28,12 +28,12 @@ sys.path.append(str(ROOT / "tests" / "support"))
 import synthetic  # noqa: E402
 
 SHARD_BYTES = 4 << 30
-# In float16, as it is stored.
+# float16, like the stored weights.
 LOAD = "import sys; from mlx_fastvlm import load; load(sys.argv[1], dtype='float16')"
 
 
 def write_source(directory: Path, size: str) -> int:
-    """The checkpoint, a shard at a time; returns its bytes of weights."""
+    """Write a checkpoint shard by shard; returns the size of its weights in bytes."""
     directory.mkdir()
     shapes = synthetic.read_keys(f"apple_llava_qwen2_{size}")
     (directory / "config.json").write_text(json.dumps(synthetic.apple_config(size, 1024)))
@@ -42,7 +42,7 @@ def write_source(directory: Path, size: str) -> int:
     weight_map: dict[str, str] = {}
     held = total = 0
     names = list(shapes)
-    noise = (0.02 * mx.random.normal((1 << 22,))).astype(mx.bfloat16)  # again and again, for speed
+    noise = (0.02 * mx.random.normal((1 << 22,))).astype(mx.bfloat16)  # repeated, for speed
     for i, name in enumerate(names):
         count = math.prod(shapes[name])
         value = mx.tile(noise, -(-count // noise.size))[:count].reshape(shapes[name])
@@ -63,7 +63,7 @@ def write_source(directory: Path, size: str) -> int:
 
 
 def peak_of(*arguments: str) -> dict[str, float]:
-    """Run Python in a process of its own: seconds, and most bytes resident at a time."""
+    """Run Python in a new process; returns its seconds and peak resident bytes."""
     started = time.monotonic()
     process = os.posix_spawn(
         sys.executable, [sys.executable, *arguments], {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -78,13 +78,15 @@ def peak_of(*arguments: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=("0.5b", "1.5b", "7b"), default="7b")
-    parser.add_argument("--dir", type=Path, help="where there is room (default: temporary)")
-    parser.add_argument("options", nargs="*", help="of convert, after --, instead of -q")
+    parser.add_argument(
+        "--dir", type=Path, help="directory with enough free space (default: a temporary one)"
+    )
+    parser.add_argument("options", nargs="*", help="options of convert, after --, instead of -q")
     args = parser.parse_args()
     directory = Path(tempfile.mkdtemp(dir=args.dir))
     try:
         source, target = directory / "source", directory / "target"
-        # In a process of its own: Linux counts what a parent has held as its children's.
+        # In a new process, because on Linux children inherit the peak of their parent.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             source_bytes = pool.submit(write_source, source, args.size).result()
         convert = ["-m", "convert", "--model", str(source), "--mlx-path", str(target)]

@@ -1,8 +1,8 @@
 """Count primitives and bytes of each step on a GPU, from MLX's graphs, for us and mlx-vlm.
 
-Counted is what would be evaluated: views cost nothing. Element traffic is what primitives other
-than products (matrices, convolutions, attention) read and write; products must stream what they
-do, and are limited by arithmetic where there is much of it.
+Views are free. "Elements" are the bytes that primitives other than products (matrix products,
+convolutions, attention) read and write; products cannot avoid their traffic, and large ones are
+limited by arithmetic.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from .record import table
 
 VISION = "FastViTHD, 1024 px"
 BLOCK = "one RepMixer block"
-STAGE, BLOCK_INPUT = 2, (1, 64, 64, 384)  # of the block: the stage with most, at 1024 px
+STAGE, BLOCK_INPUT = 2, (1, 64, 64, 384)  # the stage with the most blocks, at 1024 px
 WEIGHTS = ("float16", "4-bit")
 PROMPT = models.IMAGE_TOKENS + models.QUESTION_TOKENS
-Counts = dict[str, list[Kernel]]  # by step
+Counts = dict[str, list[Kernel]]  # kernels by step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,36 +36,36 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     with gpu_graphs() as graphs:
         counts = {"ours": count_ours(graphs, args.size)}
     if models.has_mlx_vlm():
-        models.import_mlx_vlm()  # first, so that its compiled functions are found
+        models.import_mlx_vlm()  # before gpu_graphs, which patches its compiled functions
         with gpu_graphs() as graphs:
             counts["mlx-vlm"] = count_mlx_vlm(graphs, args.size)
     header = ["step"]
-    for who in counts:
-        header += [f"{who}: primitives", "MB", "of elements"]
+    for name in counts:
+        header += [f"{name}: primitives", "MB", "of elements"]
     rows = []
     for step in counts["ours"]:
         row = [step]
-        for who in counts:
-            kernels = counts[who][step]
+        for name in counts:
+            kernels = counts[name][step]
             row += [str(len(kernels)), f"{traffic(kernels):.1f}", f"{elements(kernels):.1f}"]
         rows.append(row)
     text = table(header, rows)
     if "mlx-vlm" not in counts:
         text += f"\n\nmlx-vlm: {models.NO_MLX_VLM}"
-    return text, {"counts": {who: _described(steps) for who, steps in counts.items()}}
+    return text, {"counts": {name: _as_json(steps) for name, steps in counts.items()}}
 
 
 def traffic(kernels: list[Kernel]) -> float:
-    """Everything read and written, MB."""
+    """Bytes read and written, in MB."""
     return sum(kernel.bytes for kernel in kernels) / 1e6
 
 
 def elements(kernels: list[Kernel]) -> float:
-    """The same without products."""
+    """Bytes read and written by everything but products, in MB."""
     return traffic([kernel for kernel in kernels if not kernel.flops])
 
 
-def _described(steps: Counts) -> dict[str, Any]:
+def _as_json(steps: Counts) -> dict[str, Any]:
     return {
         step: {
             "primitives": len(kernels),
@@ -89,7 +89,7 @@ def count_ours(graphs: Graphs, size: str) -> Counts:
     for weights in WEIGHTS:
         if weights == "4-bit":
             quantize(model, 4)
-        counts |= named(weights, *count_our_decoder(graphs, model, PROMPT))
+        counts |= by_step(weights, *count_our_decoder(graphs, model, PROMPT))
     return counts
 
 
@@ -114,26 +114,26 @@ def count_mlx_vlm(graphs: Graphs, size: str) -> Counts:
         if weights == "4-bit":
             quantize(model, 4)
         cache, width = make_prompt_cache(decoder), decoder.config.hidden_size
-        # Its generate keeps the last token of a prompt for a step of its own.
+        # Its `generate` processes the last token of the prompt in a separate step.
         passes = (PROMPT - 1, 1)
-        counts |= named(weights, *_count_decoder(graphs, logits, cache, width, passes))
+        counts |= by_step(weights, *_count_decoder(graphs, logits, cache, width, passes))
     return counts
 
 
 def quantize(model: Any, bits: int) -> None:
-    """The decoder and its embedding, in groups of 64."""
+    """Quantise the decoder and its embedding, in groups of 64."""
     nn.quantize(model.language_model, 64, bits)
     make_weightless(model)
 
 
-def named(weights: str, prefill: list[Kernel], decode: list[Kernel]) -> Counts:
+def by_step(weights: str, prefill: list[Kernel], decode: list[Kernel]) -> Counts:
     return {f"prefill of {PROMPT} tokens, {weights}": prefill, f"decode step, {weights}": decode}
 
 
 def count_our_decoder(
     graphs: Graphs, model: FastVLM, prompt: int
 ) -> tuple[list[Kernel], list[Kernel]]:
-    """A prompt of so many embeddings to its first token; then one more token."""
+    """Kernels of a prompt of `prompt` embeddings up to the first token; then of one more token."""
 
     def logits(ids: mx.array, cache: Any, embeddings: mx.array | None) -> mx.array:
         return model(ids, cache, embeddings, last_only=True)
@@ -149,21 +149,21 @@ def _count_decoder(
     width: int,
     passes: tuple[int, ...],
 ) -> tuple[list[Kernel], list[Kernel]]:
-    stored = [vars(layer) for layer in cache]
+    states = [vars(layer) for layer in cache]
 
     def token(length: int, embeddings: mx.array | None) -> mx.array:
         ids = leaf(mx.zeros((1, length), mx.int32))
         return mx.argmax(logits(ids, cache, embeddings)[:, -1])
 
-    def passed(length: int, *, last: bool) -> list[Kernel]:
+    def count_pass(length: int, *, last: bool) -> list[Kernel]:
         embeddings = leaf(mx.zeros((1, length, width), mx.float16))
         if last:
             return graphs.kernels(lambda: token(length, embeddings))
-        return graphs.kernels(lambda: (token(length, embeddings), arrays(stored))[1])
+        return graphs.kernels(lambda: (token(length, embeddings), arrays(states))[1])
 
     prefill: list[Kernel] = []
     for length in passes:
-        prefill += passed(length, last=length == passes[-1])
-        for layer in stored:
+        prefill += count_pass(length, last=length == passes[-1])
+        for layer in states:
             layer |= tree_map(lambda x: leaf(x) if isinstance(x, mx.array) else x, layer)
     return prefill, graphs.kernels(lambda: token(1, None))

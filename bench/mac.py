@@ -1,8 +1,8 @@
-"""Measure on a Mac what only a Mac can tell, and write it down to be sent back.
+"""Measure on a Mac what cannot be measured elsewhere, and write a record to send back.
 
-Each measurement decides between formulations that this package could use, or gives a figure that
-is only estimated so far. Random weights cost the same as trained ones, except for what half
-precision does to them: that needs --model apple/FastVLM-0.5B.
+Each measurement decides between formulations that this package could use, or replaces an estimate.
+Random weights take the same time as trained ones, but the effect of half precision can only be
+measured with --model apple/FastVLM-0.5B.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from . import ROOT, cases, checkpoints, inputs
 from .power import Power
 from .record import record_file, table
 
-ANSWER = 64  # tokens
+ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of the table."""
+    """A row of the table."""
 
     measurement: str
     variant: str
@@ -47,13 +47,13 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What to measure with.
+    """Settings of a run.
 
     Attributes:
-        size: "0.5b", or "tiny" to try it out.
-        repeats: Of each timing.
-        model: For mlx_fastvlm.load.
-        directory: For other checkpoints.
+        size: "0.5b", or "tiny" for a quick trial.
+        repeats: Repetitions of each timing.
+        model: Model for mlx_fastvlm.load.
+        directory: Directory for other checkpoints.
     """
 
     size: str
@@ -63,11 +63,11 @@ class Setting:
 
     @property
     def resolution(self) -> int:
-        """Side of images, px."""
+        """Side of the images, px."""
         return 128 if self.size == "tiny" else 1024
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Median time of the work and of evaluating its result, after once in vain."""
+        """Median time of the work, with its result evaluated, after one warm-up run."""
         taken = []
         for _ in range(self.repeats + 1):
             started = time.perf_counter()
@@ -75,10 +75,10 @@ class Setting:
             taken.append(time.perf_counter() - started)
         return median(taken[1:])
 
-    def of_kernel(self, kernel: Callable[..., mx.array], *arrays: Any) -> float:
-        """The same of one of several equal kernels, together so that starting weighs little."""
-        several = 1 if self.size == "tiny" else 10
-        return self.seconds(lambda: [kernel(*arrays) for _ in range(several)]) / several
+    def kernel_seconds(self, kernel: Callable[..., mx.array], *arrays: Any) -> float:
+        """Median time of one kernel, run ten times in one evaluation to amortise its overhead."""
+        runs = 1 if self.size == "tiny" else 10
+        return self.seconds(lambda: [kernel(*arrays) for _ in range(runs)]) / runs
 
 
 Figures = Iterator[Figure]
@@ -86,18 +86,22 @@ Figures = Iterator[Figure]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="M", help="as for mlx_fastvlm; random weights if left out"
+        "--model", metavar="M", help="model as for mlx_fastvlm (default: random weights)"
     )
-    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="again for more")
+    parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="may be repeated")
     parser.add_argument("--repeats", type=int, default=10, metavar="N")
     parser.add_argument("--size", choices=("tiny", "0.5b"), default="0.5b")
     parser.set_defaults(record=record_file("mac"))
-    parser.add_argument("--energy", action="store_true", help="by powermetrics, which needs sudo")
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="also measure power with powermetrics, which needs sudo",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     figures: list[Figure] = []
-    with tempfile.TemporaryDirectory() as temporary, Power(wanted=args.energy) as power:
+    with tempfile.TemporaryDirectory() as temporary, Power(enabled=args.energy) as power:
         directory = Path(temporary)
         model = args.model
         if model is None:
@@ -125,22 +129,24 @@ def random(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     return array
 
 
-# Which formulation is faster?
+# Comparisons of formulations.
 
 
 def pointwise(setting: Setting) -> Figures:
-    """1x1 convolutions as matrix products, and as convolutions."""
+    """Compare 1x1 convolutions as matrix products and as convolutions."""
     for stride, channels in ((8, 192), (16, 384)):
         side = setting.resolution // stride
         for dtype in (mx.float16, mx.float32):
             x = random(1, side, side, channels, dtype=dtype)
             weight = random(4 * channels, channels, dtype=dtype)
             bias = random(4 * channels, dtype=dtype)
-            name = f"1x1, {channels} to {4 * channels} channels, {side} x {side}, {_named(dtype)}"
-            product = setting.of_kernel(
+            name = (
+                f"1x1, {channels} to {4 * channels} channels, {side} x {side}, {_dtype_name(dtype)}"
+            )
+            product = setting.kernel_seconds(
                 lambda x, w, b: mx.addmm(b, x.reshape(-1, w.shape[1]), w.T), x, weight, bias
             )
-            convolution = setting.of_kernel(
+            convolution = setting.kernel_seconds(
                 lambda x, w, b: mx.conv2d(x, w[:, None, None]) + b, x, weight, bias
             )
             flops = 2 * side**2 * weight.size
@@ -149,19 +155,19 @@ def pointwise(setting: Setting) -> Figures:
 
 
 def depthwise(setting: Setting) -> Figures:
-    """7x7 depthwise convolutions of each stage; those between stages whole, and in two halves."""
+    """Time 7x7 depthwise convolutions; those that double the channels also split in two."""
 
     def convolve(x: mx.array, weight: mx.array, stride: int = 1) -> mx.array:
         return mx.conv2d(x, weight, stride, 3, groups=x.shape[3])
 
-    def in_two(x: mx.array, even: mx.array, odd: mx.array) -> mx.array:
+    def convolve_split(x: mx.array, even: mx.array, odd: mx.array) -> mx.array:
         return mx.stack([convolve(x, even, 2), convolve(x, odd, 2)], axis=-1)
 
     for stage in range(5):
         channels, side = 96 * 2**stage, setting.resolution // 2 ** (stage + 2)
         x, weight = random(1, side, side, channels), random(channels, 7, 7, 1)
         name = f"depthwise 7x7, {channels} channels, {side} x {side}, float16"
-        taken = setting.of_kernel(convolve, x, weight)
+        taken = setting.kernel_seconds(convolve, x, weight)
         yield Figure(name, "", 2 * 49 * x.size / taken / 1e9, "GFLOP/s")
         yield Figure(name, "", 2 * x.nbytes / taken / 1e9, "GB/s")
         if stage < 4:
@@ -169,14 +175,14 @@ def depthwise(setting: Setting) -> Figures:
                 f"depthwise 7x7, {channels} to {2 * channels} channels, {side} x {side}, stride 2"
             )
             double = random(2 * channels, 7, 7, 1)
-            whole = setting.of_kernel(convolve, x, double, 2)
-            halves = setting.of_kernel(in_two, x, weight, weight)
+            whole = setting.kernel_seconds(convolve, x, double, 2)
+            halves = setting.kernel_seconds(convolve_split, x, weight, weight)
             yield Figure(name, "whole", 1e3 * whole, "ms")
             yield Figure(name, "in two", 1e3 * halves, "ms")
 
 
 def attention(setting: Setting) -> Figures:
-    """Attention with heads of 32 as they are, and padded to 64."""
+    """Compare attention with heads of width 32 unchanged and padded to 64."""
     width = 32
 
     def attend(qkv: mx.array) -> mx.array:
@@ -189,12 +195,12 @@ def attention(setting: Setting) -> Figures:
     for side in (2, 4) if setting.size == "tiny" else (8, 12, 16, 20, 24, 32, 48):
         qkv = random(1, side**2, 3, 24, width)
         name = f"attention, 24 heads of {width}, {side**2} positions, float16"
-        yield Figure(name, "as they are", 1e3 * setting.of_kernel(attend, qkv), "ms")
-        yield Figure(name, "padded to 64", 1e3 * setting.of_kernel(attend_padded, qkv), "ms")
+        yield Figure(name, "as they are", 1e3 * setting.kernel_seconds(attend, qkv), "ms")
+        yield Figure(name, "padded to 64", 1e3 * setting.kernel_seconds(attend_padded, qkv), "ms")
 
 
 def half_precision(setting: Setting) -> Figures:
-    """What float16 makes of the image tower's output; real weights tell most."""
+    """Error of the image embeddings in float16; most meaningful with real weights."""
     pixels = mx.array(inputs.pixels(0, (1, setting.resolution, setting.resolution, 3)))
     outputs = []
     for dtype in ("float32", "float16"):
@@ -207,7 +213,7 @@ def half_precision(setting: Setting) -> Figures:
 
 
 def prefill(setting: Setting) -> Figures:
-    """A prompt in one pass, and with its last token in a step of its own, as mlx-lm has it."""
+    """Compare a prompt in one pass with its last token in a separate step, as in mlx-lm."""
     model, _ = mlx_fastvlm.load(setting.model)
     ids = mx.array(inputs.text_ids(0, cases.DECODE_PROMPT))[None]
 
@@ -225,7 +231,7 @@ def prefill(setting: Setting) -> Figures:
 
 
 def decode(setting: Setting) -> Figures:
-    """Our decoder (fused layers) and mlx-lm's in mlx-lm's own loop, both 4-bit."""
+    """Compare our decoder (fused layers) with mlx-lm's, in mlx-lm's loop, both 4-bit."""
     from mlx_lm.generate import generate_step
     from mlx_lm.models import qwen2
 
@@ -239,7 +245,7 @@ def decode(setting: Setting) -> Figures:
     for variant, model in models.items():
         taken = []
         for _ in range(setting.repeats):
-            steps = generate_step(prompt, model, max_tokens=ANSWER + 1)
+            steps = generate_step(prompt, model, max_tokens=ANSWER_TOKENS + 1)
             next(steps)
             started = time.perf_counter()
             tokens = sum(1 for _ in steps)
@@ -248,7 +254,7 @@ def decode(setting: Setting) -> Figures:
 
 
 def buffers(setting: Setting) -> Figures:
-    """How much MLX gathers before it hands work to the GPU; read when a process starts."""
+    """Vary how much work MLX collects per command buffer, in new processes that read it once."""
     for operations, megabytes in ((None, None), (200, 1000)):
         environment = dict(os.environ)
         if operations:
@@ -264,18 +270,18 @@ def buffers(setting: Setting) -> Figures:
 
 
 def matrix_units(setting: Setting) -> Figures:
-    """Beyond 8 TFLOP/s an M5's matrix units are at work."""
+    """Time a large matrix product; more than 8 TFLOP/s on an M5 needs its matrix units."""
     side = 4 * setting.resolution
     a, b = random(side, side), random(side, side)
-    taken = setting.of_kernel(mx.matmul, a, b)
+    taken = setting.kernel_seconds(mx.matmul, a, b)
     yield Figure(f"product of {side} x {side}, float16", "", 2 * side**3 / taken / 1e12, "TFLOP/s")
 
 
-# What does the whole take?
+# End-to-end measurements.
 
 
 def tower(setting: Setting) -> Figures:
-    """Image tower and projector; also with their graph kept by `mx.compile`, not built anew."""
+    """Time the image tower and projector, also with `mx.compile`."""
     model, _ = mlx_fastvlm.load(setting.model)
     pixels = mx.array(inputs.pixels(0, (1, setting.resolution, setting.resolution, 3)))
     name = f"FastVLM, image tower and projector, {setting.resolution} px"
@@ -287,7 +293,7 @@ def tower(setting: Setting) -> Figures:
 
 
 def answer(setting: Setting) -> Figures:
-    """A question about a photograph: to the first token, and from token to token."""
+    """Time a question about a photo: to the first token, and per token after it."""
     models = {"float": mlx_fastvlm.load(setting.model)[0], "4-bit": _quantized(setting)}
     processor = mlx_fastvlm.load(setting.model)[1]
     for variant, model in models.items():
@@ -302,7 +308,7 @@ def answer(setting: Setting) -> Figures:
                 "Describe the image in detail.",
                 photo,
                 resolution=setting.resolution,
-                max_tokens=ANSWER,
+                max_tokens=ANSWER_TOKENS,
             )
             next(stream)
             first.append(time.perf_counter() - started)
@@ -314,20 +320,22 @@ def answer(setting: Setting) -> Figures:
 
 
 def mobileclip(setting: Setting) -> Figures:
-    """Images and texts embedded in batches of 32."""
+    """Time embedding images and texts in batches of 32."""
     variants = ("s0",) if setting.size == "tiny" else tuple(cases.VARIANTS)
     batch = 1 if setting.size == "tiny" else 32
     for name in variants:
-        case = cases.clip(name, "image", batch)
+        case = cases.clip_case(name, "image", batch)
         checkpoint = checkpoints.write(case, setting.directory)
         model, processor = mlx_mobileclip.load(checkpoint, variant=case.variant)
         side = model.config.preprocess.image_size
         pixels = mx.array(inputs.pixels(0, (batch, side, side, 3)))
         texts = processor.texts(["a photo of a dog"] * batch)
-        images = setting.seconds(partial(model.encode_image, pixels))
-        words = setting.seconds(partial(model.encode_text, texts))
-        yield Figure(checkpoint.stem, f"images, {batch} at a time", batch / images, "images/s")
-        yield Figure(checkpoint.stem, f"texts, {batch} at a time", batch / words, "texts/s")
+        image_seconds = setting.seconds(partial(model.encode_image, pixels))
+        text_seconds = setting.seconds(partial(model.encode_text, texts))
+        yield Figure(
+            checkpoint.stem, f"images, {batch} at a time", batch / image_seconds, "images/s"
+        )
+        yield Figure(checkpoint.stem, f"texts, {batch} at a time", batch / text_seconds, "texts/s")
 
 
 def _quantized(setting: Setting) -> FastVLM:
@@ -335,7 +343,7 @@ def _quantized(setting: Setting) -> FastVLM:
     return mlx_fastvlm.load(setting.model, quantize=quantization, parts=("decoder",))[0]
 
 
-def _named(dtype: mx.Dtype) -> str:
+def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 

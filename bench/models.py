@@ -1,4 +1,4 @@
-"""FastVLM of this package and of mlx-vlm, at any size of tests/support/synthetic.py."""
+"""FastVLM of this package and of mlx-vlm, in every size of tests/support/synthetic.py."""
 
 import importlib.util
 import sys
@@ -14,18 +14,18 @@ from mlx_mobileclip.models.fastvit import PRESETS
 SIZES = ("0.5b", "1.5b", "7b")
 RESOLUTION = 1024  # px
 IMAGE_TOKENS = 256  # at that resolution
-QUESTION_TOKENS = 44  # conversation format included
-NO_MLX_VLM = "left out, for it is not installed: pip install mlx-vlm"
+QUESTION_TOKENS = 44  # including the chat format
+NO_MLX_VLM = "left out, because it is not installed; run: pip install mlx-vlm"
 
 
 def text_config(size: str) -> Qwen2Config:
-    """Shape of the decoder of a published checkpoint."""
+    """Decoder config of a published checkpoint."""
     published = synthetic.apple_config(size, RESOLUTION)
     return Qwen2Config(**{field.name: published[field.name] for field in fields(Qwen2Config)})
 
 
 def config(size: str) -> FastVLMConfig:
-    """What the converter would say of a published checkpoint."""
+    """Config that the converter would write for a published checkpoint."""
     published = synthetic.apple_config(size, RESOLUTION)
     return FastVLMConfig(
         text=text_config(size),
@@ -38,7 +38,7 @@ def config(size: str) -> FastVLMConfig:
 
 
 def ours(size: str) -> FastVLM:
-    """This package's model, as its constructor leaves it."""
+    """This package's model, as initialised by its constructor."""
     model = FastVLM(config(size))
     model.eval()
     return model
@@ -49,8 +49,8 @@ def has_mlx_vlm() -> bool:
 
 
 def import_mlx_vlm() -> Any:
-    """mlx-vlm's module of FastVLM."""
-    # Where PyTorch is installed transformers imports it, and mlx-vlm transformers, without need.
+    """Import mlx-vlm's FastVLM module."""
+    # Keep transformers, which mlx-vlm imports, from importing PyTorch.
     sys.modules |= dict.fromkeys(("torch", "torchvision"))  # type: ignore[arg-type]
     from mlx_vlm.models import fastvlm
 
@@ -58,12 +58,12 @@ def import_mlx_vlm() -> Any:
 
 
 def mlx_vlm(size: str) -> Any:
-    """mlx-vlm's model, as its constructor leaves it."""
+    """mlx-vlm's model, as initialised by its constructor."""
     fastvlm = import_mlx_vlm()
     published = synthetic.apple_config(size, RESOLUTION)
     text, vision = fastvlm.TextConfig.from_dict(published), fastvlm.VisionConfig()
     if size == "tiny":
-        vision.projection_dim //= 12  # as synthetic.tiny makes it
+        vision.projection_dim //= 12  # as in synthetic.tiny
         for name, value in published["vision_config"].items():
             setattr(vision, name, value)
     config = fastvlm.ModelConfig(text, vision, mm_hidden_size=published["mm_hidden_size"])

@@ -1,4 +1,4 @@
-"""Power as macOS reports it: `powermetrics`, which only the administrator may run."""
+"""Power as reported by macOS's `powermetrics`, which needs administrator rights."""
 
 import re
 import subprocess
@@ -12,10 +12,10 @@ COMBINED = re.compile(r"Combined Power \(.*\): (\d+) mW")
 
 
 class Power:
-    """Samples the power of CPU, GPU and ANE within a `with` block, if it is wanted."""
+    """Samples the power of CPU, GPU and ANE within a `with` block, if enabled."""
 
-    def __init__(self, *, wanted: bool, command: Sequence[str] = COMMAND):
-        self._command = command if wanted else ()
+    def __init__(self, *, enabled: bool, command: Sequence[str] = COMMAND):
+        self._command = command if enabled else ()
         self._process: subprocess.Popen[str] | None = None
         self._samples: list[tuple[float, float]] = []  # time, watts
 
@@ -43,6 +43,6 @@ class Power:
                 self._samples.append((time.monotonic(), int(found[1]) / 1000))
 
     def mean(self, since: float) -> float | None:
-        """Mean power in W since that time of `time.monotonic`; None if it is not known."""
+        """Mean power in W since a time of `time.monotonic`; None if unknown."""
         watts = [watts for taken, watts in self._samples if taken >= since]
         return sum(watts) / len(watts) if watts else None

@@ -1,4 +1,4 @@
-"""Where and when figures were taken, and how they are written down."""
+"""Record figures with machine, versions and date."""
 
 import argparse
 import importlib.metadata
@@ -25,11 +25,12 @@ PACKAGES = (
     "open_clip_torch",
     "pillow",
 )
-SETTINGS = ("MALLOC_", "MLX_", "OMP_", "OPENBLAS_")  # beginnings of variables that change speed
+# Prefixes of environment variables that affect speed.
+SETTINGS = ("MALLOC_", "MLX_", "OMP_", "OPENBLAS_")
 
 
-def surroundings() -> dict[str, Any]:
-    """Machine, versions and date."""
+def machine_info() -> dict[str, Any]:
+    """Machine, settings, versions and date."""
     return {
         "date": _today(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
@@ -46,7 +47,7 @@ def _today() -> str:
 
 
 def preload() -> str:
-    """The BLAS to preload: Debian's OpenBLAS where it is, for that of MLX's wheel is slow."""
+    """BLAS to preload: Debian's OpenBLAS if installed, because the one in MLX's wheel is slow."""
     found = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
     return os.environ.get("LD_PRELOAD", str(found[0]) if found else "")
 
@@ -82,36 +83,40 @@ def _versions() -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def add_record(parser: argparse.ArgumentParser) -> None:
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE.json",
-        help="keep the record there, and the tables beside it in FILE.md",
+        help="write the record to FILE.json, and the tables to FILE.md beside it",
     )
 
 
 def record_file(command: str) -> Path:
-    """Where a record of this machine and day belongs."""
+    """Default path of a record of this machine and day."""
     machine = "-".join(re.findall(r"\w+", _processor().lower()))
     return ROOT / "bench" / "results" / f"{command}-{machine}-{_today()}.json"
 
 
-def keep(tables: str, record: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:
-    """Print the tables with where they are from, and write both and the record if it is wanted."""
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    blas = f", {where['blas']}" if where["blas"] else ""
-    settings = "".join(f", {name}={value}" for name, value in where["environment"].items())
-    origin = f"{where['date']}, {where['machine']}, {where['system']}: {versions}{blas}{settings}."
+def write_report(
+    tables: str, record: dict[str, Any], machine: dict[str, Any], file: Path | None
+) -> None:
+    """Print the tables and their origin; write them and the record if a file is given."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    blas = f", {machine['blas']}" if machine["blas"] else ""
+    settings = "".join(f", {name}={value}" for name, value in machine["environment"].items())
+    origin = (
+        f"{machine['date']}, {machine['machine']}, {machine['system']}: {versions}{blas}{settings}."
+    )
     text = f"{tables}\n\n{origin}"
     print(text)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(where | record, indent=1) + "\n")
+        file.write_text(json.dumps(machine | record, indent=1) + "\n")
         file.with_suffix(".md").write_text(text + "\n")
-        print(f"kept in {file} and {file.with_suffix('.md').name}", file=sys.stderr)
+        print(f"wrote {file} and {file.with_suffix('.md').name}", file=sys.stderr)

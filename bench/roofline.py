@@ -1,8 +1,8 @@
-"""Estimate what each stage takes on an Apple chip, from its FLOPs and bytes.
+"""Estimate the time of each stage on an Apple chip, from its FLOPs and bytes.
 
-The floor lets every product run at the chip's peak or its bandwidth, whichever is slower, with all
-else fused into it. What is expected uses the fractions of both that MLX has been seen to reach,
-and counts every pass over memory. Nothing of it is measured; take it as good to a quarter.
+The floor assumes that every product runs at the chip's peak or its bandwidth, whichever is slower,
+and that all else is fused into it. The expected time uses the fractions of both that MLX has been
+measured to reach, and counts all memory traffic. It is an estimate, accurate to 25 % at best.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from .record import table
 # Ultra (mlx pull request 2036). Other convolutions: mlx's kernels ported to an M1 Pro (tract
 # issues 2549 and 2551).
 MATRIX, MATRIX_UNITS, DEPTHWISE, CONVOLUTION, BANDWIDTH = 0.80, 0.70, 0.15, 0.45, 0.85
-# From one kernel to the next: decoding in mlx-lm's BENCHMARKS.md takes about 55 us a layer beyond
-# its bytes, for some 20 kernels.
+# Overhead per kernel: decoding in mlx-lm's BENCHMARKS.md takes about 55 us per layer beyond its
+# memory traffic, for some 20 kernels.
 SECONDS_PER_KERNEL = 2.75e-6
-DIGITS = (0, 1, 0, 2, 2)  # of the table's columns
+DIGITS = (0, 1, 0, 2, 2)  # decimals of the columns of the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     with gpu_graphs() as graphs:
         stages = read_stages(graphs, args.size, args.resolution)
     chip = CHIPS[args.chip]
-    figures = {stage: figures_of(kernels, chip) for stage, kernels in stages.items()}
+    figures = {stage: stage_figures(kernels, chip) for stage, kernels in stages.items()}
     first = [figures[stage] for stage in stages if not stage.startswith("decode")]
     figures["to the first token"] = {key: sum(f[key] for f in first) for key in first[0]}
     rows = [
@@ -83,7 +83,7 @@ def read_stages(graphs: Graphs, size: str, resolution: int) -> dict[str, list[Ke
     return stages
 
 
-def figures_of(kernels: list[Kernel], chip: Chip) -> dict[str, float]:
+def stage_figures(kernels: list[Kernel], chip: Chip) -> dict[str, float]:
     return {
         "kernels": len(kernels),
         "gflop": sum(kernel.flops for kernel in kernels) / 1e9,
@@ -94,7 +94,7 @@ def figures_of(kernels: list[Kernel], chip: Chip) -> dict[str, float]:
 
 
 def floor(kernel: Kernel, chip: Chip) -> float:
-    """Seconds at the chip's limits; what is no product costs nothing, being fused."""
+    """Seconds at the chip's limits; everything but products counts as fused, so free."""
     if not kernel.flops:
         return 0.0
     peak = chip.flops if "Convolution" in kernel.name else chip.matrix_flops
@@ -102,7 +102,7 @@ def floor(kernel: Kernel, chip: Chip) -> float:
 
 
 def expected(kernel: Kernel, chip: Chip) -> float:
-    """Seconds at the fractions of its limits that MLX reaches."""
+    """Seconds at the fractions of the chip's limits that MLX reaches."""
     if kernel.name == "DepthwiseConvolution":
         speed = DEPTHWISE * chip.flops
     elif kernel.name == "Convolution":

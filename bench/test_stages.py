@@ -1,7 +1,7 @@
-"""Time of each stage, from a file to an answer: `python -m pytest bench`.
+"""Time each stage, from a file to an answer: `python -m pytest bench`.
 
-The weights are random, which costs the same as trained ones. `--benchmark-json FILE` keeps a
-record with the machine and versions, `-k STAGE` chooses. On Linux preload a real BLAS, as for the
+Weights are random, which take the same time as trained ones. `--benchmark-json FILE` writes a
+record with machine and versions, `-k STAGE` selects. On Linux preload a fast BLAS, as for the
 parity tests.
 """
 
@@ -21,10 +21,10 @@ from mlx_mobileclip.models.variants import VARIANTS
 from mlx_mobileclip.preprocess.image import open_image, resize_crop, resize_pad, to_array
 
 PROMPT = models.IMAGE_TOKENS + models.QUESTION_TOKENS
-TOKENS = 16  # of an answer
+ANSWER_TOKENS = 16
 
 
-def made_ready(model: nn.Module) -> Any:
+def prepare(model: nn.Module) -> Any:
     model.set_dtype(default_dtype())
     model.eval()
     mx.eval(model.parameters())
@@ -33,14 +33,14 @@ def made_ready(model: nn.Module) -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> FastVLM:
-    return made_ready(models.ours("0.5b"))
+    return prepare(models.ours("0.5b"))
 
 
 @pytest.fixture(scope="module")
-def packed_model() -> FastVLM:
+def quantized_model() -> FastVLM:
     model = models.ours("0.5b")
     nn.quantize(model.language_model, 64, 4)
-    return made_ready(model)
+    return prepare(model)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def processor() -> Processor:
 
 
 def timed(benchmark: Any, compute: Callable[[], Any], rounds: int = 3) -> None:
-    """Run once to warm up, then `rounds` times to the end of the computation."""
+    """Time `rounds` runs with their results evaluated, after one warm-up run."""
     benchmark.extra_info.update(mlx=version("mlx"), device=str(mx.default_device()))
     benchmark.pedantic(lambda: mx.eval(compute()), warmup_rounds=1, rounds=rounds)
 
 
-# Before the model.
+# Loading and preprocessing.
 
 
 def test_load_demo(benchmark: Any) -> None:
@@ -95,7 +95,7 @@ def test_prefill(benchmark: Any, model: FastVLM, length: int) -> None:
     timed(benchmark, compute)
 
 
-@pytest.mark.parametrize("weights", ["model", "packed_model"])
+@pytest.mark.parametrize("weights", ["model", "quantized_model"])
 def test_decode_one_token(benchmark: Any, request: pytest.FixtureRequest, weights: str) -> None:
     model: FastVLM = request.getfixturevalue(weights)
     cache = model.make_cache(2 * PROMPT)
@@ -103,25 +103,27 @@ def test_decode_one_token(benchmark: Any, request: pytest.FixtureRequest, weight
     timed(benchmark, lambda: model(mx.array([[1]]), cache), rounds=10)
 
 
-@pytest.mark.parametrize("drawing", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["greedy", "p"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["greedy", "p"])
 def test_answer_without_image(
-    benchmark: Any, model: FastVLM, processor: Processor, drawing: dict[str, Any]
+    benchmark: Any, model: FastVLM, processor: Processor, sampling: dict[str, Any]
 ) -> None:
     def compute() -> None:
-        for _ in stream_generate(model, processor, "Who?", max_tokens=TOKENS, seed=0, **drawing):
+        for _ in stream_generate(
+            model, processor, "Who?", max_tokens=ANSWER_TOKENS, seed=0, **sampling
+        ):
             pass
 
     timed(benchmark, compute)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["new", "same"])
+@pytest.mark.parametrize("same_image", [False, True], ids=["new", "same"])
 def test_first_token_about_an_image(
-    benchmark: Any, model: FastVLM, processor: Processor, again: bool
+    benchmark: Any, model: FastVLM, processor: Processor, same_image: bool
 ) -> None:
     seeds = iter(range(100))
 
     def compute() -> None:
-        photo = inputs.photo(0 if again else next(seeds), models.RESOLUTION)
+        photo = inputs.photo(0 if same_image else next(seeds), models.RESOLUTION)
         next(stream_generate(model, processor, "What is this?", photo, max_tokens=1))
 
     timed(benchmark, compute)
@@ -132,7 +134,7 @@ def test_first_token_about_an_image(
 
 @pytest.fixture(scope="module", params=["MobileCLIP2-S0", "MobileCLIP-S2", "MobileCLIP-B"])
 def clip(request: pytest.FixtureRequest) -> MobileCLIP:
-    return made_ready(MobileCLIP(VARIANTS[request.param]))
+    return prepare(MobileCLIP(VARIANTS[request.param]))
 
 
 @pytest.mark.parametrize("batch", [1, 32])

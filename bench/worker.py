@@ -1,9 +1,9 @@
-"""One contender at one case, in a process of its own: `python -m bench.worker`, from compare.
+"""Process of one contender and one case, started by compare: `python -m bench.worker`.
 
-Answers each line on stdin with a line of JSON on stdout: "run" with {"seconds"}, those of its
-work, done over and over for TURN_S if it is brief, and then their median; "peak" with {"bytes"},
-the most that was held since all was loaded: on a GPU by MLX or PyTorch (which on a Mac tells only
-what it holds at the end), else resident in memory (but on Linux alone not since the start).
+Answers each line on stdin with a line of JSON on stdout. "run": {"seconds"}, the duration of the
+work; short work is repeated for TURN_S and the median reported. "peak": {"bytes"}, peak memory
+since loading ended: on a GPU as counted by MLX or PyTorch (PyTorch on a Mac only reports what it
+holds at the end), else resident memory (since loading only on Linux, elsewhere since the start).
 """
 
 import gc
@@ -21,12 +21,13 @@ from .cases import Case
 from .contenders import Repeat
 
 TURN_S = 1.0
-MODULES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}  # of contenders, where names differ
+# Modules of contenders, where the name differs.
+MODULES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print belongs to stderr
+    os.dup2(2, 1)  # redirect the output of libraries to stderr
 
     def answer(**values: object) -> None:
         print(json.dumps(values), file=answers, flush=True)
@@ -39,40 +40,40 @@ def main() -> None:
         answer(missing=error.name)
         return
     repeat = contender.prepare(case, checkpoint)
-    forget_peak()
+    reset_peak()
     on_gpu = case.gpu and not case.preprocesses
     answer(ready=True)
     repetitions = count()
-    for order in sys.stdin:
-        if order.strip() == "peak":
-            answer(bytes=peak_on_gpu() if on_gpu else peak())
+    for request in sys.stdin:
+        if request.strip() == "peak":
+            answer(bytes=gpu_peak() if on_gpu else peak())
         else:
             answer(seconds=median(turn(repeat, repetitions)))
 
 
 def turn(repeat: Repeat, repetitions: Iterator[int]) -> list[float]:
-    """Seconds of each repetition that begins before TURN_S are over; of one at least."""
-    over = time.perf_counter() + TURN_S
+    """Seconds of each repetition that starts within TURN_S, at least one."""
+    deadline = time.perf_counter() + TURN_S
     seconds: list[float] = []
-    while not seconds or time.perf_counter() < over:
+    while not seconds or time.perf_counter() < deadline:
         work = repeat(next(repetitions))
-        settle()
+        synchronize()
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
-        settle()
+        synchronize()
     return seconds
 
 
-def settle() -> None:
-    """Wait for what MLX was asked for in advance, and collect garbage, outside the timing."""
+def synchronize() -> None:
+    """Wait for pending work of MLX and collect garbage, outside the timing."""
     if "mlx.core" in sys.modules:
         sys.modules["mlx.core"].synchronize()
     gc.collect()
 
 
-def forget_peak() -> None:
-    """Let peaks be counted anew, by those who can."""
+def reset_peak() -> None:
+    """Reset the peak memory counters that can be reset."""
     gc.collect()
     if "mlx.core" in sys.modules:
         sys.modules["mlx.core"].reset_peak_memory()
@@ -83,8 +84,8 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_on_gpu() -> int:
-    """Most bytes held by MLX or by PyTorch: a contender may import both, but computes with one."""
+def gpu_peak() -> int:
+    """Peak bytes held by MLX or PyTorch; a contender may import both, but computes with one."""
     peaks = [0]
     if "mlx.core" in sys.modules:
         peaks.append(sys.modules["mlx.core"].get_peak_memory())
@@ -97,7 +98,7 @@ def peak_on_gpu() -> int:
 
 
 def peak() -> int:
-    """Most bytes resident."""
+    """Peak resident memory in bytes."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

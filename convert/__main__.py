@@ -1,4 +1,4 @@
-"""The command `python -m convert`, installed also `mlx-fastvlm-convert`."""
+"""The command `python -m convert`, or `mlx-fastvlm-convert` once installed."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from .pipeline import run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of `python -m convert`; names follow mlx-lm's."""
+    """Build the parser of `python -m convert`, with mlx-lm's option names."""
     prog = f"python -m {__package__}"  # mlx_fastvlm.convert once installed
     parser = CommandParser(
         prog=prog,
@@ -46,31 +46,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=sorted(DTYPES),
         default="float16",
-        help="of the weights written (default: %(default)s)",
+        help="dtype of the written weights (default: %(default)s)",
     )
     parser.add_argument(
         "--variant",
         metavar="V",
-        help="MobileCLIP: the published model it is built like, such as MobileCLIP2-S0, where "
-        "its name does not tell",
+        help="MobileCLIP: the published model that SRC is built like, such as MobileCLIP2-S0, if "
+        "its name does not show it",
     )
     add_description_arguments(parser)
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="FastVLM: checkpoint to take the image tower from, if SRC has none, or instead of "
-        "that in its Core ML package",
+        help="FastVLM: checkpoint to take the image tower from, if SRC has none or only a Core ML "
+        "package",
     )
     parser.add_argument(
         "--layout",
         choices=sorted(TARGETS),
-        help="FastVLM: write what this runtime loads, instead of the form that is fastest here",
+        help="FastVLM: write the layout of this runtime, instead of the one that is fastest here",
     )
     parser.add_argument(
         "-q",
         "--quantize",
         action="store_true",
-        help="quantise: of FastVLM the decoder and its embedding, of MobileCLIP both towers",
+        help="quantise FastVLM's decoder with its embedding, or both of MobileCLIP's towers",
     )
     parser.add_argument(
         "--q-bits", type=int, metavar="B", help="bits per weight, 2 to 8 (default: the mode's, 4)"
@@ -87,43 +87,43 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=sorted({*FASTVLM_PARTS, *MOBILECLIP_PARTS}),
         metavar="P",
-        help="what to quantise: of FastVLM any of "
-        f"{', '.join(FASTVLM_PARTS)}; of MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
+        help="parts to quantise: for FastVLM any of "
+        f"{', '.join(FASTVLM_PARTS)}; for MobileCLIP any of {', '.join(MOBILECLIP_PARTS)}",
     )
     parser.add_argument(
         "--q-mixed",
         action="store_true",
-        help="more than --q-bits for the layers that need them most, as measured on the "
-        "calibration pictures: half a bit per weight in all, or what --max-size leaves room for",
+        help="use more than --q-bits for the layers that need it most, as measured on the "
+        "calibration images: half a bit per weight on average, or up to --max-size",
     )
     parser.add_argument(
         "--max-size",
         metavar="SIZE",
-        help="of the weights, such as 400MB: the mixture that fits; from 2 bits up and of all "
-        "parts, unless --q-bits or --q-parts tell otherwise",
+        help="size limit of the weights, such as 400MB, for mixed bits; from 2 bits up and for all "
+        "parts, unless --q-bits or --q-parts are given",
     )
     parser.add_argument(
         "--calibration",
         type=user_path,
         metavar="DIR",
-        help="pictures to measure the quantised model on (default: some that are drawn for it)",
+        help="images to measure the quantised model on (default: generated drawings)",
     )
     parser.add_argument(
         "-d",
         "--dequantize",
         action="store_true",
-        help="write a quantised checkpoint as floats again",
+        help="write a quantised checkpoint as floats",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read back what was written, bit by bit, and compare every stage of a pass on a test "
-        "image with the source's; a mismatch fails the conversion",
+        help="read the written tensors back, bit by bit, and compare each stage's output on a "
+        "test image with the source's; a mismatch fails the conversion",
     )
     parser.add_argument(
         "--upload-repo",
         metavar="NAME",
-        help="then push the directory to this repository on Hugging Face, such as you/model",
+        help="push the directory to this repository on Hugging Face, such as you/model",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command and return the exit status."""
     open_standard_streams()
     arguments = sys.argv[1:] if argv is None else argv
     values = vars(build_parser().parse_args(arguments))

@@ -1,7 +1,7 @@
-"""Samples that a quantised model is measured on: images with a question and an answer.
+"""Samples to measure a quantised model on: images with a question and an answer.
 
-By default the images are drawn here, so that converting needs no data and no licence. Images of
-the intended use, given with `--calibration DIR`, are more representative.
+The default images are generated, so that no data and no licence are needed. Images of the intended
+use, given with `--calibration DIR`, are more representative.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from mlx_mobileclip.preprocess.image import open_image
 
 MAX_IMAGES = 32
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-# A question and the beginning of an answer. The model reads both, and its distribution of the next
-# token is compared at every position.
+# A question and the beginning of an answer. The model reads both, and its distributions of the next
+# token are compared at every position.
 CONVERSATIONS = (
     ("Describe the image.", "The image shows a colourful scene with several objects in it."),
     ("What is written in the image?", "The text in the image says HELLO and 42."),
@@ -45,13 +45,13 @@ class Sample:
 
 
 def calibration_samples(directory: Path | None) -> list[Sample]:
-    """Images, each with one of CONVERSATIONS.
+    """Return images, each with one of CONVERSATIONS.
 
     Args:
-        directory: Whose images to take, MAX_IMAGES at most; None for drawn ones.
+        directory: Directory of images, of which MAX_IMAGES are used; None for generated ones.
 
     Raises:
-        DataError: there is no such directory, or it holds no image.
+        DataError: the directory does not exist or contains no image.
         ImageError: an image cannot be read.
     """
     images: Sequence[Image.Image | Path] = _find_images(directory) if directory else drawn_images()
@@ -60,18 +60,18 @@ def calibration_samples(directory: Path | None) -> list[Sample]:
 
 def _find_images(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise DataError(f"{directory}: is no directory; give one with pictures as --calibration")
-    found = (p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
-    paths = sorted(p for p in found if p.is_file())[:MAX_IMAGES]  # links to nothing are none
+        raise DataError(f"{directory}: is not a directory; give one of images as --calibration")
+    candidates = (p for p in directory.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in candidates if p.is_file())[:MAX_IMAGES]  # not dangling links
     if not paths:
-        raise DataError(f"{directory}: holds no picture; give a directory with some")
+        raise DataError(f"{directory}: contains no image; give a directory of images")
     for path in paths:
-        open_image(path)  # report unreadable pictures now; kept are paths, to save memory
+        open_image(path)  # report unreadable images now, but keep only paths, to save memory
     return paths
 
 
 def drawn_images(count: int = len(CONVERSATIONS)) -> list[Image.Image]:
-    """Images of shapes and words on shaded backgrounds with noise, the same on every machine."""
+    """Draw shapes and words on shaded backgrounds with noise, the same on every machine."""
     rng = np.random.default_rng(0)
     return [_draw(rng) for _ in range(count)]
 

@@ -11,7 +11,7 @@ from mlx_mobileclip.paths import user_path
 from mlx_mobileclip.quantization import QuantizedLayers
 from mlx_mobileclip.terminal import printable
 
-from .quantize.quality import Agreement, Closeness, Size
+from .quantize.quality import Agreement, Similarity, Size
 
 CARD = """---
 library_name: mlx
@@ -34,7 +34,7 @@ license_name: see-LICENSE-and-NOTICE
 {use}
 ```
 
-The command that made it:
+Made with this command:
 
 ```sh
 {command}
@@ -51,10 +51,10 @@ USE = {
 
 
 def quantization_summary(quantized: QuantizedLayers, dtype: str) -> str:
-    """A sentence on how many layers are quantised to how many bits.
+    """Summarise how many layers are quantised, and to how many bits.
 
     Args:
-        quantized: Layers that are quantised, and how.
+        quantized: Quantisation of each quantised layer.
         dtype: Name of the dtype of all other weights.
     """
     if not quantized:
@@ -67,8 +67,8 @@ def quantization_summary(quantized: QuantizedLayers, dtype: str) -> str:
     return f"Quantised: {', '.join(parts)}. All other weights are {dtype}."
 
 
-def quality_table(size: Size, quality: Agreement | Closeness) -> str:
-    """Markdown table of a quantised checkpoint's size and of its quality as measured."""
+def quality_table(size: Size, quality: Agreement | Similarity) -> str:
+    """Markdown table of the size and the measured quality of a quantised checkpoint."""
     rows = [
         ("bits per weight, all weights", f"{size.bits_per_weight:.2f}"),
         ("bytes on disk", f"{size.disk_bytes:,}"),
@@ -99,16 +99,16 @@ def model_card(
     quality: str,
     command_line: Sequence[str],
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-        name: Of the directory.
+        name: Name of the directory.
         kind: "fastvlm" or "mobileclip".
         source: Name of the source, and its commit if it is a repository.
         base_model: The source if it is a repository.
-        quantized: Layers that are quantised, and how.
+        quantized: Quantisation of each quantised layer.
         dtype: Name of the dtype of all other weights.
-        quality: Table of `quality_table`; empty if nothing was quantised by this conversion.
+        quality: Table from `quality_table`; empty if this conversion quantised nothing.
         command_line: Arguments of `python -m convert` that repeat the conversion.
     """
     card = CARD.format(
@@ -127,7 +127,7 @@ def model_card(
 
 
 def _without_folders(argument: str) -> str:
-    """Without the parent directories if it is a path: they may tell private names."""
+    """Drop the parent directories of a path, whose names may be private."""
     path = user_path(argument)
     is_path = path.parent != Path() and os.path.isdir(path.parent)  # noqa: PTH112 (never raises)
     return path.name if is_path else argument

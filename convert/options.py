@@ -1,4 +1,4 @@
-"""The options of a conversion, and which of them go together."""
+"""The options of a conversion, and which of them can be combined."""
 
 import json
 import os
@@ -52,12 +52,12 @@ class ConvertOptions:
             raise ConfigError("--calibration, --max-size and every --q-... option need -q; add it")
         if self.mixed and self.q_mode not in (None, "affine"):
             raise ConfigError(
-                f"{self.q_mode} has one number of bits; leave out --q-mixed or --q-mode"
+                f"{self.q_mode} has a fixed number of bits; leave out --q-mode, or mixed bits"
             )
         if self.max_size is not None:
             parse_size(self.max_size)
         if self.quantize and self.dequantize:
-            raise ConfigError("-q and --dequantize are opposites; convert twice to quantise anew")
+            raise ConfigError("-q and --dequantize are opposites; to requantise, convert twice")
         parse_dtype(self.dtype)
         if self.layout is not None and self.layout not in TARGETS:
             raise ConfigError(f"layout {self.layout!r} is not one of {', '.join(TARGETS)}")
@@ -85,12 +85,12 @@ class ConvertOptions:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 400MB or 1.5G.
+    """Convert a size such as 400MB or 1.5G to bytes.
 
     Raises:
         ConfigError: it is not a number with an optional unit.
     """
     match = SIZE.fullmatch(text.strip())
     if match is None:
-        raise ConfigError(f"--max-size {text[:40]}: is no size; write it like 400MB or 1.5GB")
+        raise ConfigError(f"--max-size {text[:40]}: is not a size; write it like 400MB or 1.5GB")
     return int(float(match[1]) * 1000 ** " KMG".index(match[2].upper() or " "))

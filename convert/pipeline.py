@@ -64,22 +64,22 @@ def convert(
         mlx_path: Directory to create. It appears when it is complete.
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32", of the weights that are not quantised.
-        variant: MobileCLIP: the published model it is built like, where its name does not tell.
+        variant: MobileCLIP: the published model it is built like, if its name does not show it.
         config: MobileCLIP: JSON file that describes the checkpoint, in place of those beside it.
-        preprocess: MobileCLIP: how images are prepared, in place of what the checkpoint states.
+        preprocess: MobileCLIP: how images are prepared, in place of the checkpoint's settings.
         vision_from: FastVLM: checkpoint to take the image tower from, if it has none itself.
-        layout: FastVLM: "mlx-vlm" or "transformers" to write what that runtime loads.
+        layout: FastVLM: "mlx-vlm" or "transformers" to write the layout of that runtime.
         quantize: Quantise Linear and Embedding layers.
-        q_bits: Bits per weight; by default those of the mode, 4 for "affine".
-        q_group_size: Weights that share a scale; by default that of the mode, 64 for "affine".
+        q_bits: Bits per weight; by default the mode's, 4 for "affine".
+        q_group_size: Weights that share a scale; by default the mode's, 64 for "affine".
         q_mode: "affine" (the default), "mxfp4", "mxfp8" or "nvfp4".
-        q_parts: What to quantise: of FastVLM any of "decoder" (the default), "projector" and
-            "vision", of MobileCLIP any of "image" and "text" (both by default).
+        q_parts: What to quantise: for FastVLM any of "decoder" (the default), "projector" and
+            "vision", for MobileCLIP any of "image" and "text" (both by default).
         q_mixed: More bits for the layers that need them most.
-        max_size: Of the weights, such as "400MB": the best mixture of bits that fits.
-        calibration: Directory of images to measure the quantised model on, instead of drawn ones.
+        max_size: Size limit of the weights, such as "400MB", for mixed bits.
+        calibration: Directory of images to measure the quantised model on; by default generated.
         dequantize: Write a quantised checkpoint as floats.
-        verify: Read back what was written and compare every stage of the model with the source.
+        verify: Read the written tensors back and compare each stage's output with the source's.
         upload_repo: Repository on the Hugging Face Hub to push the directory to.
         quiet: Print neither progress nor reports.
 
@@ -89,16 +89,16 @@ def convert(
     """
     mlx_path = user_path(mlx_path)
     calibration = None if calibration is None else user_path(calibration)
-    options = ConvertOptions(**locals())  # whose fields are these parameters
+    options = ConvertOptions(**locals())  # its fields are these parameters
     run(options, options.command_line())
 
 
 def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
-    """Convert a checkpoint as the options say.
+    """Convert a checkpoint.
 
     Args:
         options: What to convert, and how.
-        command_line: The arguments of `python -m convert` to show in the model card.
+        command_line: Arguments of `python -m convert` to show in the model card.
 
     Raises:
         ModelError: see `convert`.
@@ -110,47 +110,47 @@ def run(options: ConvertOptions, command_line: Sequence[str]) -> None:
         check_repository(options.upload_repo)
     check_target(options.mlx_path)
     source_class, checkpoint = find_source(options)
-    with progress(f"reading {options.model}", quiet=options.quiet) as tell:
+    with progress(f"reading {options.model}", quiet=options.quiet) as set_status:
         source = source_class(checkpoint, options)
-        tell(f"read {options.model}, {source.description}")
+        set_status(f"read {options.model}, {source.description}")
     layers, skipped = (
         _choose_quantization(source, options, samples) if options.quantize else ({}, [])
     )
-    with progress(f"writing {options.mlx_path}", quiet=options.quiet) as tell:
+    with progress(f"writing {options.mlx_path}", quiet=options.quiet) as set_status:
         try:
             with new_directory(options.mlx_path) as directory:
                 size, reports = _write(directory, source, options, layers, samples, command_line)
                 check_unchanged(source)
         except CheckpointError:
-            check_unchanged(source)  # a change would be the reason
+            check_unchanged(source)  # a changed source explains the error
             raise
-        tell(f"wrote {options.mlx_path}: {size.disk_bytes / 1e6:,.1f} MB of weights")
+        set_status(f"wrote {options.mlx_path}: {size.disk_bytes / 1e6:,.1f} MB of weights")
     if skipped:
         names = name_some(skipped)
-        reports.append(f"not quantised, as their width is no multiple of the group size: {names}")
+        reports.append(f"not quantised, as the group size does not divide their width: {names}")
     if reports and not options.quiet:
         say("\n".join(reports), keep="\n")
     if options.upload_repo:
-        with progress(f"uploading to {options.upload_repo}", quiet=options.quiet) as tell:
-            tell(f"uploaded: {upload(options.mlx_path, options.upload_repo)}")
+        with progress(f"uploading to {options.upload_repo}", quiet=options.quiet) as set_status:
+            set_status(f"uploaded: {upload(options.mlx_path, options.upload_repo)}")
 
 
 def _choose_quantization(
     source: ModelSource, options: ConvertOptions, samples: list[Sample]
 ) -> tuple[QuantizedLayers, list[str]]:
-    """The layers to quantise and how, and the paths of those whose width no group divides."""
+    """Return the quantisation of each layer, and the layers skipped for their width."""
     fewest = BITS[0] if options.max_size else None
     bits = fewest if options.q_bits is None else options.q_bits
     quantization = Quantization.of(options.q_mode or "affine", bits, options.q_group_size)
     parts = options.q_parts or source.default_parts
     layers, skipped = choose_layers(source.model, source.parts, parts, quantization)
     if options.layout:
-        check_quantization(options.layout, layers)  # before the measurements, which take long
+        check_quantization(options.layout, layers)  # before the slow measurements
     if options.mixed:
         dtype = DTYPES[options.dtype]
         max_bytes = None if options.max_size is None else parse_size(options.max_size)
         budget = bit_budget(source.model, layers, dtype, max_bytes)
-        with Bar(len(group_by_module(layers)), "units measured", quiet=options.quiet) as bar:
+        with Bar(len(group_by_module(layers)), "modules measured", quiet=options.quiet) as bar:
             costs = sensitivities(source.run_stages, source.read, layers, samples, bar)
         layers = mixed_quantization(source.model, layers, dtype, costs, budget)
     return layers, skipped
@@ -164,7 +164,7 @@ def _write(
     samples: list[Sample],
     command_line: Sequence[str],
 ) -> tuple[Size, list[str]]:
-    """Write, verify and measure the checkpoint; returns its size and what to tell the user."""
+    """Write, verify and measure the checkpoint; returns its size and reports for the user."""
     config, tensors = _stored(source, options, layers)
     weights = sum(parameter.size for parameter in named_parameters(source.model).values())
     size = checkpoint_size(weights, tensors, config)
@@ -178,8 +178,8 @@ def _write(
     reports, quality = list[str](), ""
     if left_out := copy_licence(source.checkpoint.path, directory, origin, change):
         reports.append(
-            f"not copied, as they are links to elsewhere, no files or too large: "
-            f"{name_some(left_out)}; see to the licence yourself"
+            f"not copied, as they are links to elsewhere, not files, or too large: "
+            f"{name_some(left_out)}; add the licence yourself"
         )
     read_converted = partial(source.read_converted, directory)
     if options.verify:
@@ -210,7 +210,7 @@ def _write(
 def _stored(
     source: ModelSource, options: ConvertOptions, layers: QuantizedLayers
 ) -> tuple[Any, Tensors]:
-    """Canonical config and lazy tensors as they are to be written."""
+    """Canonical config and lazy tensors in the form to write."""
     config, tensors = source.read()
     if options.dequantize:
         tensors = dequantized(tensors, config.quantization)
@@ -221,7 +221,7 @@ def _stored(
 
 
 def _change(vision_from: str | None, options: ConvertOptions, quantized: bool) -> str:
-    """What the notice says of how the weights were changed."""
+    """Describe for the notice how the weights were changed."""
     tower = f"Image tower taken from: {vision_from}\n" if vision_from else ""
     form = f"{options.layout}'s layout" if options.layout else "MLX"
     suffix = ", quantised" if quantized else ""

@@ -1,4 +1,4 @@
-"""Checkpoints to convert: what depends on whether the model is a FastVLM or a MobileCLIP."""
+"""Checkpoints to convert: the code that differs between FastVLM and MobileCLIP."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,13 @@ from mlx_fastvlm.models.fastvlm import FastVLM
 from mlx_fastvlm.preprocess.processor import Processor as FastVLMProcessor
 from mlx_mobileclip.checkpoints.core_ml.package import PARTS as PACKAGE_PARTS
 from mlx_mobileclip.checkpoints.core_ml.package import SUFFIX as PACKAGE_SUFFIX
-from mlx_mobileclip.checkpoints.hub import DEMO, WEIGHT_SUFFIXES, Checkpoint, look, resolve_file
+from mlx_mobileclip.checkpoints.hub import (
+    DEMO,
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    inspect_path,
+    resolve_file,
+)
 from mlx_mobileclip.checkpoints.published_names import published_variant
 from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.checkpoints.weights import check_fit
@@ -32,7 +38,7 @@ from mlx_mobileclip.preprocess.tokenizer import write_merges
 from .calibration import Sample
 from .export import runtimes
 from .options import ConvertOptions
-from .quantize.quality import agreement, closeness
+from .quantize.quality import agreement, similarity
 from .verify.stages import Read, StageOutput, Units, run_fastvlm, run_mobileclip
 
 
@@ -41,13 +47,13 @@ class FastVLMSource:
 
     Attributes:
         kind: Name of the architecture, a tag of the model card.
-        parts: Prefix of the tensors of each part that can be quantised.
+        parts: Tensor name prefix of each part that can be quantised.
         quality: Measures a quantised checkpoint against the source.
-        checkpoint: Where the source is.
-        files: Size and modification time of its files before any was read.
+        checkpoint: Location of the source.
+        files: Size and modification time of its files, before reading.
         default_parts: The parts that are quantised if the options name none.
-        model: Built from the source's config, for the names and shapes of its parameters; their
-            values are never read.
+        model: Built from the source's config, for names and shapes only; its parameters are never
+            evaluated.
         description: Layout of the source, and for MobileCLIP its variant.
     """
 
@@ -77,13 +83,13 @@ class FastVLMSource:
     def to_target_layout(
         self, config: FastVLMConfig, tensors: Tensors
     ) -> tuple[dict[str, Any], Tensors]:
-        """Contents of config.json and lazy tensors in the layout that the options ask for."""
+        """Contents of config.json and lazy tensors in the layout of the options."""
         if self._layout:
             return runtimes.to_layout(config, tensors, self._layout, self._tokenizer)
         return config.to_json(), tensors
 
     def write_tokenizer(self, directory: Path) -> None:
-        """Write tokenizer.json, and what else the runtime of the layout needs."""
+        """Write tokenizer.json, and other files that the target runtime needs."""
         if self._layout:
             runtimes.write_tokenizer(directory, self._config, self._layout, self._tokenizer)
         else:
@@ -95,14 +101,14 @@ class FastVLMSource:
 
 
 class MobileCLIPSource:
-    """A MobileCLIP to convert; attributes and methods are those of FastVLMSource."""
+    """A MobileCLIP to convert, with the attributes and methods of FastVLMSource."""
 
-    kind, parts, quality = "mobileclip", MOBILECLIP_PARTS, staticmethod(closeness)
+    kind, parts, quality = "mobileclip", MOBILECLIP_PARTS, staticmethod(similarity)
     default_parts = tuple(parts)
 
     def __init__(self, checkpoint: Checkpoint, options: ConvertOptions):
         self.checkpoint, self.files = checkpoint, file_states(checkpoint.path)
-        self._described = options.variant, options.preprocess, options.config
+        self._overrides = options.variant, options.preprocess, options.config
         self._config, tensors = self.read()
         text = self._config.text
         self._merges = None if text is None else read_own_merges(checkpoint, text.vocab_size)
@@ -113,7 +119,7 @@ class MobileCLIPSource:
 
     def read(self) -> tuple[MobileCLIPConfig, Tensors]:
         """Read config and lazy canonical tensors of the source, anew at each call."""
-        return read_mobileclip(self.checkpoint, *self._described)
+        return read_mobileclip(self.checkpoint, *self._overrides)
 
     @staticmethod
     def read_converted(directory: Path) -> tuple[MobileCLIPConfig, Tensors]:
@@ -123,11 +129,11 @@ class MobileCLIPSource:
     def to_target_layout(
         self, config: MobileCLIPConfig, tensors: Tensors
     ) -> tuple[dict[str, Any], Tensors]:
-        """Contents of config.json and lazy tensors, canonical as there is no other layout."""
+        """Contents of config.json and lazy tensors; the canonical layout is the only one."""
         return config.to_json(), tensors
 
     def write_tokenizer(self, directory: Path) -> None:
-        """Write merges.txt, unless the vocabulary is CLIP's."""
+        """Write merges.txt, unless the tokenizer is CLIP's."""
         if self._merges is not None:
             write_merges(directory, self._merges)
 
@@ -139,7 +145,7 @@ class MobileCLIPSource:
 
 
 ModelSource = FastVLMSource | MobileCLIPSource
-PACKAGED_MOBILECLIPS = "apple/coreml-mobileclip"  # holds several variants, so its name tells none
+PACKAGED_MOBILECLIPS = "apple/coreml-mobileclip"  # has several variants, so its name shows none
 
 
 def file_states(source: Path) -> dict[str, tuple[int, int]]:
@@ -153,10 +159,10 @@ def file_states(source: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_unchanged(source: ModelSource) -> None:
-    """Check that the source is still as it was before it was read.
+    """Check that the source did not change while it was read.
 
     Raises:
-        CheckpointError: a file has changed or is gone.
+        CheckpointError: a file was changed or removed.
     """
     checkpoint, now = source.checkpoint, file_states(source.checkpoint.path)
     if changed := [name for name, state in source.files.items() if now.get(name) != state]:
@@ -167,28 +173,28 @@ def check_unchanged(source: ModelSource) -> None:
 
 
 def find_source(options: ConvertOptions) -> tuple[type[ModelSource], Checkpoint]:
-    """Find the checkpoint, download it if need be, and tell which architecture it is of.
+    """Find the checkpoint, downloading it if necessary, and the class for its architecture.
 
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: an option is for the other architecture.
     """
     if _is_mobileclip(options):
-        _refuse("FastVLM", {"--vision-from": options.vision_from, "--layout": options.layout})
+        _reject("FastVLM", {"--vision-from": options.vision_from, "--layout": options.layout})
         return MobileCLIPSource, resolve_file(options.model, options.revision)
-    _refuse("MobileCLIP", {"--config": options.config, "--preprocess": options.preprocess})
+    _reject("MobileCLIP", {"--config": options.config, "--preprocess": options.preprocess})
     return FastVLMSource, find_checkpoint(options.model, options.revision)
 
 
-def _refuse(architecture: str, given: dict[str, object]) -> None:
-    """Refuse options that are for the other architecture."""
+def _reject(architecture: str, given: dict[str, object]) -> None:
+    """Raise ConfigError for options of the other architecture."""
     for option, value in given.items():
         if value:
             raise ConfigError(f"{option} is for {architecture}; leave it out for this checkpoint")
 
 
 def _is_mobileclip(options: ConvertOptions) -> bool:
-    """Whether a name, a single file or a config.json is that of a MobileCLIP."""
+    """Whether the name, file type or config.json is a MobileCLIP's."""
     name = os.fspath(options.model)
     if options.variant is not None or name == PACKAGED_MOBILECLIPS:
         return True
@@ -196,7 +202,7 @@ def _is_mobileclip(options: ConvertOptions) -> bool:
         return True
     if options.model == DEMO:
         return False
-    path, is_directory, is_file = look(name)
+    path, is_directory, is_file = inspect_path(name)
     if is_file:
         return path.suffix in WEIGHT_SUFFIXES
     config = path / "config.json"

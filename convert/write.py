@@ -25,7 +25,7 @@ from mlx_mobileclip.terminal import printable
 
 MAX_SHARD_BYTES = 5 << 30
 PARTIAL = ".partial"  # suffix of directories that are not complete yet
-CHUNK = 1 << 24  # values that are checked at a time while writing
+CHUNK = 1 << 24  # values checked at a time while writing
 MAX_LICENCE_BYTES = 4 << 20
 MAX_LICENCES = 16
 LICENCE_NAME = re.compile(r"LICEN[CS]E[\w-]*(\.(md|txt|rst|pdf))?", re.IGNORECASE)
@@ -43,8 +43,8 @@ def new_directory(target: Path) -> Iterator[Path]:
     """Create a directory that appears only if the block ends without an error.
 
     The block writes to a directory that is moved to the target at the end. Until then it is in a
-    temporary one beside the target, into which only the user can look, and which is removed in the
-    end. Every run has one of its own. Those of runs that were killed are removed.
+    temporary directory beside the target, which only the user can read, and which is removed
+    afterwards. Each run has a separate one. Those of killed runs are removed.
 
     Args:
         target: Directory to create; it must not exist yet, or be empty.
@@ -53,22 +53,22 @@ def new_directory(target: Path) -> Iterator[Path]:
         The directory to write to.
 
     Raises:
-        CheckpointError: the target is in use, also by another run that ended first, or the disk is
-            full.
+        CheckpointError: the target is in use, also by another run that ended first, or cannot be
+            written.
     """
     check_target(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
         with ExitStack() as stack:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(target.parent):  # no other run looks for abandoned directories meanwhile
+            with _lock(target.parent):  # no other run may remove this one as abandoned
                 _remove_abandoned(target)
                 partial.mkdir(mode=0o700)
                 stack.enter_context(_lock(partial))
             directory = partial / target.name
             directory.mkdir()
             yield directory
-            directory.rename(target)  # also over an empty directory, but over no other
+            directory.rename(target)  # may replace an empty directory only
     except (OSError, RuntimeError) as error:
         check_target(target)  # another run may have ended first
         raise CheckpointError(
@@ -80,7 +80,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(directory: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Lock a directory; yields whether it is locked, which some network file systems refuse."""
+    """Lock a directory and yield whether that worked; some network file systems refuse."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -94,7 +94,7 @@ def _lock(directory: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove temporary directories of the user's ended processes: nobody holds their locks."""
+    """Remove temporary directories of the user's ended processes, whose locks are free."""
     partial_name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}{re.escape(PARTIAL)}")
     for path in target.parent.iterdir():
         if not partial_name.fullmatch(path.name):
@@ -132,24 +132,24 @@ def check_target(target: Path) -> None:
 
 
 def _is_mount(target: Path) -> bool:
-    """Whether a directory is a mount point, also one of a part of the same file system."""
+    """Whether a directory is a mount point, including bind mounts of the same file system."""
     if target.is_mount():
         return True
     try:
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     name = str(target.resolve()).replace(" ", "\\040")
     return any(line.split()[4] == name for line in lines)
 
 
 def _check_writable(target: Path) -> None:
-    """Raise OSError if no directory can be made in the target's parent, or in its nearest one."""
+    """Raise OSError if the target's nearest existing parent cannot be written."""
     parent = target.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{parent} is no directory")
+        raise NotADirectoryError(errno.ENOTDIR, f"{parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f"{parent} cannot be written")
 
@@ -162,18 +162,17 @@ def write_json(path: Path, values: dict[str, object]) -> None:
 def copy_licence(source: Path, target: Path, name: str, change: str) -> list[str]:
     """Copy the source's licence files and write NOTICE.
 
-    A link is followed only as `check_link` allows, so that none in the source can publish a file
-    of the user's.
+    A link is followed only as `check_link` allows, so that the source cannot publish a user's file.
 
     Args:
-        source: Directory or file of the checkpoint. What is beside a single file is not copied.
+        source: Directory or file of the checkpoint. Files beside a single file are not copied.
         target: Directory to write to.
-        name: Of the source, for the notice.
-        change: How the weights were changed, for the notice.
+        name: Name of the source, for the notice.
+        change: Description of the changes to the weights, for the notice.
 
     Returns:
-        The names of those that were not copied, as they are links to elsewhere, no files, larger
-        than 4 MB, or more than 16.
+        The names of licence files that were not copied: links to elsewhere, not files, larger than
+        4 MB, or beyond the first 16.
     """
     paths = sorted(source.iterdir()) if source.is_dir() else []
     licences = [path for path in paths if LICENCE_NAME.fullmatch(path.name)]
@@ -195,13 +194,13 @@ def write_tensors(
 ) -> None:
     """Write model.safetensors, or numbered shards and their index.
 
-    Lazy tensors are evaluated, written and released one by one, so that memory is needed for the
-    largest of them only.
+    Lazy tensors are evaluated, written and released one by one, so that peak memory is that of the
+    largest one.
 
     Args:
-        directory: Where to write.
-        tensors: By name; emptied on the way.
-        shard_bytes: Of tensors in a file at most, unless one tensor is larger.
+        directory: Directory to write to.
+        tensors: By name; emptied while writing.
+        shard_bytes: Limit of the tensors in one file, unless a single tensor is larger.
 
     Raises:
         CheckpointError: a value is not finite.
@@ -224,7 +223,7 @@ def write_tensors(
 
 
 def _shards(tensors: dict[str, mx.array], limit_bytes: int) -> list[list[str]]:
-    """Split the sorted names into groups of at most `limit_bytes`, or of one larger tensor."""
+    """Split the sorted names into groups of at most `limit_bytes`, or one larger tensor."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in sorted(tensors):
@@ -261,7 +260,7 @@ def _data(tensor: mx.array, name: str) -> memoryview:
         chunks = (flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))
         if not all(is_finite(chunk).item() for chunk in chunks):
             raise not_finite([name], tensor.dtype, "the weights")
-    if tensor.dtype == mx.bfloat16:  # which NumPy does not have
+    if tensor.dtype == mx.bfloat16:  # NumPy has no bfloat16
         tensor = tensor.view(mx.uint16)
     data: NDArray[Any] = np.ascontiguousarray(np.asarray(tensor)).reshape(-1)
     return data.view(np.uint8).data

@@ -1,11 +1,10 @@
-"""FastVLM on Apple silicon, native in MLX.
+"""FastVLM on Apple silicon, in pure MLX.
 
 from mlx_fastvlm import load, generate
 model, processor = load("apple/FastVLM-0.5B")
 print(generate(model, processor, "What is this?", images="cat.jpg").text)
 
-The public names are listed in `api.py`, which is imported when one of them is first asked for, so
-that commands start quickly.
+The public names are in `api.py`, which is imported on first use so that commands start quickly.
 """
 
 from importlib import import_module
@@ -15,7 +14,7 @@ from mlx_mobileclip import __version__ as __version__
 
 if TYPE_CHECKING:
     from .api import *
-else:  # generate/__init__.py says why
+else:  # see generate/__init__.py
     from . import generate
 
     del generate

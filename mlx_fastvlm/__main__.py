@@ -5,13 +5,17 @@ import sys
 from mlx_mobileclip import __version__
 from mlx_mobileclip.terminal import CommandParser, open_standard_streams
 
+from .check import command as check
 from .cli import generate
 
-COMMANDS = {"generate": (generate.main, "answer a question about images")}
+COMMANDS = {
+    "generate": (generate.main, "answer a question about images"),
+    "check": (check.main, check.HELP),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
+    """Run a subcommand and return the exit status."""
     open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -27,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (_, what) in COMMANDS.items():
-        commands.add_parser(name, help=what)
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         parser.error(f"a command comes first, such as: mlx-fastvlm generate {argv[0]}")
-    parser.parse_args(argv[:1])  # ends the process: help, the version or a usage error
+    parser.parse_args(argv[:1])  # exits with help, version or a usage error
     return 2
 
 

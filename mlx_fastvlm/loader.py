@@ -1,4 +1,4 @@
-"""From what the user typed to a model that is ready to answer."""
+"""Load a model and its processor by name."""
 
 import os
 from collections.abc import Sequence
@@ -20,10 +20,13 @@ from mlx_mobileclip.quantization import Quantization, quantize_parts
 
 from .checkpoints.fastvlm import read_foreign
 from .defaults import DEFAULT_MODEL
+from .generation.constrained_loop import vocabulary
 from .models.config import MODEL_TYPE, FastVLMConfig
 from .models.fastvlm import PARTS, FastVLM
-from .preprocess import tokenizer
+from .models.sharding import shard
+from .preprocess import tokenizer as qwen2_tokenizer
 from .preprocess.processor import Processor
+from .preprocess.tokenizer import Tokenizer
 
 DEMO_DIRECTORY = Path(__file__).parent / DEMO
 Canonical = tuple[FastVLMConfig, dict[str, mx.array]]
@@ -44,16 +47,16 @@ def load(
         model: Repository id (`org/name`), directory, or "demo", the small model that comes with
             this package (a directory of that name is "./demo").
         revision: Branch, tag or commit of the repository.
-        dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
-            given. The tower loses 8 times more to bfloat16 than to float16.
-        vision_from: Checkpoint to take the image tower from, for exports that carry none, or
-            instead of the Core ML package in Apple's. It must be the same size and training stage.
-        quantize: Quantise the weights after loading, such as Quantization(bits=4). The floats are
-            in memory for a moment, which a checkpoint quantised by `convert` avoids.
+        dtype: "float16", "bfloat16" or "float32"; by default float16 on a GPU and float32 on
+            a CPU. The tower loses 8 times more precision in bfloat16 than in float16.
+        vision_from: Checkpoint to take the image tower from, for exports without one, or
+            instead of their Core ML package. Model size and training stage must match.
+        quantize: Quantise the weights after loading, such as Quantization(bits=4). The
+            floats are in memory first, which a checkpoint quantised by `convert` avoids.
         parts: What to quantise: "decoder" (with its embedding), "projector" and "vision".
 
     Returns:
-        The model, its weights evaluated so that any thread can use it, and its processor.
+        The model, evaluated so that any thread can use it, and its processor.
 
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
@@ -65,7 +68,7 @@ def load(
 
 
 def find_checkpoint(model: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """The checkpoint that `load` would read, fetched if need be."""
+    """Find the checkpoint that `load` would read, and download it if necessary."""
     return resolve(model, revision, DEMO_DIRECTORY)
 
 
@@ -73,24 +76,34 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     dtype: str | mx.Dtype | None = None,
     vision_from: str | os.PathLike[str] | None = None,
+    group: mx.distributed.Group | None = None,
+    *,
+    constrained: bool = False,
 ) -> tuple[FastVLM, Processor]:
-    """`load` for a checkpoint that is already on disk."""
+    """Load a checkpoint that is already on disk; with a group, this rank's part of the decoder.
+
+    If answers will be constrained, the table that this needs is begun in a thread.
+    """
     enter()
     config, tensors = read_canonical(checkpoint, vision_from)
     model = FastVLM(config)
+    if group is not None:
+        tensors = shard(model, tensors, group, checkpoint.name)
     model.eval()
-    with ThreadPoolExecutor(1) as beside:  # half a second for 152k tokens; MLX lets it run
-        words = beside.submit(read_tokenizer, checkpoint, config)
+    with ThreadPoolExecutor(1) as executor:  # reading 152k tokens takes half a second
+        tokenizer = executor.submit(read_tokenizer, checkpoint, config)
+        if constrained:
+            executor.submit(lambda: vocabulary(tokenizer.result()))
         assign(model, tensors, parse_dtype(dtype), checkpoint.name)
         prepare(model)
     process.configure()
-    return model, Processor(words.result(), config)
+    return model, Processor(tokenizer.result(), config)
 
 
 def read_canonical(
     checkpoint: Checkpoint, vision_from: str | os.PathLike[str] | None = None
 ) -> Canonical:
-    """Config and lazy tensors in canonical form, converted on the way if need be."""
+    """Read config and lazy tensors in canonical form, converting other layouts."""
     path = checkpoint.path / "config.json"
     values = read_json(path)
     if values.get("model_type") != MODEL_TYPE:
@@ -98,17 +111,17 @@ def read_canonical(
         return read_foreign(checkpoint, values, vision)
     if vision_from is not None:
         raise CheckpointError(
-            f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+            f"{checkpoint.name}: already has an image tower; leave out --vision-from"
         )
     return FastVLMConfig.from_json(values, str(path)), read_tensors(checkpoint.path)
 
 
-def read_tokenizer(checkpoint: Checkpoint, config: FastVLMConfig) -> tokenizer.Tokenizer:
-    """The checkpoint's tokenizer, which must not know more ids than the embedding has rows."""
-    words = tokenizer.read(checkpoint.path)
-    if words.size > config.text.vocab_size:
+def read_tokenizer(checkpoint: Checkpoint, config: FastVLMConfig) -> Tokenizer:
+    """Read the checkpoint's tokenizer; raises ConfigError if it exceeds the vocabulary."""
+    tokenizer = qwen2_tokenizer.read(checkpoint.path)
+    if tokenizer.size > config.text.vocab_size:
         raise ConfigError(
-            f"{checkpoint.name}: the tokenizer has ids up to {words.size - 1} but the vocabulary "
-            f"ends at {config.text.vocab_size}; its files belong to different models"
+            f"{checkpoint.name}: the tokenizer has ids up to {tokenizer.size - 1} but the "
+            f"vocabulary ends at {config.text.vocab_size}; its files belong to different models"
         )
-    return words
+    return tokenizer

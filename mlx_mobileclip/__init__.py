@@ -6,8 +6,8 @@ image = model.encode_image(processor.images(["cat.jpg"]), normalize=True)
 texts = model.encode_text(processor.texts(["a cat", "a dog"]), normalize=True)
 print(image @ texts.T)
 
-The public names are listed in `api.py`, which is imported when one of them is first asked for, so
-that commands start quickly.
+The public names are listed in `api.py`, which is imported on first access, so that commands start
+quickly.
 """
 
 from importlib import import_module

@@ -1,24 +1,25 @@
-"""The command line: `python -m mlx_mobileclip classify|embed|evaluate`, or `mlx-mobileclip`.
+"""The command line: `python -m mlx_mobileclip classify|embed|evaluate|check`, or `mlx-mobileclip`.
 
-stdout carries the result and nothing else; everything else goes to stderr.
+The result goes to stdout, everything else to stderr.
 """
 
 import argparse
 import sys
 
 from . import __version__
-from .cli import classify_command, embed_command, evaluate_command
+from .cli import check_command, classify_command, embed_command, evaluate_command
 from .terminal import CommandParser, open_standard_streams, run_command
 
 COMMANDS = {
     "classify": classify_command,
     "embed": embed_command,
     "evaluate": evaluate_command,
+    "check": check_command,
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Build the argument parser of all commands."""
     parser = CommandParser(
         prog="python -m mlx_mobileclip",
         description="Classify and embed images and texts with Apple's MobileCLIP, natively in MLX.",
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     open_standard_streams()
     args = build_parser().parse_args(argv)
     return run_command(lambda: args.run(args), debug=args.debug)

@@ -1,10 +1,9 @@
-"""What a process with threads, or with forked children, needs to use MLX safely.
+"""Use MLX safely in a process with threads or forked children.
 
-MLX 0.32.4 keeps what it has compiled for each thread, and frees it when the thread of the operating
-system ends. That needs Python's lock, and ends the process with an abort if Python shuts down at
-that moment. Before Python 3.13 a thread counts as joined somewhat earlier, so at the end of the
-process we wait for the threads that have used a model. A forked child has none of its parent's
-threads, MLX's included, and would wait for them without end.
+MLX 0.32.4 caches compiled functions per thread and frees them when the OS thread ends. That takes
+the GIL, and aborts the process if Python is shutting down at that moment. Before Python 3.13 `join`
+returns before the OS thread has ended, so at exit we wait for the threads that have used a model. A
+forked child has none of its parent's threads, including MLX's, and would wait for them forever.
 """
 
 import atexit
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from .errors import ModelError
 
-WAIT_S = 1.0  # at most, for all threads
-FALLBACK_S = 0.05  # where threads of the operating system cannot be listed
+WAIT_S = 1.0  # at most, for all threads together
+FALLBACK_S = 0.05  # where OS threads cannot be listed
 TASKS = Path("/proc/self/task")  # on Linux, a directory for each thread of the process
 
 
@@ -40,7 +39,7 @@ _workers: set[int] = set()  # threads other than the main one that have used a m
 
 
 def enter() -> None:
-    """Begin to use MLX in this thread; every function that runs a model calls it first.
+    """Record that this thread uses MLX; every function that runs a model calls it first.
 
     Raises:
         ModelError: the process was forked from one that had used MLX.
@@ -62,7 +61,7 @@ def _after_fork() -> None:
 
 
 def _wait_for_workers() -> None:
-    """Wait until the ended threads that have used a model are gone from the operating system."""
+    """Wait until the OS threads of finished Python threads that have used a model have ended."""
     running = {thread.native_id for thread in threading.enumerate()}
     ended = _workers - running
     if not ended or sys.version_info >= (3, 13):

@@ -1,4 +1,4 @@
-"""Which device MLX computes on by default, and the precision that suits it."""
+"""MLX's default device, and the dtype to use on it."""
 
 import mlx.core as mx
 
@@ -17,22 +17,27 @@ def on_metal() -> bool:
     return not on_cpu() and mx.metal.is_available()
 
 
+def backend() -> str:
+    """Backend of the default device: "cpu", "metal" or "cuda"."""
+    return "cpu" if on_cpu() else "metal" if on_metal() else "cuda"
+
+
 def default_dtype() -> mx.Dtype:
     """float16 on a GPU; float32 on a CPU, where half precision is slow."""
     return mx.float32 if on_cpu() else mx.float16
 
 
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
-    """The dtype with that name, or the device's default for None.
+    """Return the dtype of this name, or the default of the device for None.
 
     Raises:
         ConfigError: there is no such dtype.
     """
     if dtype is None:
         return default_dtype()
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, mx.Dtype) or parsed not in DTYPES.values():
         shown = repr(dtype).removeprefix("mlx.core.")[:40]
-        fewer_bits = "; to quantise the weights, use quantize=" if "int" in shown else ""
-        raise ConfigError(f"dtype {shown} is not one of {', '.join(DTYPES)}{fewer_bits}")
-    return found
+        hint = "; to quantise the weights, use quantize=" if "int" in shown else ""
+        raise ConfigError(f"dtype {shown} is not one of {', '.join(DTYPES)}{hint}")
+    return parsed

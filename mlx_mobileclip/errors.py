@@ -8,7 +8,7 @@ LFS_POINTER = b"version https://git-lfs."
 class ModelError(Exception):
     """Base of every error whose text is meant for the user; the command line exits 1 on it.
 
-    The text is one line and holds no control characters, whatever names a checkpoint brings.
+    The text is one line without control characters, even if it quotes names from a checkpoint.
     """
 
     def __init__(self, message: str):
@@ -18,7 +18,7 @@ class ModelError(Exception):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint's files are missing, damaged, or do not hold the model they claim to."""
+    """The files of a checkpoint are missing, damaged or inconsistent."""
 
 
 class ConfigError(ModelError):
@@ -30,7 +30,7 @@ class ImageError(ModelError):
 
 
 class PromptError(ModelError):
-    """A prompt is malformed, too long, or disagrees with the images given."""
+    """A prompt is malformed, too long, or does not match the images."""
 
 
 class DataError(ModelError):
@@ -38,11 +38,11 @@ class DataError(ModelError):
 
 
 def refuse_lfs_pointer(start: bytes, where: object) -> None:
-    """Raise CheckpointError if a file begins like a Git LFS pointer, which a plain clone leaves."""
+    """Raise CheckpointError if a file is a Git LFS pointer, as in a clone without LFS."""
     if start.startswith(LFS_POINTER):
         raise CheckpointError(
-            f"{where}: is a Git LFS pointer in place of the file; run git lfs pull there, or "
-            "download the file itself"
+            f"{where}: is a Git LFS pointer, not the file itself; run git lfs pull in its "
+            "directory, or download the file"
         )
 
 

@@ -1,4 +1,4 @@
-"""Small files and JSON objects of a checkpoint, read as hostile input: bounded and type-checked."""
+"""Read small files and JSON objects of a checkpoint as hostile input: bounded, type-checked."""
 
 import json
 import re
@@ -24,7 +24,7 @@ class Fields:
         return ConfigError(f"{self.where}: {key}: {problem}; the checkpoint cannot be used")
 
     def get(self, key: str, default: Any = ...) -> Any:
-        """The raw value; a field that is absent or null takes the default or is an error."""
+        """The raw value; if absent or null, the default, or ConfigError if there is none."""
         value = self.values.get(key)
         if value is None:
             if default is ...:
@@ -33,7 +33,7 @@ class Fields:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the field is there and not null."""
+        """Whether the field is present and not null."""
         return self.values.get(key) is not None
 
     def object(self, key: str) -> "Fields":
@@ -44,7 +44,7 @@ class Fields:
         return Fields(value, f"{self.where}: {key}")
 
     def check_version(self, known: int) -> None:
-        """Refuse a canonical config that is newer than this program."""
+        """Raise ConfigError if a canonical config is newer than this program."""
         version = self.integer("format_version", 1, 1 << 20)
         if version > known:
             raise ConfigError(
@@ -69,7 +69,7 @@ class Fields:
         return float(self._check(key, self.get(key, default), (int, float), low, high))
 
     def boolean(self, key: str, default: Any = ...) -> bool:
-        """True or false, nothing else."""
+        """A boolean."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, "is not true or false")
@@ -84,8 +84,8 @@ class Fields:
 
     def record(self, key: str) -> dict[str, str | None]:
         """An object of strings and nulls; empty if the field is absent."""
-        given = self.object(key) if self.has(key) else Fields({}, self.where)
-        return {name: given.string(name) if given.has(name) else None for name in given.values}
+        entry = self.object(key) if self.has(key) else Fields({}, self.where)
+        return {name: entry.string(name) if entry.has(name) else None for name in entry.values}
 
     def choice(self, key: str, allowed: tuple[str, ...], default: Any = ...) -> str:
         """One of the allowed strings."""
@@ -128,39 +128,39 @@ class Fields:
 
 
 def check_link(path: Path) -> None:
-    """Check that a file of a checkpoint is no link to a file elsewhere.
+    """Check that a file of a checkpoint is not a link to a file elsewhere.
 
-    Such a link could make a private file of the user's part of what is converted and published.
-    Only those of a snapshot in the Hub's cache are followed, to the blobs of their repository.
+    Following it could publish a private file of the user with a converted checkpoint. A snapshot in
+    the Hub's cache may link to the blobs of its repository.
 
     Args:
         path: The file, directly in the checkpoint's directory.
 
     Raises:
-        CheckpointError: it is a link to outside that directory, or to nothing.
+        CheckpointError: it links to a file outside that directory, or to nothing.
     """
     if not path.is_symlink():
         return
     try:
         real, directory = path.resolve(strict=True), path.parent.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise CheckpointError(f"{path}: is a link to nothing; download the file again") from error
+        raise CheckpointError(f"{path}: is a broken link; download the file again") from error
     if not real.is_relative_to(directory) and real.parent != hub_blobs(directory):
         raise CheckpointError(
-            f"{path}: is a link to outside the checkpoint, which is not followed; put the file "
-            "itself there"
+            f"{path}: is a link to outside the checkpoint, which is not followed; replace it by a "
+            "copy of the file"
         )
 
 
 def hub_blobs(snapshot: Path) -> Path | None:
-    """Where the files lie that a snapshot in the Hub's cache links to; None if it is none.
+    """The directory that a snapshot in the Hub's cache links to; None if this is not a snapshot.
 
     Args:
-        snapshot: Any directory, resolved.
+        snapshot: Resolved path of any directory.
     """
     snapshots, repository = snapshot.parent, snapshot.parent.parent
-    is_one = snapshots.name == "snapshots" and repository.name.startswith("models--")
-    return repository / "blobs" if is_one and COMMIT.fullmatch(snapshot.name) else None
+    is_snapshot = snapshots.name == "snapshots" and repository.name.startswith("models--")
+    return repository / "blobs" if is_snapshot and COMMIT.fullmatch(snapshot.name) else None
 
 
 def read_bounded(
@@ -170,16 +170,16 @@ def read_bounded(
 
     Args:
         path: The file.
-        limit_bytes: Of its size.
-        remark: Ends the message if it is larger.
-        follow_links: The user named it, so that it may be a link to anywhere; see `check_link`.
+        limit_bytes: Maximum size.
+        remark: End of the error message if it is larger.
+        follow_links: Allow links to anywhere, as the user named this file; see `check_link`.
 
     Raises:
-        CheckpointError: it is a link to outside its directory.
-        ConfigError: it is no regular file, or larger than the limit.
+        CheckpointError: it is a link to outside its directory, or a Git LFS pointer.
+        ConfigError: it is not a regular file, or larger than the limit.
         OSError: it is missing or cannot be read.
     """
-    if path.exists() and not path.is_file():  # a pipe would block, a device never end
+    if path.exists() and not path.is_file():  # a pipe could block, a device could be endless
         raise ConfigError(f"{path}: is not a regular file")
     if path.exists() and not follow_links:
         check_link(path)
@@ -199,24 +199,24 @@ def read_json(
     Raises:
         CheckpointError: the file is a link to outside its directory.
         ConfigError: the file is missing, larger than the limit, not JSON, nested too deep, or
-            repeats a key (two readers could then see two different files).
+            repeats a key (JSON parsers disagree on which value counts).
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError("a key appears twice")
         return result
 
     try:
-        remark = "; this is no config file"
+        remark = "; this is not a config file"
         data = read_bounded(path, limit_bytes, remark, follow_links=follow_links)
-        value = json.loads(data, object_pairs_hook=unique)
+        value = json.loads(data, object_pairs_hook=reject_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{path}: not valid JSON ({reason}); download the file again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds no JSON object")
+        raise ConfigError(f"{path}: is not a JSON object")
     return value

@@ -1,8 +1,8 @@
-"""The layers that the models are made of, each in the form that is fast on the device in use.
+"""Layers of the models, in the implementation that is fast on the device in use.
 
-This is the only file of the models that asks for the device. On a GPU, in half precision and in
-training a layer is computed as it is defined. On a CPU in float32 `cpu/` computes it in another
-form, and a feature map may be an array or `Rows`.
+This is the only model code that depends on the device. On a GPU and in training, layers use plain
+MLX operations. On a CPU they use `cpu/`, in many cases only in float32, and a feature map may be an
+array or `Rows`.
 """
 
 import os
@@ -39,10 +39,10 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
         self.stride = stride
-        self._banded: tuple[list[mx.array], mx.array] | None = None  # kernels, their banded matrix
+        self._banded: tuple[list[mx.array], mx.array] | None = None  # cache: kernels, matrix
 
     def kernels(self) -> list[mx.array]:
-        """The one kernel, (C, k, k, 1)."""
+        """The kernel in a list, (C, k, k, 1)."""
         return [self.weight]
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
@@ -59,10 +59,10 @@ class DepthwiseKernel(nn.Module):
 
 
 class DepthwiseConvDouble(nn.Module):
-    """Grouped k x k convolution with two outputs per channel; `__call__` leaves the bias out.
+    """Grouped k x k convolution with two outputs per channel; `__call__` does not add the bias.
 
-    Stored as two depthwise kernels, of the even and of the odd output channels, because MLX's fast
-    Metal kernel needs as many outputs as inputs.
+    Stored as two depthwise kernels, for even and odd output channels, because MLX's fast Metal
+    kernel supports only one output per channel.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1):
@@ -83,7 +83,7 @@ class DepthwiseConvDouble(nn.Module):
 
 
 def _depthwise(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureMap:
-    """Apply the layer's kernels; their outputs for a channel lie side by side."""
+    """Apply the layer's kernels; the outputs of each channel are adjacent."""
     kernels, stride = layer.kernels(), layer.stride
     channels, kernel_size = kernels[0].shape[:2]
     if kernels[0].dtype == mx.float32 and _on_cpu_in_float32(x, layer.training):
@@ -94,29 +94,36 @@ def _depthwise(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> Fea
 
 
 def _banded_matrix(layer: DepthwiseConv | DepthwiseConvDouble) -> mx.array:
-    """The layer's kernels as `depthwise_conv` takes them, made once for the same kernels."""
-    kernels, kept = layer.kernels(), layer._banded
-    if kept is not None and all(a is b for a, b in zip(kept[0], kernels, strict=True)):
-        return kept[1]
+    """The banded matrix of the layer's kernels for `depthwise_conv`, cached until they change."""
+    kernels, cached = layer.kernels(), layer._banded
+    if cached is not None and all(a is b for a, b in zip(cached[0], kernels, strict=True)):
+        return cached[1]
     matrix = depthwise.banded_matrix(kernels, layer.stride)
     try:
-        mx.eval(matrix)  # an array that waits to be computed belongs to the thread that made it
-    except ValueError:  # within a function that MLX transforms the kernels have no values
+        mx.eval(matrix)  # only the thread that created a lazy array can evaluate it
+    except ValueError:  # within transformations such as mx.compile, kernels have no values
         return matrix
     layer._banded = kernels, matrix
     return matrix
 
 
 def prepare(model: nn.Module) -> None:
-    """Compute what a model's layers would compute at their first use, so that threads can share it.
+    """Fill the caches that layers would fill at first use, so that threads can share the model.
 
     Args:
-        model: Its weights are evaluated.
+        model: A model whose weights are evaluated.
     """
     depthwise_layers = (DepthwiseConv, DepthwiseConvDouble) if on_cpu() else ()
     for layer in model.modules():
         if isinstance(layer, depthwise_layers) and layer.kernels()[0].dtype == mx.float32:
             _banded_matrix(layer)
+
+
+def release(model: nn.Module) -> None:
+    """Empty the caches of `prepare`, which hold what was computed from earlier weights."""
+    for layer in model.modules():
+        if isinstance(layer, (DepthwiseConv, DepthwiseConvDouble)):
+            layer._banded = None
 
 
 class StemConv(nn.Conv2d):
@@ -147,7 +154,7 @@ class Linear(nn.Linear):
         return matmul.linear(x, self.weight, self.get("bias"))
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
-        """The quantised layer; arguments as those of `mx.quantize`."""
+        """Return the quantised layer; arguments as for `mx.quantize`."""
         return QuantizedLinear.from_linear(self, *args, **kwargs)
 
 
@@ -172,7 +179,7 @@ class Embedding(nn.Embedding):
         return matmul.linear(x, self.weight)
 
     def to_quantized(self, *args: Any, **kwargs: Any) -> Any:
-        """The quantised layer; arguments as those of `mx.quantize`."""
+        """Return the quantised layer; arguments as for `mx.quantize`."""
         return QuantizedEmbedding.from_embedding(self, *args, **kwargs)
 
 
@@ -185,7 +192,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 def _quantized_product(x: mx.array, layer: nn.Module) -> mx.array:
-    """X W^T, without the layer's bias."""
+    """Return x W^T, without the layer's bias."""
     arrays = [layer["weight"], layer["scales"], layer.get("biases")]
     quantization = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     if layer.training or not on_cpu():
@@ -195,7 +202,7 @@ def _quantized_product(x: mx.array, layer: nn.Module) -> mx.array:
 
 @positionwise
 def add_product(residual: mx.array, x: mx.array, layer: nn.Module) -> mx.array:
-    """Residual + x W^T in one product, without the layer's bias.
+    """Return residual + x W^T as one operation, without the layer's bias.
 
     Args:
         residual: (..., K).
@@ -219,7 +226,7 @@ def add_product(residual: mx.array, x: mx.array, layer: nn.Module) -> mx.array:
 
 
 class GELU(nn.Module):
-    """x * (1 + erf(x / sqrt 2)) / 2: the exact GELU, with which all models here were trained."""
+    """x * (1 + erf(x / sqrt 2)) / 2: the exact GELU, used in training all models here."""
 
     def __call__(self, x: Any, bias: mx.array | None = None) -> Any:
         """GELU of x, or of x + bias: any shape to the same shape."""
@@ -256,14 +263,14 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-def mean_of_positions(x: mx.array) -> mx.array:
-    """(B, H, W, C) to (B, C), summed in float32: a sum in float16 overflows on large maps."""
+def global_average_pool(x: mx.array) -> mx.array:
+    """(B, H, W, C) to (B, C), summed in float32: float16 would overflow on large maps."""
     return mx.mean(x.astype(mx.float32), axis=(1, 2)).astype(x.dtype)
 
 
 @positionwise
 def add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
-    """X + bias, and x + bias + next_bias; on a GPU in one kernel."""
+    """Return x + bias and x + bias + next_bias; on a GPU in one kernel."""
     return (_add_biases if on_cpu() else _fused_add_biases)(x, bias, next_bias)
 
 
@@ -283,7 +290,7 @@ def self_attention(qkv: mx.array, *, causal: bool = False, training: bool) -> mx
 
     Args:
         qkv: (B, N, 3, K, D): queries, keys and values.
-        causal: Whether a position sees only itself and those before it.
+        causal: Whether to mask later positions.
         training: Whether the model is in training mode.
 
     Returns:
@@ -313,7 +320,7 @@ def attention(
         keys: (B, G, S, D); K / G query heads share a key head.
         values: (B, G, S, D).
         scale: Factor on the scores.
-        causal: Whether a position sees only itself and those before it.
+        causal: Whether to mask later positions.
         training: Whether the model is in training mode.
 
     Returns:
@@ -326,10 +333,10 @@ def attention(
 
 
 def pad_heads_from() -> int:
-    """Positions from which heads of width 32 are padded to 64 on Metal.
+    """Number of positions from which heads of width 32 are padded to 64 on Metal.
 
-    MLX's fused attention takes heads of 64 but not of 32. On long inputs, keeping the scores out of
-    memory outweighs twice the arithmetic.
+    MLX's fused attention supports heads of width 64 but not 32. On long inputs, not storing the
+    scores saves more time than the doubled arithmetic costs.
 
     Returns:
         $MLX_MOBILECLIP_PAD_HEADS_FROM if it is set, or 512.
@@ -337,25 +344,25 @@ def pad_heads_from() -> int:
     Raises:
         ModelError: it is not a number.
     """
-    chosen = os.environ.get("MLX_MOBILECLIP_PAD_HEADS_FROM")
-    if not chosen:
+    value = os.environ.get("MLX_MOBILECLIP_PAD_HEADS_FROM")
+    if not value:
         return PAD_HEADS_FROM
-    if not chosen.isdecimal() or len(chosen) > 9:
+    if not value.isdecimal() or len(value) > 9:
         raise ModelError(
-            f"MLX_MOBILECLIP_PAD_HEADS_FROM is {chosen[:20]!r}; set it to a number of positions, "
+            f"MLX_MOBILECLIP_PAD_HEADS_FROM is {value[:20]!r}; set it to a number of positions, "
             f"such as {PAD_HEADS_FROM}, or not at all"
         )
-    return int(chosen)
+    return int(value)
 
 
 # Sequences of layers.
 
 
 def run(layers: Sequence[Callable[[Any], Any]], x: mx.array, training: bool) -> mx.array:
-    """Apply layers one after the other to a batch.
+    """Apply layers in sequence to a batch.
 
-    On a CPU each core takes some items, one layer at a time; a batch of fewer items than cores is
-    divided within the layers instead.
+    On a CPU the items are divided among the cores, layer by layer. With fewer items than cores, the
+    layers divide their own work instead.
     """
     if training or not on_cpu() or len(x) < executor.cores():
         for layer in layers:

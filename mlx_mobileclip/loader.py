@@ -1,4 +1,4 @@
-"""From what the user typed to a model that is ready to embed."""
+"""Load a MobileCLIP checkpoint as a model and its processor."""
 
 import os
 from collections.abc import Sequence
@@ -51,30 +51,30 @@ def load(
 
     Args:
         model: Repository id (`org/name`), directory (also of Core ML packages), file (.pt, .bin,
-            .safetensors), or "demo", the small model that comes with this package (a directory of
-            that name is "./demo").
-        variant: Which published model the checkpoint is built like, such as "MobileCLIP2-S0";
-            needed when neither its name nor a config beside it tells. What the variant decides
-            (attention mask, stem, preprocessing) cannot be seen in the tensors.
+            .safetensors), or "demo", the small model included in this package (write "./demo" for
+            a directory of that name).
+        variant: Published model with the architecture of the checkpoint, such as "MobileCLIP2-S0";
+            needed if neither the checkpoint's name nor its config states it. Attention mask, stem
+            and preprocessing depend on it and cannot be inferred from the tensors.
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32"; float16 on a GPU and float32 on a CPU if not
             given.
         quantize: Quantise the weights after loading, such as Quantization(bits=8).
-        parts: What to quantise: "image" and "text".
-        preprocess: How images are prepared, in place of what the checkpoint states.
-        config: JSON file that describes the checkpoint (open_clip's, Apple's or timm's), in place
-            of those that lie beside its weights.
+        parts: Parts to quantise: "image" and "text".
+        preprocess: Image preprocessing, overriding that of the checkpoint.
+        config: JSON file that describes the checkpoint (open_clip's, Apple's or timm's), instead
+            of those beside its weights.
 
     Returns:
-        The model, its weights evaluated so that any thread can use it, and its processor.
+        The model, with its weights evaluated so that any thread can use it, and its processor.
 
     Raises:
-        ModelError: or one of its subclasses, naming what cannot be used.
+        ModelError: the checkpoint or an argument cannot be used; mostly one of its subclasses.
     """
-    result = load_checkpoint(resolve_file(model, revision), variant, dtype, preprocess, config)
+    loaded = load_checkpoint(resolve_file(model, revision), variant, dtype, preprocess, config)
     if quantize is not None:
-        quantize_parts(result[0], PARTS, parts, quantize)
-    return result
+        quantize_parts(loaded[0], PARTS, parts, quantize)
+    return loaded
 
 
 def load_checkpoint(
@@ -86,14 +86,14 @@ def load_checkpoint(
 ) -> tuple[MobileCLIP, Processor]:
     """`load` for a checkpoint that is already on disk."""
     enter()
-    found, tensors = read_canonical(checkpoint, variant, preprocess, config)
-    words = read_tokenizer(checkpoint, found)
-    model = MobileCLIP(found)
+    model_config, tensors = read_canonical(checkpoint, variant, preprocess, config)
+    tokenizer = read_tokenizer(checkpoint, model_config)
+    model = MobileCLIP(model_config)
     model.eval()
     assign(model, tensors, parse_dtype(dtype), checkpoint.name)
     prepare(model)
     process.configure()
-    return model, Processor(found.preprocess, words)
+    return model, Processor(model_config.preprocess, tokenizer)
 
 
 def read_canonical(
@@ -102,27 +102,27 @@ def read_canonical(
     preprocess: PreprocessConfig | None = None,
     config: str | os.PathLike[str] | None = None,
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
-    """Config and lazy tensors in canonical form, converted on the way if need be."""
+    """Read the config and lazy tensors, converted to canonical form if necessary."""
     path = checkpoint.directory / "config.json"
-    stated = None if config is None else user_path(config)
-    values = read_json(path) if path.is_file() and stated is None else {}
+    config_path = None if config is None else user_path(config)
+    values = read_json(path) if path.is_file() and config_path is None else {}
     if values.get("model_type") != MODEL_TYPE:
-        return read_foreign(checkpoint, variant, preprocess, stated)
+        return read_foreign(checkpoint, variant, preprocess, config_path)
     if checkpoint.path.is_file():
         raise ConfigError(
-            f"{checkpoint.name}: lies in the directory of a converted checkpoint; give the "
-            f"directory, {checkpoint.directory}, if it is of it, else move the file elsewhere"
+            f"{checkpoint.name}: is in the directory of a converted checkpoint; load the directory "
+            f"{checkpoint.directory}, or move the file elsewhere if it does not belong to it"
         )
     if variant is not None:
-        raise ConfigError(f"{checkpoint.name}: is converted and says what it is; leave out variant")
-    found = MobileCLIPConfig.from_json(values, str(path))
+        raise ConfigError(f"{checkpoint.name}: is converted and has a variant; leave out variant")
+    canonical = MobileCLIPConfig.from_json(values, str(path))
     if preprocess is not None:
-        found = with_preprocessing(found, asdict(preprocess), "preprocess")
-    return found, read_tensors(checkpoint.path)
+        canonical = with_preprocessing(canonical, asdict(preprocess), "preprocess")
+    return canonical, read_tensors(checkpoint.path)
 
 
 def read_tokenizer(checkpoint: Checkpoint, config: MobileCLIPConfig) -> Tokenizer | None:
-    """The tokenizer of the checkpoint's own vocabulary or length; None where it is CLIP's."""
+    """Read the tokenizer of a vocabulary or context length unlike CLIP's; None if it is CLIP's."""
     text = config.text
     if text is None:
         return None
@@ -133,17 +133,17 @@ def read_tokenizer(checkpoint: Checkpoint, config: MobileCLIPConfig) -> Tokenize
 
 
 def read_own_merges(checkpoint: Checkpoint, vocab_size: int) -> Merges | None:
-    """The merges of a checkpoint whose vocabulary is its own; None where it is CLIP's."""
+    """Read the merges of a checkpoint with its own vocabulary; None if it is CLIP's."""
     if not _has_own_merges(checkpoint.directory, vocab_size):
         return None
     return read_merges(checkpoint.directory, vocab_size)
 
 
 def _has_own_merges(directory: Path, vocab_size: int) -> bool:
-    """Whether a vocabulary is the checkpoint's own, rather than CLIP's with rows left over.
+    """Whether the checkpoint may have its own vocabulary, not CLIP's with unused embedding rows.
 
-    open_clip cuts every text with CLIP's vocabulary, however many rows the embedding has; the
-    merges.txt in its repositories is CLIP's as Hugging Face writes it.
+    open_clip tokenizes with CLIP's vocabulary, however many rows the embedding has. The merges.txt
+    in its repositories is CLIP's, as Hugging Face writes it.
     """
     if vocab_size <= CLIP_VOCABULARY:
         return True

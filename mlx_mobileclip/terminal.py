@@ -1,7 +1,7 @@
 """Behaviour shared by all command lines: usage errors, exit status, one-line errors, progress.
 
-stdout is reserved for the result. `say` is the only place that writes to stderr: names in files,
-and messages of libraries that quote them, may hold what a terminal obeys.
+stdout is reserved for the result. Everything on stderr is printed by `say`, which removes control
+characters: names in files, and library messages that quote them, may contain some.
 """
 
 import argparse
@@ -21,73 +21,73 @@ from .errors import ModelError
 INTERRUPTED = 130
 BAR_WIDTH = 24
 REDRAW_SECONDS = 0.1  # on a terminal
-LINE_SECONDS = 10.0  # between plain lines, where stderr is no terminal
+LINE_SECONDS = 10.0  # between plain lines, if stderr is not a terminal
 CLEAR_LINE = "\r\x1b[K"  # move to the start of the line and clear it
-# Control characters, those that separate lines or change the direction of writing, and halves of
-# surrogate pairs. Joiners stay, which emoji and Indic scripts need.
+# Control characters, line separators and bidirectional controls. Joiners are kept, as emoji and
+# Indic scripts need them.
 UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that suggests the right spelling, and ends its help with examples."""
+    """A parser that suggests corrections, and ends its help with examples."""
 
     def __init__(self, *, examples: Sequence[str] = (), **options: Any):
-        """Make a parser.
+        """Create a parser.
 
         Args:
             examples: Command lines to show at the end of the help.
-            options: Those of `argparse.ArgumentParser`.
+            options: Passed to `argparse.ArgumentParser`.
         """
         super().__init__(**options)
         self.examples = examples
-        self._given: Sequence[str] = ()
+        self._argv: Sequence[str] = ()
 
     def format_help(self) -> str:
-        """The help, with the examples at its end, each in a line of its own."""
+        """The help text, followed by the examples, one per line."""
         text = super().format_help()
         if self.examples:
             text += "\nexamples:\n" + "".join(f"  {example}\n" for example in self.examples)
         return text
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse arguments, and refuse unknown ones, in a subcommand's parser as well."""
-        self._given = sys.argv[1:] if args is None else list(args)
-        namespace, unknown = super().parse_known_args(self._given, namespace)
+        """Parse arguments; unknown ones are an error, in subcommands as well."""
+        self._argv = sys.argv[1:] if args is None else list(args)
+        namespace, unknown = super().parse_known_args(self._argv, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """End the process with a usage error, and suggest what may have been meant."""
-        message = printable(message)  # argparse writes it, not `say`
-        meant = [
+        """Exit with a usage error that suggests corrections."""
+        message = printable(message)  # argparse prints it without `say`
+        suggestions = [
             f"did you mean {right}?"
-            for wrong, choices in (*self._wrong_options(), *_wrong_choices(message))
+            for wrong, choices in (*self._unknown_options(), *_invalid_choices(message))
             for right in get_close_matches(wrong, choices, 1)
         ]
-        super().error("; ".join([message, *meant]))
+        super().error("; ".join([message, *suggestions]))
 
-    def _wrong_options(self) -> Iterator[tuple[str, list[str]]]:
+    def _unknown_options(self) -> Iterator[tuple[str, list[str]]]:
         known = list(self._option_string_actions)
-        for word in self._given:
-            name = word.partition("=")[0]
+        for argument in self._argv:
+            name = argument.partition("=")[0]
             if name.startswith("--") and not any(option.startswith(name) for option in known):
                 yield name, known
 
 
-def _wrong_choices(message: str) -> Iterator[tuple[str, list[str]]]:
+def _invalid_choices(message: str) -> Iterator[tuple[str, list[str]]]:
     """The rejected value and the valid choices, from argparse's message."""
-    found = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
-    if found:
-        yield found[1], [choice.strip(" '") for choice in found[2].split(",")]
+    match = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message)
+    if match:
+        yield match[1], [choice.strip(" '") for choice in match[2].split(",")]
 
 
 def run_command(command: Callable[[], None], *, debug: bool) -> int:
     """Run a command and report errors in one line.
 
     Args:
-        command: What to run.
-        debug: Let errors through, for their traceback.
+        command: Function to run.
+        debug: Show the traceback of errors.
 
     Returns:
         The exit status: 0 done, 1 error, 130 interrupted or stdout closed.
@@ -103,9 +103,9 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
         say("\ninterrupted", keep="\n")
         return INTERRUPTED
     except BrokenPipeError:
-        _abandon(sys.stdout)
+        _redirect_to_null(sys.stdout)
         return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 (each is told, and shown whole with --debug)
+    except Exception as error:  # noqa: BLE001 (reported, with --debug as a traceback)
         if debug:
             say(traceback.format_exc().rstrip(), keep="\n")
         elif isinstance(error, ModelError):
@@ -116,46 +116,46 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
         try:
             sys.stdout.flush()
         except OSError:
-            _abandon(sys.stdout)
+            _redirect_to_null(sys.stdout)
         return 1
     return 0
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null in place of a standard stream that is closed, as after `<&-` in a shell.
+    """Replace closed standard streams, as after `<&-` in a shell, by /dev/null.
 
-    The next file to be opened would take its descriptor, and be read or written in its place.
+    Otherwise the next file opened would get the descriptor, and be used as the standard stream.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r"))  # noqa: PTH123, SIM115
 
 
 def say(text: str, *, start: str = "", end: str = "\n", keep: str = "") -> None:
-    """Print a text on stderr, without what a terminal would obey.
+    """Print a text on stderr, without control characters.
 
-    Where stderr is full or closed, nothing is printed, and the work goes on.
+    If stderr is full or closed, nothing is printed and no error is raised.
 
     Args:
         text: Any text.
-        start: Printed before it as it is, such as CLEAR_LINE.
-        end: Printed after it as it is.
-        keep: Control characters of the text that stay.
+        start: Printed unchanged before the text, such as CLEAR_LINE.
+        end: Printed unchanged after the text.
+        keep: Control characters of the text to keep.
     """
     try:
         print(f"{start}{printable(text, keep=keep)}", end=end, file=sys.stderr, flush=True)
     except OSError:
-        _abandon(sys.stderr)
+        _redirect_to_null(sys.stderr)
 
 
-def _abandon(stream: TextIO) -> None:
-    """Redirect a stream, so that the flush at exit does not fail on a closed pipe or a full disk.
+def _redirect_to_null(stream: TextIO) -> None:
+    """Redirect a stream to /dev/null, so that the flush at exit cannot fail.
 
-    It stays as it is where it has no descriptor.
+    A stream without a descriptor is left unchanged.
     """
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -174,7 +174,7 @@ def _show_warning(
 
 @contextmanager
 def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being done and, at the end, how long it took.
+    """Show a task on stderr and, at the end, the time it took.
 
     Args:
         what: Text to show, such as "loading".
@@ -204,9 +204,9 @@ def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 class Bar:
-    """Progress of a long run: a bar with rate and time left, or plain lines without a terminal.
+    """Progress bar with rate and time left; plain lines if stderr is not a terminal.
 
-    A context manager, which clears the line at the end.
+    A context manager that clears the bar at the end.
     """
 
     def __init__(self, total: int, unit: str, *, quiet: bool = False, done: int = 0):
@@ -214,14 +214,14 @@ class Bar:
 
         Args:
             total: Number of items.
-            unit: Their name in the plural, such as "images".
+            unit: Plural noun for the items, such as "images".
             quiet: Show nothing except the lines of `say`.
-            done: Items that an earlier run has done; they do not count towards the rate.
+            done: Items that an earlier run has done; not counted in the rate.
         """
         self.total, self.unit, self.quiet = total, unit, quiet
-        self.done = self._already = done
+        self.done = self._done_before = done
         self._live = sys.stderr.isatty() and not quiet
-        self._started = self._shown = time.perf_counter()
+        self._started = self._drawn = time.perf_counter()
 
     def __enter__(self) -> "Bar":
         if self._live and self.total:
@@ -236,9 +236,9 @@ class Bar:
         """Count items as done."""
         self.done += count
         now = time.perf_counter()
-        if self.quiet or now - self._shown < (REDRAW_SECONDS if self._live else LINE_SECONDS):
+        if self.quiet or now - self._drawn < (REDRAW_SECONDS if self._live else LINE_SECONDS):
             return
-        self._shown = now
+        self._drawn = now
         if self._live:
             self._draw()
         else:
@@ -257,20 +257,20 @@ class Bar:
 
     def _text(self) -> str:
         seconds = time.perf_counter() - self._started
-        fresh = self.done - self._already
+        done_now = self.done - self._done_before
         text = f"{self.done} of {self.total} {self.unit}"
-        if fresh and seconds > 0:
-            left_s = round(seconds * (self.total - self.done) / fresh)
-            text += f", {fresh / seconds:.1f}/s, {left_s // 60}:{left_s % 60:02d} left"
+        if done_now and seconds > 0:
+            left_s = round(seconds * (self.total - self.done) / done_now)
+            text += f", {done_now / seconds:.1f}/s, {left_s // 60}:{left_s % 60:02d} left"
         return text
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Remove characters that could move a terminal's cursor, reorder what it shows, or worse.
+    """Remove the characters that a terminal would interpret instead of showing.
 
     Args:
         text: Any text; surrogates, as in file names that are not UTF-8, become backslash escapes.
-        keep: Control characters that stay, such as newline and tab.
+        keep: Control characters to keep, such as newline and tab.
     """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return UNSAFE.sub(lambda found: found[0] if found[0] in keep else "", text)
+    return UNSAFE.sub(lambda match: match[0] if match[0] in keep else "", text)

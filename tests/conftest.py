@@ -15,7 +15,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MLX_ENABLE_TF32"] = "0"
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("support", "parity")]
-sys.path.append(str(Path(__file__).parent / "demo"))  # last: its modules have everyday names
+sys.path.append(str(Path(__file__).parent / "demo"))  # last: its module names are common words
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -37,7 +37,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture(autouse=True, scope="session")
-def float32_unless_told() -> Iterator[None]:
+def default_to_float32() -> Iterator[None]:
     """Compare in float32 on a GPU as well, where `load` would default to float16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "default_dtype", lambda: mx.float32)
@@ -45,9 +45,9 @@ def float32_unless_told() -> Iterator[None]:
 
 
 @pytest.fixture
-def keep_limits() -> Iterator[None]:
-    """Importing mlx_lm lowers the number of files this process may open; put it back."""
+def restore_file_limit() -> Iterator[None]:
+    """Restore the limit on open files, which importing mlx_lm lowers."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], most), most))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], hard), hard))

@@ -1,4 +1,4 @@
-"""The direction of imports, who may ask for the device, what the core path loads, file sizes."""
+"""Direction of imports, use of the device, imports of the core path, file sizes."""
 
 import ast
 import importlib
@@ -26,7 +26,10 @@ MAY_IMPORT = {
         *("mlx", "numpy", "PIL", "safetensors", "huggingface_hub", "tokenizers"),
         *("ftfy", "pyarrow"),  # used if installed
     },
-    "mlx_fastvlm": {"mlx", "numpy", "tokenizers", "mlx_mobileclip"},
+    "mlx_fastvlm": {
+        *("mlx", "numpy", "tokenizers", "mlx_mobileclip"),
+        "llguidance",  # used if installed
+    },
     "convert": {"mlx", "numpy", "PIL", "huggingface_hub", "mlx_mobileclip", "mlx_fastvlm"},
 }
 MAX_LINES = 400
@@ -75,11 +78,11 @@ def test_imports_point_one_way(package: str) -> None:
         assert tops - {package} <= MAY_IMPORT[package], path
 
 
-def test_the_runtime_knows_no_converter() -> None:
+def test_runtime_imports_no_module_by_name() -> None:
     for package in ("mlx_mobileclip", "mlx_fastvlm"):
         for path in files(package):
             assert not re.search(r"import_module|__import__", path.read_text()) or (
-                path.name == "__init__.py"  # of api.py, see there
+                path.name == "__init__.py"  # lazy import of api.py
             )
 
 
@@ -88,10 +91,10 @@ def test_loading_a_foreign_checkpoint_needs_no_converter(tmp_path: Path) -> None
 
     path = synthetic.write_layout(tmp_path, "fast_vlm")
     code = f"import sys, mlx_fastvlm; mlx_fastvlm.load({str(path)!r}); print(*sys.modules)"
-    assert not [name for name in fresh(code).split() if "convert" in name.split(".")]
+    assert not [name for name in run_code(code).split() if "convert" in name.split(".")]
 
 
-def test_no_file_imports_in_a_circle() -> None:
+def test_imports_between_files_have_no_cycle() -> None:
     """Imports for types count. A package imports its own `api` and its command by design."""
     graph = {
         name: {other for other in imports(path) if other in MODULES and other != name}
@@ -99,11 +102,11 @@ def test_no_file_imports_in_a_circle() -> None:
         if path.name != "__init__.py"
     }
     order = TopologicalSorter({name: others & graph.keys() for name, others in graph.items()})
-    order.prepare()  # raises CycleError, naming the circle
+    order.prepare()  # raises CycleError, naming the cycle
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_folder_imports_in_a_circle(package: str) -> None:
+def test_imports_between_folders_have_no_cycle(package: str) -> None:
     def folder(module: str) -> str:
         path = MODULES[module]
         return module if path.parent == ROOT / package else ".".join(module.split(".")[:2])
@@ -122,8 +125,8 @@ def test_only_the_layers_ask_for_the_device() -> None:
             assert not DEVICE.search(path.read_text()), path
 
 
-def test_models_state_their_mathematics_for_whole_arrays() -> None:
-    """Strips and cores are the business of `layers.py` and `cpu/`."""
+def test_models_compute_with_whole_arrays() -> None:
+    """Only `layers.py` and `cpu/` handle strips and cores."""
     for package in ("mlx_mobileclip", "mlx_fastvlm"):
         for path in files(f"{package}/models"):
             source = path.read_text()
@@ -133,7 +136,7 @@ def test_models_state_their_mathematics_for_whole_arrays() -> None:
 
 
 @pytest.mark.parametrize("folder", [*PACKAGES, "tests", "bench"])
-def test_files_can_be_read_in_one_sitting(folder: str) -> None:
+def test_files_are_short(folder: str) -> None:
     for path in files(folder):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path
         assert path.stem not in {"utils", "common", "helpers", "base", "misc"}
@@ -167,8 +170,8 @@ def test_public_names_exist() -> None:
     assert callable(namespace["generate"]) and callable(namespace["recall"])
 
 
-def fresh(code: str, *options: str) -> str:
-    """What a new process prints after running the code in the checkout."""
+def run_code(code: str, *options: str) -> str:
+    """Run code in a new process in the checkout; returns its output."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     result = subprocess.run(
         [sys.executable, *options, "-c", code],
@@ -191,7 +194,7 @@ STEPS = {
 
 
 def test_generate_is_the_function_in_every_order_of_imports() -> None:
-    """Each order in a forked process of its own, for that is quicker than to start one."""
+    """Each order runs in a forked process, which is quicker than starting one."""
     code = f"""
 import importlib, itertools, os, sys
 steps = {STEPS!r}
@@ -212,7 +215,7 @@ for order in itertools.permutations(steps):
 print("done")
 """
     assert len(list(permutations(STEPS))) == 24
-    assert fresh(code, "-W", "error") == "done"
+    assert run_code(code, "-W", "error") == "done"
 
 
 @pytest.mark.parametrize(
@@ -235,8 +238,8 @@ def test_every_module_can_be_imported() -> None:
             importlib.import_module(module.name)
 
 
-def test_the_core_path_loads_no_heavy_package(tmp_path: Path) -> None:
-    """Nor changes the process's limits or environment, up to an answer."""
+def test_core_path_loads_no_heavy_package(tmp_path: Path) -> None:
+    """Nor does it change the limits or the environment of the process."""
     import synthetic
 
     path = synthetic.write_layout(tmp_path, "mlx-vlm")
@@ -250,18 +253,18 @@ heavy = {{"torch", "transformers", "mlx_lm", "jinja2", "huggingface_hub"}} & set
 same = limits == resource.getrlimit(resource.RLIMIT_NOFILE) and environment == dict(os.environ)
 print(sorted(heavy), same)
 """
-    assert fresh(code) == "[] True"
+    assert run_code(code) == "[] True"
 
 
-def test_an_answer_imports_no_more_than_it_uses() -> None:
-    """What a user waits for before the first token: these folders, these packages, nothing else."""
+def test_answer_imports_only_what_it_uses() -> None:
+    """Imports delay the first token, so only these folders and packages are allowed."""
     code = """
 import sys
 from mlx_fastvlm.cli.generate import main
 main(["--model", "demo", "--image", "examples/scene.png", "--max-tokens", "1", "--quiet"])
 print(*sys.modules)
 """
-    loaded = set(fresh(code).splitlines()[-1].split())
+    loaded = set(run_code(code).splitlines()[-1].split())
     ours = {name for name in loaded if name.startswith(PACKAGES)}
     assert {name for name in ours if name.startswith("mlx_mobileclip.")} <= MODULES.keys()
     unused = ("eval", "embedding", "train", "api", "loader", "models.clip")
@@ -278,7 +281,7 @@ print(*sys.modules)
 @pytest.mark.parametrize("package", ["mlx_fastvlm", "mlx_mobileclip"])
 def test_import_is_quick(package: str) -> None:
     code = f"import time; t = time.perf_counter(); import {package}; print(time.perf_counter() - t)"
-    assert min(float(fresh(code)) for _ in range(5)) < 0.15
+    assert min(float(run_code(code)) for _ in range(5)) < 0.15
 
 
 def test_no_code_of_a_checkpoint_can_run() -> None:
@@ -295,16 +298,16 @@ def test_no_code_of_a_checkpoint_can_run() -> None:
 
 
 def test_one_function_writes_to_stderr() -> None:
-    """`terminal.say`, which leaves out what a terminal would obey."""
+    """`terminal.say`, which removes control characters."""
     for path in MODULES.values():
         if path != ROOT / "mlx_mobileclip/terminal.py":
-            words = set(re.findall(r"\w+", "".join(code_of(path))))
-            assert not words & {"stderr", "__stderr__", "print_exc", "StreamHandler"}, path
-            assert "cli" in path.parts or "print" not in words, path
+            names = set(re.findall(r"\w+", "".join(code_of(path))))
+            assert not names & {"stderr", "__stderr__", "print_exc", "StreamHandler"}, path
+            assert "cli" in path.parts or "print" not in names, path
 
 
 def code_of(path: Path) -> Iterator[str]:
-    """The names that a file uses, without its comments and texts."""
+    """The names that a file uses, without comments and strings."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Name):
             yield f"{node.id} "
@@ -314,8 +317,8 @@ def code_of(path: Path) -> Iterator[str]:
             yield f"{node.name} "
 
 
-def test_every_file_is_in_the_architecture() -> None:
-    """docs/architecture.md has a line for each file, and none for one that is gone."""
+def test_every_file_is_in_architecture_md() -> None:
+    """docs/architecture.md has a line for each file, and none for removed files."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     tree = text[text.index("## Files") :].split("```")[1]
     listed, folders = set(), []

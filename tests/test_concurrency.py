@@ -1,4 +1,4 @@
-"""A model answers from any thread, cold or warm; a process ends cleanly; a forked child is told."""
+"""Models work in any thread, processes exit cleanly, and forked children get an error."""
 
 import json
 import os
@@ -27,25 +27,25 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def ask_cold(kind: str) -> None:
-    done = run(COLD, kind, 8)
-    assert done.returncode == 0, (kind, done.returncode, done.stderr[-2000:])
-    found, alone = json.loads(done.stdout)
-    assert found == alone
-    assert len({json.dumps(answer) for answer in found}) > 1  # not all alike
+def run_cold_threads(kind: str) -> None:
+    result = run(COLD, kind, 8)
+    assert result.returncode == 0, (kind, result.returncode, result.stderr[-2000:])
+    found, expected = json.loads(result.stdout)
+    assert found == expected
+    assert len({json.dumps(answer) for answer in found}) > 1  # not all equal
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cold_threads_are_all_answered_and_the_process_ends_well(kind: str) -> None:
+def test_cold_threads_are_answered_and_the_process_exits_cleanly(kind: str) -> None:
     for _ in range(2):
-        ask_cold(kind)
+        run_cold_threads(kind)
 
 
 @pytest.mark.stress
 @pytest.mark.parametrize("kind", KINDS)
 def test_cold_threads_a_hundred_times(kind: str) -> None:
     for _ in range(25):
-        ask_cold(kind)
+        run_cold_threads(kind)
 
 
 FORK = """
@@ -79,32 +79,34 @@ SCENE = ROOT / "examples" / "scene.png"
         ("mobileclip", f"mlx_mobileclip.classify(model, processor, [{str(SCENE)!r}], ['a', 'b'])"),
     ],
 )
-def test_a_child_forked_after_loading_is_told_in_one_line(package: str, inside: str) -> None:
-    done = run("-c", FORK.format(before=LOAD.format(package), inside=inside))
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.startswith("ModelError this process was forked from one that had loaded a")
-    assert len(done.stdout.splitlines()) == 1 and "'spawn'" in done.stdout
+def test_child_forked_after_loading_gets_a_one_line_error(package: str, inside: str) -> None:
+    result = run("-c", FORK.format(before=LOAD.format(package), inside=inside))
+    assert result.returncode == 3, result.stderr
+    assert result.stdout.startswith("ModelError this process was forked from one that had loaded a")
+    assert len(result.stdout.splitlines()) == 1 and "'spawn'" in result.stdout
 
 
-def test_a_child_that_never_uses_mlx_notices_nothing() -> None:
-    done = run("-c", FORK.format(before=LOAD.format("fastvlm"), inside="print('fine', flush=True)"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "fine\n", "")
+def test_forked_child_that_does_not_use_mlx_works() -> None:
+    result = run(
+        "-c", FORK.format(before=LOAD.format("fastvlm"), inside="print('fine', flush=True)")
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "fine\n", "")
 
 
-def test_a_child_forked_before_the_first_load_answers() -> None:
+def test_child_forked_before_the_first_load_works() -> None:
     inside = LOAD.format("fastvlm") + "; mlx_fastvlm.generate(model, processor, 'Hello')"
-    done = run("-c", FORK.format(before="import mlx_fastvlm, mlx_mobileclip", inside=inside))
-    assert (done.returncode, done.stderr) == (0, "")
+    result = run("-c", FORK.format(before="import mlx_fastvlm, mlx_mobileclip", inside=inside))
+    assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_the_end_waits_for_ended_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_waits_for_ended_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 12))
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
     monkeypatch.setattr(concurrency, "_workers", set())
     concurrency._wait_for_workers()
     assert not slept
-    monkeypatch.setattr(concurrency, "_workers", {1 << 30})  # of no thread
+    monkeypatch.setattr(concurrency, "_workers", {1 << 30})  # not the id of a thread
     concurrency._wait_for_workers()
     assert not slept or not concurrency.TASKS.is_dir()
     monkeypatch.setattr(concurrency, "TASKS", Path("/nowhere"))

@@ -1,8 +1,8 @@
-"""Those who do the work: one module each, imported in a process of its own.
+"""Implementations to compare: one module each, imported in its own process.
 
-`prepare(case, checkpoint)` loads what the case needs and returns a function that, given the number
-of a repetition, gets all ready and returns the work to be timed, which ends when its result is
-there. Checkpoints are as `bench/checkpoints.py` writes them.
+`prepare(case, checkpoint)` loads the model and returns a function that, given the index of a
+repetition, prepares its inputs and returns the work to time. The work ends when its result is
+computed. Checkpoints are written by `bench/checkpoints.py`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""mlx-lm's Qwen2 and its loop."""
+"""mlx-lm's Qwen2 and its generation loop."""
 
 from pathlib import Path
 from typing import Any

@@ -42,7 +42,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     for key, value in loaded.items():
         if value.ndim == 4:
             value = value.transpose(0, 2, 3, 1)
-            value = value.reshape(-1).reshape(value.shape)  # as if read in that order
+            value = value.reshape(-1).reshape(value.shape)  # contiguous, as read from a file
         elif "layer_scale" in key:
             value = value.reshape(1, 1, -1)
         weights[str(synthetic.mlx_vlm_name(key))] = value.astype(dtype)
@@ -52,7 +52,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
 
     def vision(repetition: int) -> Work:
         pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3))).astype(dtype)
-        mx.eval(pixels)  # so that it is on the GPU, as PyTorch's
+        mx.eval(pixels)  # already on the GPU, like PyTorch's
 
         def work() -> None:
             _, x, _ = model.vision_tower(pixels)

@@ -1,4 +1,4 @@
-"""open_clip's MobileCLIP in PyTorch, branches fused."""
+"""open_clip's MobileCLIP in PyTorch, reparameterised."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from .. import inputs
 from ..cases import Case
 from . import Repeat
-from .pytorch import set_up, to_the_end
+from .pytorch import set_up, synchronized
 
 import open_clip  # isort: skip (after pytorch)
 from timm.utils.model import reparameterize_model  # isort: skip
@@ -27,5 +27,5 @@ def prepare(case: Case, checkpoint: Path) -> Repeat:
     images = images.to(device, dtype)
     texts = open_clip.get_tokenizer(checkpoint.stem)(["a photo of a dog"] * case.batch).to(device)
     if case.work == "image":
-        return to_the_end(lambda _: lambda: model.encode_image(images), device)
-    return to_the_end(lambda _: lambda: model.encode_text(texts), device)
+        return synchronized(lambda _: lambda: model.encode_image(images), device)
+    return synchronized(lambda _: lambda: model.encode_text(texts), device)

@@ -45,24 +45,24 @@ def _mobileclip(case: Case, checkpoint: Path) -> Repeat:
 def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     model, processor = mlx_fastvlm.load(checkpoint, dtype=case.dtype)
     if case.work == "decode":
-        model.pop("vision_tower")  # mlx-lm has none
-        give_back_freed_memory()
+        model.pop("vision_tower")  # for comparison with mlx-lm, which has none
+        trim_memory()
     side, dtype = case.resolution, DTYPES[case.dtype]
-    around = processor("x").input_ids.size - 1  # tokens of the conversation format
+    format_tokens = processor("x").input_ids.size - 1  # tokens of the chat format
 
     def answer(
         letter: str, repetition: int, cache: mlx_fastvlm.PromptCache | None = None
     ) -> Iterator[object]:
         first = repetition * case.images
         photos = [inputs.photo(seed, side) for seed in range(first, first + case.images)]
-        question = letter * (case.tokens - around)  # one token a letter
+        question = letter * (case.tokens - format_tokens)  # one token per letter
         return mlx_fastvlm.stream_generate(
             model, processor, question, photos, resolution=side, max_tokens=1, prompt_cache=cache
         )
 
     def vision(repetition: int) -> Work:
         pixels = mx.array(inputs.pixels(repetition, (1, side, side, 3))).astype(dtype)
-        mx.eval(pixels)  # so that it is on the GPU, as PyTorch's
+        mx.eval(pixels)  # already on the GPU, like PyTorch's
         return lambda: mx.eval(model.encode_image(pixels))
 
     def first(repetition: int) -> Work:
@@ -76,7 +76,7 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
         return lambda: next(stream)
 
     def decode(_: int) -> Work:
-        prompt = "x" * (DECODE_PROMPT - around)
+        prompt = "x" * (DECODE_PROMPT - format_tokens)
         stream = mlx_fastvlm.stream_generate(model, processor, prompt, max_tokens=case.tokens + 1)
         next(stream)
         return lambda: _exhaust(stream, case.tokens)
@@ -90,12 +90,12 @@ def _fastvlm(case: Case, checkpoint: Path) -> Repeat:
     return works[case.work]
 
 
-def give_back_freed_memory() -> None:
-    """Have glibc, which this package tells to keep it, return it to the system."""
+def trim_memory() -> None:
+    """Return freed memory to the system, which this package configures glibc to keep."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _exhaust(stream: Iterator[object], tokens: int) -> None:
     if sum(1 for _ in stream) != tokens:
-        raise RuntimeError("the answer ended early; take other weights")
+        raise RuntimeError("the answer ended early; use other weights")

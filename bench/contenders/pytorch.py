@@ -1,4 +1,4 @@
-"""PyTorch as its contenders use it: without gradients, on all cores or on the GPU."""
+"""PyTorch setup of its contenders: no gradients, all cores or the GPU."""
 
 import os
 
@@ -10,20 +10,20 @@ from . import Repeat, Work
 
 
 def set_up(case: Case) -> tuple[torch.device, torch.dtype]:
-    """Where to compute the case, and in what."""
+    """Configure PyTorch; returns device and dtype of the case."""
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     name = ("cuda" if torch.cuda.is_available() else "mps") if case.gpu else "cpu"
     return torch.device(name), getattr(torch, case.dtype)
 
 
-def to_the_end(repeat: Repeat, device: torch.device) -> Repeat:
-    """The same with work that ends when the GPU has done it."""
+def synchronized(repeat: Repeat, device: torch.device) -> Repeat:
+    """Wrap the work so that it waits for the GPU."""
     if device.type == "cpu":
         return repeat
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize
 
-    def waiting(repetition: int) -> Work:
+    def prepare(repetition: int) -> Work:
         work = repeat(repetition)
         wait()
 
@@ -33,4 +33,4 @@ def to_the_end(repeat: Repeat, device: torch.device) -> Repeat:
 
         return run
 
-    return waiting
+    return prepare

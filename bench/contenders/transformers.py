@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle  # first: it makes torchvision importable
+import oracle  # first, because it makes torchvision importable
 import torch
 from PIL import ImageOps
 from safetensors.numpy import load_file
@@ -14,17 +14,17 @@ from transformers import CLIPImageProcessor
 from .. import inputs
 from ..cases import DECODE_PROMPT, Case
 from . import Repeat, Work
-from .pytorch import set_up, to_the_end
+from .pytorch import set_up, synchronized
 
 EMBEDDING = "model.embed_tokens.weight"
-STRIDE = 64  # image px to a token
+STRIDE = 64  # image px per token, in each direction
 
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
     device, dtype = set_up(case)
     if case.preprocesses:
         return _preprocess(case)
-    return to_the_end(_fastvlm(case, checkpoint, device, dtype), device)
+    return synchronized(_fastvlm(case, checkpoint, device, dtype), device)
 
 
 def _preprocess(case: Case) -> Repeat:
@@ -37,7 +37,7 @@ def _preprocess(case: Case) -> Repeat:
 
     def work() -> object:
         image = open_photo().convert("RGB")
-        square = ImageOps.pad(image, (max(image.size),) * 2)  # black, as Apple's pipeline
+        square = ImageOps.pad(image, (max(image.size),) * 2)  # black, as in Apple's pipeline
         return processor(square, return_tensors="pt")["pixel_values"]
 
     return lambda _: work
@@ -49,27 +49,27 @@ def _fastvlm(case: Case, checkpoint: Path, device: torch.device, dtype: torch.dt
     model = oracle.fast_vlm(tensors, case.size).to(device, dtype)
     side, image_id = case.resolution, model.config.image_token_index
 
-    def inputs_of(repetition: int, tokens: int, images: int) -> dict[str, Any]:
+    def model_inputs(repetition: int, tokens: int, images: int) -> dict[str, Any]:
         placeholders = [image_id] * (images * (side // STRIDE) ** 2)
         ids = np.concatenate([placeholders, inputs.text_ids(repetition, tokens)])
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "input_ids": torch.from_numpy(ids.astype(np.int64))[None].to(device)
         }
         if images:
             values = inputs.pixels(repetition, (images, 3, side, side))
-            given["pixel_values"] = torch.from_numpy(values).to(device, dtype)
-        return given
+            arguments["pixel_values"] = torch.from_numpy(values).to(device, dtype)
+        return arguments
 
     def vision(repetition: int) -> Work:
         values = torch.from_numpy(inputs.pixels(repetition, (1, 3, side, side))).to(device, dtype)
         return lambda: model.model.get_image_features(values).pooler_output
 
     def first(repetition: int) -> Work:
-        given = inputs_of(repetition, case.tokens, case.images)
-        return lambda: model(**given, logits_to_keep=1).logits.argmax()
+        arguments = model_inputs(repetition, case.tokens, case.images)
+        return lambda: model(**arguments, logits_to_keep=1).logits.argmax()
 
     def decode(repetition: int) -> Work:
-        out = model(**inputs_of(repetition, DECODE_PROMPT, 0), use_cache=True, logits_to_keep=1)
+        out = model(**model_inputs(repetition, DECODE_PROMPT, 0), use_cache=True, logits_to_keep=1)
 
         def work() -> None:
             token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values

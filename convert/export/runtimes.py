@@ -1,4 +1,4 @@
-"""A FastVLM in the layout of mlx-vlm or of transformers.
+"""Convert a FastVLM to the layout of mlx-vlm or transformers.
 
 Source of the configs: mlx-vlm 0.7.10 `models/fastvlm`, transformers 5.23 `models/fast_vlm` and
 `models/llava/processing_llava.py`.
@@ -24,10 +24,10 @@ from mlx_mobileclip.quantization import QuantizedLayers, quantization_entry
 from ..write import write_json
 from .unfold import source_paths, unfold
 
-TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # runtime: name of its layout
+TARGETS = {"mlx-vlm": "mlx-vlm", "transformers": "fast_vlm"}  # name of each runtime's layout
 IMAGE_TOKEN = "<image>"  # in the text of a prompt; both runtimes replace it by the image
-IMAGE_TOKEN_ID = 151646  # in transformers; an unused row of Qwen2's vocabulary
-HEAD_WIDTH = 768  # of a classification head that mlx-vlm requires
+IMAGE_TOKEN_ID = 151646  # in transformers: an unused row of Qwen2's vocabulary
+HEAD_WIDTH = 768  # width of the classification head that mlx-vlm requires
 EXTRA_ROWS = 64  # added to a vocabulary that has no unused row for IMAGE_TOKEN
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
@@ -46,14 +46,14 @@ def check_quantization(target: str, quantized: QuantizedLayers) -> None:
 
     Args:
         target: One of TARGETS.
-        quantized: Layers that are quantised, and how.
+        quantized: Quantisation of each quantised layer.
 
     Raises:
         ConfigError: it cannot.
     """
     if quantized and target == "transformers":
         raise ConfigError(
-            "transformers cannot load weights that MLX has quantised; leave out -q, or --dequantize"
+            "transformers cannot load weights quantised by MLX; leave out -q, or --dequantize"
         )
     if any(path.startswith("vision_tower.") for path in quantized):
         raise ConfigError("mlx-vlm cannot load a quantised image tower; leave it out of --q-parts")
@@ -79,10 +79,10 @@ def check_image_mode(target: str, mode: str) -> None:
 def to_layout(
     config: FastVLMConfig, tensors: Tensors, target: str, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], Tensors]:
-    """Turn a canonical checkpoint into the layout of another runtime.
+    """Convert a canonical checkpoint to the layout of another runtime.
 
     Args:
-        config: Of the canonical checkpoint.
+        config: Config of the canonical checkpoint.
         tensors: Its lazy tensors.
         target: One of TARGETS.
         tokenizer: Its tokenizer.
@@ -114,7 +114,7 @@ def to_layout(
 
 
 def _unused_tensors(config: FastVLMConfig, target: str, tensors: Tensors) -> Tensors:
-    """Tensors that the runtime does not compute with, but warns or fails about if missing."""
+    """Tensors that the runtime does not use, but that it warns about or requires."""
     if target == "transformers":
         counter = ".num_batches_tracked"
         norms = [name for name in tensors if name.endswith(".running_var")]
@@ -124,7 +124,7 @@ def _unused_tensors(config: FastVLMConfig, target: str, tensors: Tensors) -> Ten
 
 
 def image_token_id(config: FastVLMConfig, tokenizer: Tokenizer) -> int:
-    """Id of IMAGE_TOKEN in transformers' layout: the tokenizer's, or one that it does not use."""
+    """Id of IMAGE_TOKEN in transformers' layout: the tokenizer's, or an unused one."""
     if IMAGE_TOKEN in tokenizer.added:
         return tokenizer.added[IMAGE_TOKEN]
     unused = tokenizer.size <= IMAGE_TOKEN_ID < config.text.vocab_size
@@ -132,12 +132,12 @@ def image_token_id(config: FastVLMConfig, tokenizer: Tokenizer) -> int:
 
 
 def end_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end an answer, the end of a turn first."""
+    """Ids that end an answer, end of turn first."""
     return [tokenizer.added[t] for t in (TURN_END, TEXT_END) if t in tokenizer.added]
 
 
 def _with_axes(layout: Layout, common: str, tensor: mx.array) -> mx.array:
-    """Convolutions and layer scales in the layout's order of axes."""
+    """Put convolutions and layer scales in the layout's order of axes."""
     if not layout.nhwc or not common.startswith("vision."):
         return tensor
     if tensor.ndim == 4:
@@ -165,7 +165,7 @@ def _mlx_vlm_config(config: FastVLMConfig, text: dict[str, Any]) -> dict[str, An
 
 
 def _quantization_entry(config: FastVLMConfig, name: Callable[[str], str]) -> dict[str, Any]:
-    """The `quantization` entry for the layers as the source calls them."""
+    """The `quantization` entry, with the layout's names of layers."""
     if not config.quantization:
         return {}
     layers = {
@@ -206,13 +206,13 @@ def _transformers_config(
 def write_tokenizer(
     directory: Path, config: FastVLMConfig, target: str, tokenizer: Tokenizer
 ) -> None:
-    """Write the files of the tokenizer, of the preprocessing and of the end of an answer.
+    """Write the files for tokenizer, preprocessing and generation.
 
     Args:
-        directory: Where to write.
-        config: Of the canonical checkpoint.
+        directory: Directory to write to.
+        config: Config of the canonical checkpoint.
         target: One of TARGETS.
-        tokenizer: Of the checkpoint.
+        tokenizer: Tokenizer of the checkpoint.
     """
     path = directory / "tokenizer.json"
     tokenizer.save(path)

@@ -1,8 +1,8 @@
-"""The inverse of reading a checkpoint: canonical tensors as a source checkpoint has them.
+"""The inverse of reading a checkpoint: canonical tensors to those of a source checkpoint.
 
 Names are the common ones of the loader: timm's for the image tower, Hugging Face's for the decoder.
-Quantised layers are split without being dequantised, as each of their rows is quantised on its
-own. All tensors are lazy.
+Quantised layers are split without being dequantised, as each row is quantised separately. All
+tensors are lazy.
 """
 
 import re
@@ -38,7 +38,7 @@ def unfold(config: FastVLMConfig, tensors: Tensors) -> Tensors:
     """Convert canonical tensors back to those of a source checkpoint.
 
     Args:
-        config: Of the FastVLM.
+        config: Config of the FastVLM.
         tensors: Its canonical tensors.
 
     Returns:
@@ -75,9 +75,9 @@ def split_decoder(config: Qwen2Config, tensors: Tensors) -> Tensors:
 def unfold_tower(folded: Tensors) -> Tensors:
     """A FastViT tower in timm's names, with the branches of each module fused.
 
-    What has been folded cannot be separated again. A source's layer scales become 1, and its
-    BatchNorms return their input. The shift of a MobileCLIP's BatchNorm before attention stays in
-    a bias of qkv, which no source has.
+    Folded tensors cannot be separated again, so layer scales become 1 and BatchNorms the identity.
+    The shift of a MobileCLIP's BatchNorm before attention stays in a bias of qkv, which no source
+    has.
     """
     out: Tensors = {}
     for name, tensor in folded.items():
@@ -101,7 +101,7 @@ def unfold_tower(folded: Tensors) -> Tensors:
 
 
 def _identities(block: str, kernel: mx.array, tensors: Tensors) -> Tensors:
-    """Layer scales and BatchNorms of a block that return their input."""
+    """Layer scales and BatchNorms of a block, all the identity."""
     one = mx.ones((len(kernel), 1, 1), kernel.dtype)
     out = identity_norm(f"{block}.mlp.conv.bn", kernel)
     if f"{block}.token_mixer.proj.weight" not in tensors:
@@ -112,9 +112,10 @@ def _identities(block: str, kernel: mx.array, tensors: Tensors) -> Tensors:
 
 
 def identity_norm(dst: str, kernel: mx.array) -> Tensors:
-    """Tensors of a BatchNorm that returns its input, for the channels and dtype of a kernel.
+    """Tensors of an identity BatchNorm, for the channels and dtype of a kernel.
 
-    Its gain is 1 to 7e-9 in float32, and to 5e-6 in half precision, where the variance is 1.
+    Its gain differs from 1 by 7e-9 in float32, and by 5e-6 in half precision, where the variance
+    is 1.
     """
     channels, dtype = (len(kernel),), kernel.dtype
     ones, zeros = mx.ones(channels, dtype), mx.zeros(channels, dtype)
@@ -132,10 +133,10 @@ def renamed(name: str, names: Iterable[tuple[str, str]]) -> str:
 
 
 def strip_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """The tensors whose names begin with a prefix, without it."""
+    """Select the tensors whose names begin with a prefix, and remove it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def add_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """All tensors, with a prefix before their names."""
+    """Add a prefix to the names of all tensors."""
     return {f"{prefix}{k}": v for k, v in tensors.items()}

@@ -1,1 +1,1 @@
-"""Quantise layers: which, to how many bits, and what it costs."""
+"""Choose and quantise layers, and measure the loss of quality."""

@@ -1,9 +1,9 @@
 """Mixed quantisation: more bits for the layers whose rounding changes the outputs most.
 
 The layers of one module, such as a decoder layer's attention, get the same number of bits. Each
-such group is rounded alone and the outputs are compared with the original's on calibration
-samples. Bits are then added one step at a time where the gain per bit is largest, until the budget
-is spent.
+such group is rounded separately, and the outputs on calibration samples are compared with the
+original's. Bits are then added step by step where the gain per bit is largest, until the budget is
+spent.
 """
 
 from collections import Counter, defaultdict
@@ -22,11 +22,11 @@ from ..calibration import Sample
 from ..verify.stages import IMAGES, LOGITS, TEXTS, UNROUNDED, Read, RunStages, Units
 from .quality import divergence
 
-FLOAT = 16  # stands for "not quantised" among numbers of bits
+FLOAT = 16  # means "not quantised" in BITS
 BITS = (*sorted(MODES["affine"][0]), FLOAT)
-TRIAL_BITS = 4  # to which layers are rounded to measure how sensitive they are
-EXTRA_BITS = 0.5  # per weight, that a mixture may have more than uniform quantisation
-HEADER_BYTES = 256  # of a safetensors file for each tensor in it, at most
+TRIAL_BITS = 4  # that layers are rounded to, to measure their sensitivity
+EXTRA_BITS = 0.5  # per weight, of a mixture over uniform quantisation
+HEADER_BYTES = 256  # at most, for each tensor in a safetensors file
 
 
 def group_by_module(quantized: QuantizedLayers) -> Units:
@@ -40,13 +40,13 @@ def group_by_module(quantized: QuantizedLayers) -> Units:
 def sensitivities(
     run_stages: RunStages, read: Read, quantized: QuantizedLayers, samples: list[Sample], bar: Bar
 ) -> dict[str, float]:
-    """How much the model's outputs change when one group of layers is rounded to TRIAL_BITS.
+    """Measure how much outputs change when one group of layers is rounded to TRIAL_BITS.
 
     Args:
         run_stages: Runs a model of this architecture.
         read: Reads the source.
-        quantized: Layers that are to be quantised.
-        samples: To measure it on.
+        quantized: Layers to quantise.
+        samples: Calibration samples.
         bar: Advanced by one for each group.
 
     Returns:
@@ -54,7 +54,7 @@ def sensitivities(
         MobileCLIP the mean of 1 - cosine over images and texts.
     """
     units = group_by_module(
-        {path: replace(how, bits=TRIAL_BITS) for path, how in quantized.items()}
+        {path: replace(quantization, bits=TRIAL_BITS) for path, quantization in quantized.items()}
     )
     references: dict[str, list[mx.array]] = defaultdict(list)
     changes: dict[str, list[float]] = {}
@@ -91,17 +91,17 @@ def allocate_bits(
     square: one more bit halves the steps and leaves a quarter of the divergence.
 
     Args:
-        costs: What rounding each group to TRIAL_BITS costs.
+        costs: From `sensitivities`.
         weights: Number of weights of each group.
-        quantization: Of all groups at first.
+        quantization: Initial quantisation of all groups.
         budget: Bits that may be added.
-        dtype: Of weights that are not quantised, and of scales.
+        dtype: dtype of weights that are not quantised, and of scales.
 
     Returns:
         One of BITS for each group.
     """
 
-    def stored(bits: int) -> float:
+    def stored_bits(bits: int) -> float:
         if bits == FLOAT:
             return 8 * dtype.size
         return replace(quantization, bits=bits).stored_bits(dtype)
@@ -118,7 +118,7 @@ def allocate_bits(
             if now == FLOAT:
                 continue
             higher = BITS[BITS.index(now) + 1]
-            price = weights[unit] * (stored(higher) - stored(now))
+            price = weights[unit] * (stored_bits(higher) - stored_bits(now))
             if price <= budget:
                 gains[unit] = ((cost(unit, now) - cost(unit, higher)) / price, higher, price)
         if not gains:
@@ -131,28 +131,28 @@ def allocate_bits(
 def bit_budget(
     model: Any, quantized: QuantizedLayers, dtype: mx.Dtype, max_bytes: int | None
 ) -> float:
-    """Bits that may be added to layers that all have the fewest bits.
+    """Return the bits that may be added to layers that all have the fewest bits.
 
     Args:
         model: Not quantised; its weights are never read.
         quantized: Layers to quantise, with the fewest bits that they may have.
-        dtype: Of all other weights.
-        max_bytes: Largest size of the files of weights; None for EXTRA_BITS per weight.
+        dtype: dtype of all other weights.
+        max_bytes: Size limit of the weight files; None for EXTRA_BITS per weight.
 
     Raises:
         ConfigError: the weights are larger even with the fewest bits.
     """
     sizes = {name: array.size for name, array in named_parameters(model).items()}
-    inside = {path: sizes.pop(f"{path}.weight") for path in quantized}
+    chosen = {path: sizes.pop(f"{path}.weight") for path in quantized}
     if max_bytes is None:
-        return EXTRA_BITS * sum(inside.values())
-    least = sum(quantized[path].stored_bits(dtype) * size for path, size in inside.items())
-    least += 8 * (dtype.size * sum(sizes.values()) + HEADER_BYTES * (len(sizes) + 3 * len(inside)))
+        return EXTRA_BITS * sum(chosen.values())
+    least = sum(quantized[path].stored_bits(dtype) * size for path, size in chosen.items())
+    least += 8 * (dtype.size * sum(sizes.values()) + HEADER_BYTES * (len(sizes) + 3 * len(chosen)))
     if least > 8 * max_bytes:
         raise ConfigError(
             f"--max-size {max_bytes / 1e6:.1f}MB: the weights take {least / 8e6:.1f} MB even at "
-            f"{min(how.bits for how in quantized.values())} bits; allow more, or fewer --q-bits or "
-            "more --q-parts"
+            f"{min(entry.bits for entry in quantized.values())} bits; allow more, or fewer "
+            "--q-bits or more --q-parts"
         )
     return 8 * max_bytes - least
 
@@ -165,9 +165,9 @@ def mixed_quantization(
     Args:
         model: Not quantised; its weights are never read.
         quantized: Layers to quantise, all with the fewest bits.
-        dtype: Of all other weights.
-        costs: As of `sensitivities`.
-        budget: As of `bit_budget`.
+        dtype: dtype of all other weights.
+        costs: From `sensitivities`.
+        budget: From `bit_budget`.
 
     Returns:
         Quantisation of each layer; layers that stay floats are left out.
@@ -177,8 +177,8 @@ def mixed_quantization(
     weights = {unit: sum(sizes[f"{path}.weight"] for path in units[unit]) for unit in units}
     bits = allocate_bits(costs, weights, next(iter(quantized.values())), budget, dtype)
     return {
-        path: replace(how, bits=bits[unit])
+        path: replace(quantization, bits=bits[unit])
         for unit, layers in units.items()
-        for path, how in layers.items()
+        for path, quantization in layers.items()
         if bits[unit] != FLOAT
     }

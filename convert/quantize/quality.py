@@ -1,4 +1,4 @@
-"""What quantising costs: outputs of a quantised model against the original's, on samples."""
+"""Quality of a quantised model: its outputs compared with the original's on samples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,28 +33,28 @@ def checkpoint_size(weights: int, stored: Tensors, config: Any) -> Size:
 
     Args:
         weights: Number of weights of the model.
-        stored: Canonical tensors as they are stored; not evaluated.
-        config: Of the model.
+        stored: Canonical tensors as stored; not evaluated.
+        config: Config of the model.
     """
     disk = sum(tensor.nbytes for tensor in stored.values())
-    # A tied embedding is also the output layer, all of which is read for each token.
+    # A tied embedding is also the output layer, which is read in full for each token.
     tied = isinstance(config, FastVLMConfig) and config.text.tie_word_embeddings
     skipped = () if tied else ("language_model.embed_tokens.",)
-    read = sum(
+    per_token = sum(
         tensor.nbytes
         for name, tensor in stored.items()
         if name.startswith("language_model.") and not name.startswith(skipped)
     )
-    return Size(8 * disk / weights, disk, read)
+    return Size(8 * disk / weights, disk, per_token)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a quantised FastVLM's distributions of the next token differ from the original's.
+    """Next-token distributions of a quantised FastVLM, compared with the original's.
 
     Attributes:
         kl: Mean Kullback-Leibler divergence from the original, nats.
-        top_1: Share of positions where the most likely token is the same.
+        top_1: Share of positions with the same most likely token.
         positions: Number of positions compared.
     """
 
@@ -75,24 +75,24 @@ def agreement(
         samples: Images with a question and an answer.
     """
     divergences, same = [], []
-    # All of one and each of the other: memory is needed for the logits of one model.
+    # Keep the logits of only one model in memory.
     expected = [out.value for out in run_stages(original, {}, samples) if out.stage == LOGITS]
-    found = (out.value for out in run_stages(quantized, {}, samples) if out.stage == LOGITS)
-    for reference, logits in zip(expected, found, strict=True):
+    actual = (out.value for out in run_stages(quantized, {}, samples) if out.stage == LOGITS)
+    for reference, logits in zip(expected, actual, strict=True):
         divergences.append(divergence(reference, logits))
         same.append(mx.argmax(reference, axis=-1) == mx.argmax(logits, axis=-1))
-    kl, agreeing = np.array(mx.concatenate(divergences)), np.array(mx.concatenate(same))
-    return Agreement(float(kl.mean()), float(agreeing.mean()), len(kl))
+    kl, agrees = np.array(mx.concatenate(divergences)), np.array(mx.concatenate(same))
+    return Agreement(float(kl.mean()), float(agrees.mean()), len(kl))
 
 
-def divergence(reference: mx.array, found: mx.array) -> mx.array:
+def divergence(reference: mx.array, actual: mx.array) -> mx.array:
     """Kullback-Leibler divergence (L,) in nats, of log-probabilities (L, V)."""
-    return mx.sum(mx.exp(reference) * (reference - found), axis=-1)
+    return mx.sum(mx.exp(reference) * (reference - actual), axis=-1)
 
 
 @dataclass(frozen=True)
-class Closeness:
-    """How a quantised MobileCLIP's embeddings differ from the original's.
+class Similarity:
+    """Embeddings of a quantised MobileCLIP, compared with the original's.
 
     Attributes:
         image: Mean cosine of the two embeddings of an image.
@@ -105,25 +105,25 @@ class Closeness:
     top_1: float | None
 
 
-def closeness(
+def similarity(
     run_stages: RunStages, original: Read, quantized: Read, samples: list[Sample]
-) -> Closeness:
+) -> Similarity:
     """Compare two checkpoints of a MobileCLIP on images, and on labels if it has a text tower.
 
     Args:
         run_stages: Runs a MobileCLIP.
         original: Reads the source.
         quantized: Reads the quantised checkpoint.
-        samples: Of which only the images are used.
+        samples: Calibration samples; only their images are used.
     """
-    (images, texts), (our_images, our_texts) = (
+    (images, texts), (other_images, other_texts) = (
         _embeddings(run_stages, read, samples) for read in (original, quantized)
     )
-    image = _mean(mx.sum(images * our_images, axis=-1))
-    if texts is None or our_texts is None:
-        return Closeness(image, None, None)
-    same = mx.argmax(images @ texts.T, axis=-1) == mx.argmax(our_images @ our_texts.T, axis=-1)
-    return Closeness(image, _mean(mx.sum(texts * our_texts, axis=-1)), _mean(same))
+    image = _mean(mx.sum(images * other_images, axis=-1))
+    if texts is None or other_texts is None:
+        return Similarity(image, None, None)
+    same = mx.argmax(images @ texts.T, axis=-1) == mx.argmax(other_images @ other_texts.T, axis=-1)
+    return Similarity(image, _mean(mx.sum(texts * other_texts, axis=-1)), _mean(same))
 
 
 def _mean(values: mx.array) -> float:

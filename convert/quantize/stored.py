@@ -1,7 +1,6 @@
-"""Lazy canonical tensors in the form they are stored in: one dtype, some layers quantised.
+"""Convert lazy canonical tensors to the form to store: one dtype, some layers quantised.
 
-Nothing is computed before a tensor is written, so that converting needs memory for the largest
-tensor only.
+Nothing is computed before a tensor is written, so that peak memory is that of the largest tensor.
 """
 
 import mlx.core as mx
@@ -16,8 +15,8 @@ def as_stored(tensors: Tensors, dtype: mx.Dtype, quantized: QuantizedLayers) -> 
 
     Args:
         tensors: Canonical tensors; emptied.
-        dtype: Of the tensors that are not quantised, and of scales.
-        quantized: Layers to quantise, and how.
+        dtype: dtype of tensors that are not quantised, and of scales.
+        quantized: Quantisation of each layer to quantise.
     """
     stored: Tensors = {}
     for name in list(tensors):
@@ -33,11 +32,11 @@ def as_stored(tensors: Tensors, dtype: mx.Dtype, quantized: QuantizedLayers) -> 
 
 
 def dequantized(tensors: Tensors, quantized: QuantizedLayers) -> Tensors:
-    """Turn quantised layers into float32 weights.
+    """Dequantise all quantised layers to float32.
 
     Args:
         tensors: Canonical tensors; emptied.
-        quantized: Layers that are quantised, and how.
+        quantized: Quantisation of each quantised layer.
     """
     floats: Tensors = {}
     for path, quantization in quantized.items():

@@ -1,1 +1,1 @@
-"""Run a checkpoint stage by stage, and compare what was written with its source."""
+"""Run a checkpoint stage by stage, and compare the written one with its source."""

@@ -1,4 +1,4 @@
-"""Compare what was written with what should have been written, and its stages with the source's."""
+"""Compare the written tensors with the expected ones, and stage outputs with the source's."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..calibration import Sample
 from .stages import Read, RunStages
 
 # Largest relative error of a stage's output. Rounding the weights to the dtype causes a tenth of
-# it; a layer in the wrong place causes about 1.
+# this; a misplaced layer causes about 1.
 MAX_ERROR = {mx.float32: 1e-3, mx.float16: 3e-2, mx.bfloat16: 1e-1}
 
 
@@ -22,21 +22,23 @@ def check_written(directory: Path, tensors: Tensors) -> int:
 
     Args:
         directory: The checkpoint that was written.
-        tensors: What it should hold; emptied, so that memory is needed for one at a time.
+        tensors: Expected tensors; emptied, so that only one at a time is in memory.
 
     Returns:
         The number of tensors.
 
     Raises:
-        CheckpointError: a tensor differs, is missing or should not be there.
+        CheckpointError: a tensor differs, is missing or is unexpected.
     """
     written, count = read_tensors(directory), len(tensors)
     for name in list(tensors):
         same = name in written and mx.array_equal(written.pop(name), tensors.pop(name)).item()
         if not same:
-            raise CheckpointError(f"{directory}: {name} was not written as it is; try another disk")
+            raise CheckpointError(
+                f"{directory}: {name} was not written correctly; try another disk"
+            )
     if written:
-        raise CheckpointError(f"{directory}: {next(iter(written))} was written out of nothing")
+        raise CheckpointError(f"{directory}: {next(iter(written))} was written but not expected")
     return count
 
 
@@ -48,36 +50,36 @@ def stage_errors(
     Args:
         run_stages: Runs a model of this architecture.
         original: Reads the source.
-        converted: Reads what was written.
-        sample: The input of both.
+        converted: Reads the written checkpoint.
+        sample: Input of both.
     """
     errors: dict[str, float] = {}
     outputs = (run_stages(read, {}, [sample]) for read in (original, converted))
-    for expected, found in zip(*outputs, strict=True):
-        value, other = (output.value.astype(mx.float32) for output in (expected, found))
+    for expected, actual in zip(*outputs, strict=True):
+        value, other = (output.value.astype(mx.float32) for output in (expected, actual))
         error = mx.linalg.norm(value - other) / mx.linalg.norm(value)
         errors[expected.stage] = float(np.array(error))
     return errors
 
 
 def check_errors(errors: dict[str, float], dtype: mx.Dtype, quantized: bool, where: Path) -> None:
-    """Compare the errors of the stages with what rounding the weights to a dtype causes.
+    """Check that the errors of the stages are no larger than rounding the weights explains.
 
     Args:
-        errors: As of `stage_errors`.
-        dtype: Of the weights that were written.
-        quantized: Whether layers are quantised. Their errors may be of any finite size.
+        errors: From `stage_errors`.
+        dtype: dtype of the written weights.
+        quantized: Whether layers are quantised. Then any finite error is accepted.
         where: The checkpoint, for the message.
 
     Raises:
-        CheckpointError: the error of a stage is larger.
+        CheckpointError: the error of a stage is too large.
     """
     limit = float("inf") if quantized else MAX_ERROR[dtype]
     for stage, error in errors.items():
         if not error < limit:  # NaN as well
             raise CheckpointError(
-                f"{where}: {stage} is off by {error:.2g} of its size where {dtype} explains "
-                f"{limit:g}; convert with another --dtype, or report this checkpoint"
+                f"{where}: {stage} is off by {error:.2g} of its norm, but {dtype} explains at "
+                f"most {limit:g}; convert with another --dtype, or report this checkpoint"
             )
 
 
@@ -85,6 +87,6 @@ def verify_report(count: int, errors: dict[str, float]) -> str:
     """The result of `--verify` as Markdown: tensors read back, and the error of each stage."""
     rows = "\n".join(f"| {stage} | {error:.1e} |" for stage, error in errors.items())
     return (
-        f"{count} tensors were read back, bit by bit as they were written.\n\n"
+        f"{count} tensors were read back and are identical bit by bit.\n\n"
         f"| against the source, on a test image | relative error |\n|---|---|\n{rows}"
     )

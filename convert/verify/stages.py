@@ -1,7 +1,7 @@
-"""Run a model stage by stage and return each stage's output, also with some layers rounded.
+"""Run a model stage by stage and yield each stage's output, also with some layers rounded.
 
-FastVLM is run in parts. The weights of each decoder layer are read when it is run and released
-after it, so that measuring a model takes a fraction of the memory of running it.
+FastVLM is run in parts. The weights of each decoder layer are loaded when it is run and then
+released, so that measuring a model takes a fraction of the memory of running it.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -30,11 +30,11 @@ from ..calibration import LABELS, Sample
 
 RESOLUTION = 512  # px at most; more image tokens would add time and little information
 HEAD_ROWS = 1 << 14  # rows of the output layer that are dequantised at a time
-UNROUNDED = ""  # in place of the name of a unit
+UNROUNDED = ""  # instead of a unit, if no weights are rounded
 HEAD_UNIT = "language_model"  # the unit of the embedding and the output layer
 LOGITS, IMAGES, TEXTS = "logits", "image embedding", "text embedding"
 Read = Callable[[], tuple[Any, Tensors]]  # reads a checkpoint: config and canonical tensors
-Units = dict[str, QuantizedLayers]  # layers that are quantised alike, by the module that holds them
+Units = dict[str, QuantizedLayers]  # layers quantised together, by the module that contains them
 
 
 class StageOutput(NamedTuple):
@@ -74,7 +74,7 @@ def rounded(model: nn.Module, quantized: QuantizedLayers) -> Iterator[None]:
 
 
 class Prompt(NamedTuple):
-    """A sample as the model's input.
+    """A sample as model input.
 
     Attributes:
         ids: Token ids (1, L) of question and answer.
@@ -87,8 +87,8 @@ class Prompt(NamedTuple):
     start: int
 
 
-def prompt(processor: Processor, sample: Sample) -> Prompt:
-    """Turn a sample into the model's input, at RESOLUTION at most."""
+def make_prompt(processor: Processor, sample: Sample) -> Prompt:
+    """Convert a sample to model input, at RESOLUTION at most."""
     resolution = min(RESOLUTION, processor.image_size)
     inputs = processor(sample.question, [sample.image], resolution=resolution)
     ids = np.concatenate([inputs.input_ids, processor.tokenizer.encode(sample.answer)])
@@ -100,18 +100,18 @@ def prompt(processor: Processor, sample: Sample) -> Prompt:
 def run_fastvlm(
     read: Read, units: Units, samples: list[Sample], processor: Processor
 ) -> Iterator[StageOutput]:
-    """Run a FastVLM; a rounded unit has outputs from the first stage on that it changes.
+    """Run a FastVLM; a rounded unit has outputs from the first stage that it affects.
 
     Args:
         read: Reads the checkpoint.
         units: Layers to round, one unit at a time.
         samples: Images, each with a question and an answer.
-        processor: Of the checkpoint.
+        processor: Processor of the checkpoint.
 
     Yields:
         Outputs stage by stage, of each sample and unit. Those of hidden layers are (1, L, D).
     """
-    run = _FastVLMRun(read, units, [prompt(processor, sample) for sample in samples])
+    run = _FastVLMRun(read, units, [make_prompt(processor, sample) for sample in samples])
     features = yield from run.image_features()
     states = yield from run.embeddings(features)
     yield from run.decoder_layers(states)
@@ -122,7 +122,7 @@ States = dict[str, list[mx.array]]  # by unit that was rounded, then by prompt
 
 
 class _FastVLMRun:
-    """A FastVLM whose parts get their weights only while they are run."""
+    """A FastVLM whose parts have weights only while they are run."""
 
     def __init__(self, read: Read, units: Units, prompts: list[Prompt]):
         self.config, self.tensors = read()
@@ -153,18 +153,18 @@ class _FastVLMRun:
         """Embed tokens and image features; returns the states before the first layer."""
         embedding = "language_model.embed_tokens."
         # Tied weights are needed again for the logits.
-        kept = {k: v for k, v in self.tensors.items() if self.tied and k.startswith(embedding)}
+        saved = {k: v for k, v in self.tensors.items() if self.tied and k.startswith(embedding)}
         with self._weights((embedding,), None):
             states = {unit: self._embed(images) for unit, images in features.items()}
             for unit in self.units.keys() & {HEAD_UNIT}:
                 with rounded(self.model, self._layers(unit, embedding)):
                     states[unit] = self._embed(features[UNROUNDED])
                 yield from (StageOutput("embedding", unit, x) for x in states[unit])
-        self.tensors |= kept
+        self.tensors |= saved
         return states
 
     def decoder_layers(self, states: States) -> Iterator[StageOutput]:
-        """Run the decoder's layers; replaces the states, and adds those of the layers' units."""
+        """Run the decoder's layers; updates the states and adds those of the layers' units."""
         for i, layer in enumerate(self.model.language_model.layers):
             path = f"language_model.layers.{i}."
             with self._weights((path,), self.dtype):
@@ -209,7 +209,7 @@ class _FastVLMRun:
     def _layers(self, unit: str, prefix: str) -> QuantizedLayers:
         """The layers of a unit under a prefix."""
         layers = self.units.get(unit, {})
-        return {path: how for path, how in layers.items() if f"{path}.".startswith(prefix)}
+        return {path: entry for path, entry in layers.items() if f"{path}.".startswith(prefix)}
 
     @contextmanager
     def _weights(self, prefixes: tuple[str, ...], dtype: mx.Dtype | None) -> Iterator[None]:
@@ -235,7 +235,7 @@ def _run_fastvit(tower: FastViT, pixels: mx.array) -> Iterator[tuple[str, mx.arr
 
 
 def _run_head(head: nn.Module, quantization: Quantization | None, x: mx.array) -> mx.array:
-    """Logits (L, V) of states (L, D); HEAD_ROWS rows of the layer are dequantised at a time."""
+    """Logits (L, V) of states (L, D), dequantising HEAD_ROWS rows of the layer at a time."""
     parts = []
     for start in range(0, len(head.weight), HEAD_ROWS):
         rows = {name: value[start : start + HEAD_ROWS] for name, value in head.parameters().items()}
@@ -256,8 +256,8 @@ def run_mobileclip(
     Args:
         read: Reads the checkpoint.
         units: Layers to round, one unit at a time.
-        samples: Of which only the images are used.
-        processor: Of the checkpoint.
+        samples: Calibration samples; only their images are used.
+        processor: Processor of the checkpoint.
 
     Yields:
         Outputs of every stage with exact weights, then the embeddings with each unit rounded.
@@ -298,7 +298,7 @@ def _run_vit(tower: ViT, pixels: mx.array) -> Iterator[tuple[str, mx.array]]:
 
 
 def _run_text(tower: TextTower, ids: mx.array) -> Iterator[tuple[str, mx.array]]:
-    """Name and output of each layer; the last is what is pooled."""
+    """Name and output of each layer; the last is pooled."""
     x = tower.embed(ids)
     yield "tokens", x
     for i, layer in enumerate(tower.layers):

@@ -1,4 +1,4 @@
-"""Take FastVLM's decoder and projector out of a source checkpoint, float or quantised."""
+"""Read FastVLM's decoder and projector from a source checkpoint, float or quantised."""
 
 import warnings
 
@@ -12,16 +12,16 @@ from mlx_mobileclip.quantization import Quantization, dequantize
 from ..models.config import FastVLMConfig
 
 
-class StatedQuantization:
-    """The `quantization` entry of a source: mlx-lm's form, with overrides by path."""
+class SourceQuantization:
+    """The `quantization` entry of a source's config.json, in mlx-lm's form."""
 
     def __init__(self, fields: Fields):
         """Find the entry in a config.json."""
         key = next((k for k in ("quantization", "quantization_config") if fields.has(k)), None)
         self._fields = fields.object(key) if key else None
 
-    def of(self, path: str) -> Quantization:
-        """How the layer that the source calls `path` is quantised."""
+    def of_layer(self, path: str) -> Quantization:
+        """Return the quantisation of the source's layer `path`."""
         if self._fields is None:
             raise CheckpointError(
                 f"{path} has scales, but config.json does not say how it is quantised; "
@@ -34,11 +34,11 @@ class StatedQuantization:
         return Quantization.from_json(Fields(values, f"{self._fields.where}: {path}"))
 
 
-class Decoder:
-    """Takes decoder and projector out of a source; records how each layer is quantised."""
+class DecoderReader:
+    """Reads decoder and projector from a source and records the quantisation of each layer."""
 
-    def __init__(self, source: Source, config: FastVLMConfig, quantizations: StatedQuantization):
-        """Take from `source` the decoder and projector that `config` describes."""
+    def __init__(self, source: Source, config: FastVLMConfig, quantizations: SourceQuantization):
+        """Read the decoder and projector that `config` describes from `source`."""
         self.source = source
         self.config = config.text
         self.features, self.projector_depth = config.vision.features, config.projector_depth
@@ -66,24 +66,25 @@ class Decoder:
         out["language_model.norm.weight"] = self.source.take("model.norm.weight", (D,))
         return out
 
-    def vocabulary(self, stored: int) -> dict[str, mx.array]:
-        """Embedding and output layer, cut back from the rows stored to the real vocabulary."""
+    def vocabulary(self, stored_rows: int) -> dict[str, mx.array]:
+        """Canonical embedding and output layer, without the padding in `stored_rows`."""
         rows, D = self.config.vocab_size, self.config.hidden_size
-        embedding = self._linear("language_model.embed_tokens", [("model.embed_tokens", stored)], D)
+        table = [("model.embed_tokens", stored_rows)]
+        embedding = self._linear("language_model.embed_tokens", table, D)
         head: dict[str, mx.array] = {}
         if not self.config.tie_word_embeddings:
-            head = self._linear("language_model.lm_head", [("lm_head", stored)], D)
+            head = self._linear("language_model.lm_head", [("lm_head", stored_rows)], D)
         elif self.source.has("lm_head.weight"):
-            self._head = self._linear("lm_head", [("lm_head", stored)], D)
+            self._head = self._linear("lm_head", [("lm_head", stored_rows)], D)
             self._embedding = embedding
             self.quantized.pop("lm_head", None)
         return {name: tensor[:rows] for name, tensor in (embedding | head).items()}
 
-    def compare_tied(self) -> None:
-        """Warn if the config ties the output layer to the embedding, yet the file has another.
+    def warn_if_untied(self) -> None:
+        """Warn if the stored output layer differs from the embedding that the config ties it to.
 
-        This reads data, so it comes after `Source.finish`: stand-ins for missing tensors have
-        whatever size the config claims.
+        This reads data, so call it after `Source.finish`: until then, placeholders for missing
+        tensors have any size that the config claims.
         """
         head, embedding = self._head, self._embedding
         pairs = list(zip(head.values(), embedding.values(), strict=False))
@@ -107,9 +108,9 @@ class Decoder:
     def _linear(
         self, dst: str, parts: list[tuple[str, int]], inputs: int, *, bias: bool = False
     ) -> dict[str, mx.array]:
-        """One layer out of one or more that share their input, each (name, rows)."""
+        """Fuse one or more source layers with the same input, each (name, rows)."""
         quantizations = [
-            self.quantizations.of(self.source.key(f"{name}.scales").removesuffix(".scales"))
+            self.quantizations.of_layer(self.source.key(f"{name}.scales").removesuffix(".scales"))
             if self.source.has(f"{name}.scales")
             else None
             for name, _ in parts
@@ -118,7 +119,7 @@ class Decoder:
             self.quantized[dst] = quantizations[0]
             quantized = [self._quantized(name, n, inputs, quantizations[0]) for name, n in parts]
             out = {f"{dst}.{k}": mx.concatenate([p[k] for p in quantized]) for k in quantized[0]}
-        else:  # parts that are quantised differently cannot be one quantised layer
+        else:  # parts quantised differently cannot share one quantised layer
             floats = [
                 self.source.take(f"{name}.weight", (n, inputs))
                 if quantization is None
@@ -138,8 +139,8 @@ class Decoder:
     ) -> dict[str, mx.array]:
         if inputs % quantization.group_size:
             raise CheckpointError(
-                f"{self.source.where}: {name} is {inputs} wide, no multiple of the group_size "
-                f"{quantization.group_size} that config.json gives"
+                f"{self.source.where}: {name} is {inputs} wide, not a multiple of the group_size "
+                f"{quantization.group_size} in config.json"
             )
         words, groups = inputs * quantization.bits // 32, inputs // quantization.group_size
         affine = quantization.mode == "affine"

@@ -1,7 +1,7 @@
 """FastVLM checkpoints of every known layout, read as canonical config and tensors.
 
-What a layout's config.json says is first put in canonical form and checked; then the tensors are
-taken by the names and shapes that config implies.
+The source's config.json is first converted to canonical form and checked. Then the tensors are read
+by the names and shapes that it implies.
 """
 
 from dataclasses import replace
@@ -19,22 +19,22 @@ from mlx_mobileclip.json_fields import Fields, read_json
 from mlx_mobileclip.models.fastvit import PRESETS, FastViTConfig
 
 from ..models.config import FORMAT_VERSION, MODEL_TYPE, FastVLMConfig, Qwen2Config
-from .decoder import Decoder, StatedQuantization
-from .image_fields import Settings, check_supported, image_settings
+from .decoder import DecoderReader, SourceQuantization
+from .image_fields import ImageSettings, check_supported, image_settings
 from .layouts import detect, fastvlm_source, tower_keys
 
-ROPE_THETA = 1e6  # every FastVLM's; transformers' default of 10000 would be wrong
+ROPE_THETA = 1e6  # in every FastVLM; transformers' default is 10000
 MAX_POSITIONS = 32768
 MAX_LENGTH = 8192
 VISION_PACKAGE = "fastvithd.mlpackage"  # the image tower of Apple's app exports
 # transformers' converter appends one block of 64 random rows to Qwen2's vocabularies.
 PADDED_VOCABULARIES = {152000: 151936, 152128: 152064}
 TEXT_FIELDS = {"use_sliding_window": (False, None), "hidden_act": ("silu", None)}
-TIMM_ARGUMENTS = (  # that change nothing once the model is trained
+TIMM_ARGUMENTS = (  # without effect on a trained model
     "inference_mode", "num_classes", "global_pool", "drop_rate", "drop_path_rate",
     "proj_drop_rate", "layer_scale_init_value",
 )  # fmt: skip
-WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of PEFT and of training
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # of PEFT, DDP and torch.compile
 NEVER_USED = r"\.num_batches_tracked$|\.rotary_emb\.inv_freq$|\.head\.(proj|fc\.weight|fc\.bias)$"
 
 
@@ -44,51 +44,51 @@ def read_foreign(
     """Read a source checkpoint as canonical config and lazy canonical tensors.
 
     Args:
-        checkpoint: Where it lies.
-        values: Its config.json.
-        vision_from: Checkpoint to take the image tower from, if it has none itself; by default
-            its own Core ML package.
+        checkpoint: The source.
+        values: Contents of its config.json.
+        vision_from: Checkpoint with the image tower, if the source has none; by default the
+            source's Core ML package.
 
     Raises:
-        CheckpointError: tensors are missing, left over, misshapen, or quantised otherwise
-            than the config says.
-        ConfigError: the config describes no FastVLM.
+        CheckpointError: tensors are missing, unexpected, of the wrong shape, or not quantised
+            as the config says.
+        ConfigError: the config does not describe a FastVLM.
     """
     fields = Fields(values, str(checkpoint.path / "config.json"))
-    _check_kind(fields)
+    _check_model_type(fields)
     tensors = without_prefixes(read_tensors(checkpoint.path), WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     has_tower = bool(tower_keys(tensors, layout))
     if has_tower and vision_from is not None:
         raise CheckpointError(
-            f"{checkpoint.name}: has an image tower of its own; leave out --vision-from"
+            f"{checkpoint.name}: already has an image tower; leave out --vision-from"
         )
     if has_tower:
-        vision, tower, origin = _vision_config(fields), None, None
+        vision, tower, tower_origin = _vision_config(fields), None, None
     else:
-        vision, tower, origin = _separate_tower(checkpoint, fields, vision_from)
+        vision, tower, tower_origin = _separate_tower(checkpoint, fields, vision_from)
     images = image_settings(fields, checkpoint.path, vision.stride)
-    config = _config(fields, vision, images)
+    config = _convert_config(fields, vision, images)
     source = fastvlm_source(tensors, layout, vision, config.projector_type, checkpoint.name)
     if tower is None:
         tower = fold_fastvit(source, vision, "vision.")
-    decoder = Decoder(source, config, StatedQuantization(fields))
+    decoder = DecoderReader(source, config, SourceQuantization(fields))
     canonical = {f"vision_tower.{name}": tensor for name, tensor in tower.items()}
     canonical |= decoder.projector() | decoder.layers() | decoder.vocabulary(_stored_rows(fields))
     source.drop(NEVER_USED)
     source.finish()
-    decoder.compare_tied()
-    record: dict[str, str | None] = {
+    decoder.warn_if_untied()
+    provenance: dict[str, str | None] = {
         "model": checkpoint.name,
         "revision": checkpoint.revision,
         "layout": layout.name,
     }
-    if origin is not None:
-        record["vision_from"] = origin
-    return replace(config, quantization=decoder.quantized, source=record), canonical
+    if tower_origin is not None:
+        provenance["vision_from"] = tower_origin
+    return replace(config, quantization=decoder.quantized, source=provenance), canonical
 
 
-def _check_kind(fields: Fields) -> None:
+def _check_model_type(fields: Fields) -> None:
     if fields.has("model_file"):
         raise ConfigError(
             f"{fields.where}: model_file: names code to run; code of a checkpoint is never run"
@@ -104,7 +104,7 @@ def _check_kind(fields: Fields) -> None:
 def _separate_tower(
     checkpoint: Checkpoint, fields: Fields, vision_from: Checkpoint | None
 ) -> tuple[FastViTConfig, dict[str, mx.array], str]:
-    """Config and tensors of an image tower that is stored apart, and where they are from."""
+    """Config, tensors and origin of an image tower that is stored separately."""
     if vision_from is not None:
         commit = f", commit {vision_from.revision}" if vision_from.revision else ""
         return *_read_tower(vision_from), vision_from.name + commit
@@ -112,15 +112,15 @@ def _separate_tower(
     tower = _packaged_tower(checkpoint, vision)
     if tower is None:
         raise CheckpointError(
-            f"{checkpoint.name}: carries no image tower, nor {VISION_PACKAGE} with one; add "
-            "--vision-from with the original of the same size and stage, such as "
+            f"{checkpoint.name}: has no image tower and no {VISION_PACKAGE}; add "
+            "--vision-from with the original checkpoint of the same size and stage, such as "
             "apple/FastVLM-0.5B"
         )
     return vision, tower, VISION_PACKAGE
 
 
 def _packaged_tower(checkpoint: Checkpoint, vision: FastViTConfig) -> dict[str, mx.array] | None:
-    """The tower in the Core ML package beside a decoder, if any (Apple's app exports)."""
+    """The tower in the checkpoint's Core ML package, or None; Apple's app exports have one."""
     path = fetch_package(checkpoint, VISION_PACKAGE)
     if path is None:
         return None
@@ -131,8 +131,8 @@ def _packaged_tower(checkpoint: Checkpoint, vision: FastViTConfig) -> dict[str, 
     return tower
 
 
-def _config(fields: Fields, vision: FastViTConfig, images: Settings) -> FastVLMConfig:
-    """The canonical config that a source's config.json amounts to."""
+def _convert_config(fields: Fields, vision: FastViTConfig, images: ImageSettings) -> FastVLMConfig:
+    """Convert a source's config.json to the canonical config."""
     values = {
         "format_version": FORMAT_VERSION,
         "text_config": _text_config(fields),
@@ -145,12 +145,12 @@ def _config(fields: Fields, vision: FastViTConfig, images: Settings) -> FastVLMC
     config, text = FastVLMConfig.from_json(values, fields.where), _text_fields(fields)
     head_dim = config.text.head_dim
     if text.get("head_dim", head_dim) != head_dim:
-        raise text.error("head_dim", f"only {head_dim}, hidden_size by heads, is supported")
+        raise text.error("head_dim", f"only {head_dim} (hidden_size / heads) is supported")
     return config
 
 
 def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.array]]:
-    """The tower of another checkpoint, in whatever layout that is."""
+    """Config and tensors of another checkpoint's tower, in any layout."""
     path = checkpoint.path / "config.json"
     values = read_json(path)
     tensors = read_tensors(checkpoint.path)
@@ -161,7 +161,7 @@ def _read_tower(checkpoint: Checkpoint) -> tuple[FastViTConfig, dict[str, mx.arr
             k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)
         }
     fields = Fields(values, str(path))
-    _check_kind(fields)
+    _check_model_type(fields)
     tensors = without_prefixes(tensors, WRAPPERS)
     layout = detect(tensors, checkpoint.name)
     vision = _vision_config(fields)
@@ -188,7 +188,7 @@ def _text_fields(fields: Fields) -> Fields:
 
 
 def _stored_rows(fields: Fields) -> int:
-    """Rows of the vocabulary as stored, padding included."""
+    """Number of rows of the stored vocabulary, padding included."""
     return _text_fields(fields).integer("vocab_size", 1, 1_000_000)
 
 
@@ -202,25 +202,25 @@ def _text_config(fields: Fields) -> dict[str, Any]:
         raise text.error("layer_types", "only full_attention is supported")
     rope = text.object("rope_parameters") if text.has("rope_parameters") else text
     for key in ("rope_parameters", "rope_scaling"):
-        form = text.object(key) if text.has(key) else Fields({}, "")
-        if form.get("rope_type", form.get("type", "default")) != "default":
-            raise text.error(key, "only plain rotary positions are supported")
-        if form.get("partial_rotary_factor", 1) != 1:
+        scaling = text.object(key) if text.has(key) else Fields({}, "")
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise text.error(key, "only the default rotary embedding is supported")
+        if scaling.get("partial_rotary_factor", 1) != 1:
             raise text.error(key, "partial_rotary_factor: only 1 is supported")
     vocab_size = _stored_rows(fields)
     if fields.get("model_type") == "fast_vlm":
         vocab_size = PADDED_VOCABULARIES.get(vocab_size, vocab_size)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": MAX_POSITIONS}
-    shape = Qwen2Config.__dataclass_fields__
-    values = defaults | {k: v for k, v in text.values.items() if k in shape and v is not None}
+    names = Qwen2Config.__dataclass_fields__
+    values = defaults | {k: v for k, v in text.values.items() if k in names and v is not None}
     values["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", ROPE_THETA))
     tied = (config.boolean("tie_word_embeddings", False) for config in (fields, text))
-    values["tie_word_embeddings"] = any(tied)  # as transformers: either ties them
+    values["tie_word_embeddings"] = any(tied)  # as in transformers, either one ties them
     return {**values, "vocab_size": vocab_size}
 
 
 def _vision_config(fields: Fields) -> FastViTConfig:
-    """The tower's config: FastViTHD, or as vision_config spells it out."""
+    """The tower's config: FastViTHD's, with the values that vision_config overrides."""
     given = fields.object("vision_config") if fields.has("vision_config") else Fields({}, "")
     tower = fields.string("mm_vision_tower", "mobileclip_l")
     name = given.string("architecture", "fastvit_mci3").removeprefix("fastvit_")

@@ -1,6 +1,6 @@
 """The layouts of FastVLM checkpoints.
 
-They differ in names, in the order of convolution axes, and in what they leave out. Source:
+They differ in tensor names, the order of convolution axes, and which parts they contain. Source:
 apple/ml-fastvlm 592b4ad `llava/model`, transformers 5.23
 `models/fast_vlm/convert_fastvlm_weights_to_hf.py`, mlx-vlm 0.7.10 `models/fastvlm`.
 """
@@ -72,7 +72,7 @@ FASTVLM_LAYOUTS = (
 
 
 def detect(keys: Iterable[str], where: str) -> Layout:
-    """The layout that these names belong to; raises CheckpointError if there is none."""
+    """Return the layout that has tensors of these names; raises CheckpointError if none does."""
     keys = list(keys)
     for layout in FASTVLM_LAYOUTS:
         if tower_keys(keys, layout):
@@ -82,13 +82,13 @@ def detect(keys: Iterable[str], where: str) -> Layout:
         if all(any(key.startswith(marker) for key in keys) for marker in markers):
             return layout
     raise CheckpointError(
-        f"{where}: its tensors ({', '.join(sorted(keys)[:3])}, ...) are named like no known "
-        f"FastVLM; known are {', '.join(layout.name for layout in FASTVLM_LAYOUTS)}"
+        f"{where}: tensor names ({', '.join(sorted(keys)[:3])}, ...) match no known FastVLM "
+        f"layout; known are {', '.join(layout.name for layout in FASTVLM_LAYOUTS)}"
     )
 
 
 def tower_keys(keys: Iterable[str], layout: Layout) -> list[str]:
-    """Those of the names that are of the image tower."""
+    """Return the names of the image tower's tensors."""
     prefix = layout.prefixes.get("vision")
     return [] if prefix is None else [key for key in keys if key.startswith(prefix)]
 
@@ -100,12 +100,12 @@ def fastvlm_source(
     projector_type: str,
     where: str,
 ) -> Source:
-    """The tensors under common names: vision.*, projector.N.*, model.*, lm_head.*."""
+    """Source of the tensors by common name: vision.*, projector.N.*, model.*, lm_head.*."""
     return Source(tensors, source_name(layout, vision, projector_type), where, layout.nhwc)
 
 
 def source_name(layout: Layout, vision: FastViTConfig, projector_type: str) -> Callable[[str], str]:
-    """The function that turns a common name into a layout's."""
+    """Return a function that converts a common name to the layout's."""
 
     def name(common: str) -> str:
         part, _, rest = common.partition(".")

@@ -1,6 +1,6 @@
 """The command `python -m mlx_fastvlm.generate`, or `mlx-fastvlm generate`.
 
-stdout carries the answer (or one JSON object) and nothing else; all the rest is on stderr.
+stdout carries only the answer (or one JSON object); everything else goes to stderr.
 """
 
 import argparse
@@ -9,10 +9,11 @@ from mlx_mobileclip import __version__
 from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_command
 
 from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT, PRESETS
+from .ranks import lost_peers_reported, run_rank
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """The options; `prog` is what the usage message calls the command."""
+    """Build the parser; `prog` is the name of the command in its usage message."""
     parser = CommandParser(
         prog=prog,
         examples=(
@@ -38,21 +39,21 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         metavar="P",
         help="one or more image files, in order; - reads one from stdin",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument(
         "--prompt",
         metavar="T",
-        help="question, or - for one from stdin, which is also read where a pipe or file is "
-        f'connected to it and T is left out (default: "{DEFAULT_PROMPT}")',
+        help="question, or - to read it from stdin; a pipe or file on stdin is also read if "
+        f'--prompt is left out (default: "{DEFAULT_PROMPT}")',
     )
-    what.add_argument("--preset", choices=sorted(PRESETS), help="question of Apple's demo app")
+    question.add_argument("--preset", choices=sorted(PRESETS), help="question of Apple's demo app")
     parser.add_argument("--system", "--system-prompt", metavar="T", help="system prompt")
     parser.add_argument(
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"most tokens of the answer (default: {DEFAULT_MAX_TOKENS}, or less if the model has "
-        "no room for so many)",
+        help=f"maximum number of answer tokens (default: {DEFAULT_MAX_TOKENS}, or as many as "
+        "fit the model)",
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -78,20 +79,38 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--kv-bits",
         type=int,
         choices=(8, 4),
-        help="keep the KV cache in so many bits (default: in floats)",
+        help="quantise the KV cache to 8 or 4 bits (default: floats)",
     )
     parser.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="S",
-        help="end the answer before this text; may be given again",
+        help="end the answer before this text; may be repeated",
+    )
+    constraint = parser.add_argument_group(
+        "form of the answer",
+        "needs the package llguidance: pip install 'mlx-fastvlm[schema]'",
+    ).add_mutually_exclusive_group()
+    constraint.add_argument(
+        "--schema",
+        metavar="X",
+        help="the answer is compact JSON that meets this JSON schema, a file or the JSON itself",
+    )
+    constraint.add_argument(
+        "--choice",
+        type=lambda text: text.split(","),
+        metavar="A,B,C",
+        help="the answer is one of these texts, separated by commas",
+    )
+    constraint.add_argument(
+        "--regex", metavar="R", help="the whole answer matches this regular expression"
     )
     parser.add_argument(
         "--resolution",
         type=int,
         metavar="R",
-        help="side in px, 128 to 1536 in steps of 64 (default: the checkpoint's, 1024)",
+        help="side in pixels, 128 to 1536 in steps of 64 (default: the checkpoint's, 1024)",
     )
     parser.add_argument(
         "--image-mode",
@@ -108,18 +127,17 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-from",
         metavar="P",
-        help="checkpoint to take the image tower from, if M has none, or instead of that in its "
-        "Core ML package",
+        help="checkpoint to take the image tower from, if M has none or only a Core ML package",
     )
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="go on with a question a line from stdin, each answered at once (end: Ctrl-D)",
+        help="answer further questions from stdin, one per line (end with Ctrl-D)",
     )
     parser.add_argument(
         "--image-cache",
         metavar="DIR",
-        help="keep what the model saw in the images there, for further questions about them",
+        help="keep image embeddings in this directory, for later questions about the images",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
@@ -129,15 +147,19 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m mlx_fastvlm.generate") -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     open_standard_streams()
+    return run_rank(lambda: _parse_and_run(argv, prog))
+
+
+def _parse_and_run(argv: list[str] | None, prog: str) -> int:
     args = build_parser(prog).parse_args(argv)
     return run_command(lambda: _run(args), debug=args.debug)
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Imported here, since it takes a while: --help and wrong options are answered at once, and an
-    # interruption meanwhile ends in one line.
+    # A slow import: --help and usage errors come before it, and Ctrl-C during it ends in one line.
     from .run_generate import run
 
-    run(args)
+    with lost_peers_reported():
+        run(args)

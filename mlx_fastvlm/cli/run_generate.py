@@ -1,6 +1,6 @@
-"""What `mlx-fastvlm generate` does once its options are read.
+"""Run `mlx-fastvlm generate` with parsed options.
 
-stdout carries the answer (or one JSON object) and nothing else; all the rest is on stderr.
+stdout carries only the answer (or one JSON object); everything else goes to stderr.
 """
 
 import argparse
@@ -20,33 +20,45 @@ from mlx_mobileclip.preprocess.image import find_image, is_data_uri
 from mlx_mobileclip.terminal import printable, progress, say
 
 from ..defaults import DEFAULT_PROMPT
-from ..generation.answer import Result, Stats, join
+from ..generation.answer import Result, Stats, join_chunks
+from ..generation.constraints import Constraint
 from ..generation.image_cache import ImageCache
 from ..generation.prompt_cache import PromptCache
 from ..generation.sampling import Sampling
 from ..generation.stream import stream_generate
 from ..loader import find_checkpoint, load_checkpoint
+from ..models.sharding import check_same_model, finish, join
 from ..preprocess.processor import check_resolution
-from .stdin import STDIN, chat, read_inputs
+from .schema_option import read_schema
+from .shared_input import share_inputs, share_lines
+from .stdin import chat, read_inputs, read_lines
 
-# MLX keeps freed memory for reuse, by default all that it ever had: after an image of 1024 px that
-# is much for a Mac of 8 GB.
-FREED_BYTES = 1 << 30
+# Limit on freed memory that MLX keeps for reuse. By default it keeps all, too much after an image
+# of 1024 px on a Mac with 8 GB.
+CACHE_LIMIT_BYTES = 1 << 30
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model and answer; options as `generate.build_parser` reads them."""
+    """Load the model and answer; `args` are those of `generate.build_parser`."""
+    if args.schema is not None:
+        args.schema = read_schema(args.schema)
+    constraint = Constraint.of(args.schema, args.choice, args.regex, args.stop)
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    prompt, images = read_inputs(args)
+    group = join()
+    prompt, images = read_inputs(args) if group is None else share_inputs(args, group)
     if is_repository(args.model):
-        _check(args, prompt)  # before anything is downloaded
+        _check_options(args, prompt, images)  # before anything is downloaded
     checkpoint = find_checkpoint(args.model, args.revision)
-    _check(args, prompt)
-    mx.set_cache_limit(FREED_BYTES)
+    _check_options(args, prompt, images)
+    mx.set_cache_limit(CACHE_LIMIT_BYTES)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
-        model, processor = load_checkpoint(checkpoint, args.dtype, args.vision_from)
+        model, processor = load_checkpoint(
+            checkpoint, args.dtype, args.vision_from, group, constrained=constraint is not None
+        )
+        if group is not None:
+            check_same_model(model, group, args.model)
         commit = f" at {checkpoint.revision[:12]}" if checkpoint.revision else ""
         set_status(f"loaded {args.model}{commit}")
     load_s = time.perf_counter() - started
@@ -56,32 +68,39 @@ def run(args: argparse.Namespace) -> None:
     messages: list[dict[str, str]] = []
 
     def answer(question: str) -> None:
-        asked = [*messages, {"role": "user", "content": question}]
+        conversation = [*messages, {"role": "user", "content": question}]
         chunks = []
-        for chunk in stream_generate(model, processor, asked, images, **options):
+        for chunk in stream_generate(model, processor, conversation, images, **options):
             chunks.append(chunk)
             if not args.json:
-                print(_shown(chunk.text), end="", flush=True)
-        result = join(chunks, processor)
-        messages[:] = [*asked, {"role": "assistant", "content": result.text}]
+                print(_for_stdout(chunk.text), end="", flush=True)
+        result = join_chunks(chunks, processor)
+        messages[:] = [*conversation, {"role": "assistant", "content": result.text}]
         if args.json:
             print(json.dumps(_report(args.model, result, load_s)), flush=True)
-            return
-        print(flush=True)
-        if not args.quiet:
-            say(_summary(result.stats))
+        else:
+            print(flush=True)
+            if not args.quiet:
+                say(_summary(result.stats))
+        if constraint is not None and result.finish_reason == "length":
+            raise PromptError(
+                f"the answer was cut off after {result.stats.generation_tokens} tokens, so it may "
+                f"not meet --{constraint.name}; raise --max-tokens"
+            )
 
     if args.chat:
-        chat(prompt, answer)
+        chat(read_lines(prompt) if group is None else share_lines(prompt, group), answer)
     else:
         answer(DEFAULT_PROMPT if prompt is None else prompt)
+    if group is not None:
+        finish(group)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of `stream_generate`; its caches are shared by all questions of a chat."""
+    """Options of `stream_generate`; all questions of a chat share its caches."""
     names = (
         *("system", "resolution", "image_mode", "max_tokens", "top_p", "top_k", "min_p"),
-        *("repetition_penalty", "seed", "stop", "kv_bits"),
+        *("repetition_penalty", "seed", "stop", "schema", "choice", "regex", "kv_bits"),
     )
     return {
         **{name: getattr(args, name) for name in names},
@@ -91,15 +110,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check(args: argparse.Namespace, prompt: str | None) -> None:
-    """Find what is wrong with the options before the model is loaded."""
+def _check_options(args: argparse.Namespace, prompt: str | None, images: list[Any]) -> None:
+    """Report invalid options before the model is loaded."""
     if args.resolution is not None:
         check_resolution(args.resolution)
     if not args.image and prompt is None and not args.chat:
         raise PromptError("there is nothing to answer; give --image, --prompt or both")
-    for path in args.image:
-        if path != STDIN and not is_data_uri(path):
-            find_image(path)
+    for image in images:
+        if isinstance(image, str) and not is_data_uri(image):
+            find_image(image)
     Sampling(args.repetition_penalty, args.temp, args.top_k, args.top_p, args.min_p, args.seed)
 
 
@@ -129,6 +148,6 @@ def _report(model: str, result: Result, load_s: float) -> dict[str, Any]:
     }
 
 
-def _shown(text: str) -> str:
-    """An answer as a terminal may be given it; elsewhere it stays as it is."""
+def _for_stdout(text: str) -> str:
+    """Remove control characters if stdout is a terminal."""
     return printable(text, keep="\n\t") if sys.stdout.isatty() else text

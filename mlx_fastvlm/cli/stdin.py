@@ -1,10 +1,10 @@
-"""What `mlx-fastvlm generate` reads from stdin: a question, an image, or a chat."""
+"""Read what `mlx-fastvlm generate` takes from stdin: a question, an image, or a chat."""
 
 import argparse
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mlx_mobileclip.errors import ImageError, PromptError
@@ -18,48 +18,54 @@ MAX_TEXT_BYTES = 4 << 20  # more than any model reads
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[str | None, list[Any]]:
-    """The question, if there is one, and the images, of which one may come from stdin.
+    """Return the question, or None, and the images; one of these may come from stdin.
 
     Raises:
-        PromptError: stdin is wanted for two things, or its text is too long or not UTF-8.
-        ImageError: nothing, or too much, comes from stdin.
+        PromptError: stdin is requested twice, or its text is too long or not UTF-8.
+        ImageError: the image from stdin is empty or too large.
     """
-    wanted = [args.prompt == STDIN, *(path == STDIN for path in args.image), args.chat]
-    if sum(wanted) > 1:
-        raise PromptError(
-            "stdin can be one thing only: the question (--prompt -), an image (--image -) or a "
-            "chat (--chat)"
-        )
+    uses_stdin = check_stdin_uses(args)
     prompt = PRESETS[args.preset] if args.preset else args.prompt
-    if args.prompt == STDIN or (prompt is None and not any(wanted) and _is_redirected()):
-        prompt = _decode(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)).strip() or None
+    if args.prompt == STDIN or (prompt is None and not uses_stdin and _is_redirected()):
+        prompt = decode(sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)).strip() or None
         if prompt is None and args.prompt == STDIN:
-            raise PromptError("stdin holds no question; give one with --prompt")
-    return prompt, [_from_stdin() if path == STDIN else path for path in args.image]
+            raise PromptError("stdin contains no question; give one with --prompt")
+    return prompt, [_read_stdin_image() if path == STDIN else path for path in args.image]
 
 
-def chat(first: str | None, answer: Callable[[str], None]) -> None:
-    """Answer the first question, if there is one, and then each line of stdin.
+def check_stdin_uses(args: argparse.Namespace) -> bool:
+    """Return whether anything comes from stdin; raises PromptError if it is requested twice."""
+    stdin_uses = [args.prompt == STDIN, *(path == STDIN for path in args.image), args.chat]
+    if sum(stdin_uses) > 1:
+        raise PromptError(
+            "stdin can be read only once: for the question (--prompt -), an image (--image -) "
+            "or a chat (--chat)"
+        )
+    return any(stdin_uses)
 
-    A question that cannot be answered is named on stderr, and the chat goes on.
+
+def chat(lines: Iterable[bytes], answer: Callable[[str], None]) -> None:
+    """Answer the question in each line.
+
+    Errors are reported on stderr, and the chat goes on.
 
     Raises:
-        PromptError: at the end, if there were such questions.
+        PromptError: at the end, if any question could not be answered.
     """
     failed = 0
-    for line in _lines(first):
+    for line in lines:
         try:
-            if question := _decode(line).strip():
+            if question := decode(line).strip():
                 answer(question)
         except PromptError as error:
             failed += 1
             say(f"error: {error}")
     if failed:
-        raise PromptError(f"questions without an answer: {failed}; the reasons are above")
+        raise PromptError(f"questions not answered: {failed}; see the errors above")
 
 
-def _lines(first: str | None) -> Iterator[bytes]:
-    """The first question and the lines of stdin; of a line that is too long only the beginning."""
+def read_lines(first: str | None) -> Iterator[bytes]:
+    """The first question and the lines of stdin; a line that is too long is cut."""
     if first is not None:
         yield os.fsencode(first)
     while True:
@@ -74,7 +80,7 @@ def _lines(first: str | None) -> Iterator[bytes]:
 
 
 def _is_redirected() -> bool:
-    """Whether stdin is a pipe or a file; what starts programs may leave any other open for ever."""
+    """Whether stdin is a pipe or a file; anything else may never end."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
@@ -82,17 +88,18 @@ def _is_redirected() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _decode(data: bytes) -> str:
+def decode(data: bytes) -> str:
+    """Decode a question; raises PromptError if it is too long or not UTF-8."""
     if len(data) > MAX_TEXT_BYTES:
-        raise PromptError(f"a question of more than {MAX_TEXT_BYTES >> 20} MB; shorten it")
+        raise PromptError(f"the question has more than {MAX_TEXT_BYTES >> 20} MB; shorten it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError("a question is not UTF-8; save or type it as UTF-8") from error
+        raise PromptError("the question is not UTF-8; encode it as UTF-8") from error
 
 
-def _from_stdin() -> bytes:
+def _read_stdin_image() -> bytes:
     data = read_image(sys.stdin.buffer)
     if not data:
-        raise ImageError("stdin holds no image; write the path of a file in place of -")
+        raise ImageError("stdin is empty; give the path of an image in place of -")
     return data

@@ -1,1 +1,1 @@
-"""From a prompt to an answer, token by token."""
+"""Generate an answer to a prompt, token by token."""

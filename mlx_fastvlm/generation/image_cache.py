@@ -1,4 +1,4 @@
-"""Image embeddings kept by what they follow from, so that each image is encoded once."""
+"""A cache of image embeddings, so that each image is encoded once."""
 
 import hashlib
 import os
@@ -18,10 +18,9 @@ from ..models.fastvlm import FastVLM
 
 
 class ImageCache:
-    """Embeddings of the images seen last, in memory and, if wanted, on disk.
+    """Embeddings of the most recent images, in memory and optionally on disk.
 
-    It serves one model at a time: it keeps the weights that filled it, and is emptied when it is
-    used with any others. Any thread can use it.
+    It serves one model at a time and is emptied when used with other weights. It is thread-safe.
     """
 
     def __init__(
@@ -30,10 +29,10 @@ class ImageCache:
         """Create an empty cache.
 
         Args:
-            max_bytes: Most that is held in memory; an image of 1024 px takes 0.5 MB in the 0.5B
-                model in float16, 1.8 MB in the 7B. 0 holds nothing.
-            directory: Where to keep embeddings between runs, up to 512 MB. They tell part of what
-                the images show, so protect the directory as you would the images.
+            max_bytes: Limit on memory; an image of 1024 px takes 0.5 MB in the 0.5B model in
+                float16, 1.8 MB in the 7B. 0 keeps nothing in memory.
+            directory: Directory to keep embeddings in between runs, up to 512 MB. They reveal part
+                of what the images show, so protect it like the images.
         """
         self.max_bytes = max_bytes
         self._disk = None if directory is None else DiskCache(user_path(directory))
@@ -42,13 +41,13 @@ class ImageCache:
         self._lock = Lock()
 
     def get(self, model: FastVLM, weights: Weights, key: str, count: int) -> mx.array | None:
-        """Look an image up.
+        """Look up the embeddings of an image.
 
         Args:
-            model: The model that asks.
+            model: The model to use them with.
             weights: Its `image_weights`.
             key: The image's `Picture.key`.
-            count: Number of embeddings there must be.
+            count: Expected number of embeddings.
 
         Returns:
             (1, count, D), or None.
@@ -69,24 +68,24 @@ class ImageCache:
             return None
         features = mx.array(stored)[None]
         mx.eval(features)
-        self._keep(weights, key, features)
+        self._store(weights, key, features)
         return features
 
     def put(self, model: FastVLM, weights: Weights, key: str, features: mx.array) -> None:
-        """Keep the embeddings of an image.
+        """Store the embeddings of an image.
 
         Args:
-            model: The model that made them.
-            weights: Its `image_weights` when it made them.
+            model: The model that computed them.
+            weights: Its `image_weights` at that time.
             key: The image's `Picture.key`.
             features: (1, N, D), evaluated and finite.
         """
-        self._keep(weights, key, features)
+        self._store(weights, key, features)
         if self._disk is not None:
             matrix = np.array(features[0].astype(mx.float32))
             self._disk.write(_file_name(model, weights, key), matrix)
 
-    def _keep(self, weights: Weights, key: str, features: mx.array) -> None:
+    def _store(self, weights: Weights, key: str, features: mx.array) -> None:
         with self._lock:
             if not self._weights.same_as(weights):  # another model has used the cache since
                 return
@@ -96,21 +95,21 @@ class ImageCache:
 
 
 def image_weights(model: FastVLM) -> Weights:
-    """The weights that a model's image embeddings follow from."""
+    """The weights that determine a model's image embeddings."""
     return Weights(model.vision_tower, model.projector)
 
 
 def default_image_cache(model: FastVLM) -> ImageCache:
-    """The cache that `generate` uses unless it is given another; it lives as long as the model."""
+    """Return the cache that `generate` uses by default; it lives as long as the model."""
     if id(model) not in _default_caches:
         weakref.finalize(model, _default_caches.pop, id(model), None)
     return _default_caches.setdefault(id(model), ImageCache())
 
 
-_default_caches: dict[int, ImageCache] = {}  # by the model's id
+_default_caches: dict[int, ImageCache] = {}  # by id(model)
 
 
 def _file_name(model: FastVLM, weights: Weights, key: str) -> str:
-    """Name of an entry on disk: a hash of all that the embeddings follow from."""
+    """File name of an entry: a hash of everything that determines the embeddings."""
     content = (__version__, weights.fingerprint, model.config.vision, key)
     return hashlib.sha256(repr(content).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Keys and values of earlier prompts, so that what a new one begins alike need not be computed."""
+"""A cache of keys and values, so that the common prefix of prompts is computed once."""
 
 from dataclasses import dataclass
 from threading import Lock
@@ -11,12 +11,12 @@ from ..models.fastvlm import IMAGE_TOKEN
 from ..models.kv_cache import KVCache
 from ..preprocess.processor import Picture
 
-Sequence = list[int | str]  # ids; in the places of an image its key
+CachedSequence = list[int | str]  # token ids, with an image's key for each of its embeddings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
-    sequence: Sequence
+    sequence: CachedSequence
     bits: int | None
     layers: list[list[mx.array]]
 
@@ -26,53 +26,52 @@ class _Entry:
 
 
 class PromptCache:
-    """What a model's decoder made of its last prompts and answers.
+    """Keys and values of the most recent prompts and answers.
 
-    Give the same one to `generate` for each turn of a conversation, for several questions about
-    an image, or for prompts that share a system prompt: the tokens that a prompt has in common
-    with an earlier one, up to the first that differs, are not computed again. Logits are those of
-    a whole prompt up to rounding, as products of other sizes are summed in another order.
+    Pass the same cache to `generate` for the turns of a conversation, for several questions about
+    an image, or for prompts that share a system prompt: the longest prefix that a prompt shares
+    with an earlier one is not computed again. Logits equal those of the whole prompt up to
+    rounding, since products of other sizes are summed in another order.
 
-    It serves one model at a time: it keeps the weights that filled it, and is emptied when it is
-    used with any others. Any thread can use it.
+    It serves one model at a time and is emptied when used with other weights. It is thread-safe.
     """
 
     def __init__(self, max_bytes: int = 512 << 20) -> None:
-        """Begin empty.
+        """Create an empty cache.
 
         Args:
-            max_bytes: Most that is held; a token takes 12 kB in the 0.5B model in float16, 28 kB
-                in the 1.5B and 56 kB in the 7B. The prompts not used for longest make room.
+            max_bytes: Limit on memory; a token takes 12 kB in the 0.5B model in float16, 28 kB in
+                the 1.5B and 56 kB in the 7B. The least recently used prompts are dropped.
         """
         self.max_bytes = max_bytes
-        self._entries: list[_Entry] = []  # the last used at the end
+        self._entries: list[_Entry] = []  # the most recently used last
         self._weights = Weights()
         self._lock = Lock()
 
     def fill(
-        self, weights: Weights, sequence: Sequence, cache: list[KVCache], bits: int | None
+        self, weights: Weights, sequence: CachedSequence, cache: list[KVCache], bits: int | None
     ) -> int:
-        """Put what is known of a prompt into empty caches.
+        """Fill empty KV caches with the longest known prefix of a prompt.
 
         Args:
-            weights: Those of the model that the caches belong to.
-            sequence: From `describe`.
-            cache: One for each layer.
-            bits: Those of the caches.
+            weights: Weights of the model.
+            sequence: The prompt, from `to_sequence`.
+            cache: KV cache of each layer.
+            bits: Bits of the KV caches; None for floats.
 
         Returns:
-            How many of the first tokens they hold now; always less than all.
+            Number of tokens filled in, always less than the prompt's.
         """
         with self._lock:
             if not self._weights.same_as(weights):
                 self._weights = weights
                 self._entries.clear()
-            alike = [entry for entry in reversed(self._entries) if entry.bits == bits]
-            lengths = [_in_common(entry.sequence, sequence[:-1]) for entry in alike]
+            candidates = [entry for entry in reversed(self._entries) if entry.bits == bits]
+            lengths = [_common_length(entry.sequence, sequence[:-1]) for entry in candidates]
             length = max(lengths, default=0)
             if not length:
                 return 0
-            best = alike[lengths.index(length)]  # of several the last used
+            best = candidates[lengths.index(length)]  # the most recently used of the longest
             self._entries.remove(best)
             self._entries.append(best)
         for layer, parts in zip(cache, best.layers, strict=True):
@@ -80,9 +79,9 @@ class PromptCache:
         return length
 
     def keep(
-        self, weights: Weights, sequence: Sequence, cache: list[KVCache], bits: int | None
+        self, weights: Weights, sequence: CachedSequence, cache: list[KVCache], bits: int | None
     ) -> None:
-        """Hold on to the first tokens in the caches, as many as the sequence has."""
+        """Store the first tokens of the KV caches, as many as the sequence has."""
         entry = _Entry(sequence, bits, [layer.first(len(sequence)) for layer in cache])
         if entry.nbytes > self.max_bytes:
             return
@@ -90,23 +89,23 @@ class PromptCache:
         with self._lock:
             if not self._weights.same_as(weights):  # another model has used the cache since
                 return
-            self._entries = [old for old in self._entries if not _begins(old, entry)] + [entry]
+            self._entries = [old for old in self._entries if not _is_prefix(old, entry)] + [entry]
             while sum(entry.nbytes for entry in self._entries) > self.max_bytes:
                 del self._entries[0]
 
 
-def _begins(old: _Entry, new: _Entry) -> bool:
-    """Whether the new entry holds all that the old one does."""
+def _is_prefix(old: _Entry, new: _Entry) -> bool:
+    """Whether the old entry is a prefix of the new one."""
     return old.bits == new.bits and new.sequence[: len(old.sequence)] == old.sequence
 
 
-def describe(ids: list[int], pictures: list[Picture]) -> Sequence:
-    """A prompt with each image's key in the places of its embeddings."""
+def to_sequence(ids: list[int], pictures: list[Picture]) -> CachedSequence:
+    """Replace each IMAGE_TOKEN of a prompt by the key of its image."""
     keys = (picture.key for picture in pictures for _ in range(picture.count))
     return [next(keys) if token == IMAGE_TOKEN else token for token in ids]
 
 
-def _in_common(first: Sequence, second: Sequence) -> int:
-    """Length of the longest common beginning."""
+def _common_length(first: CachedSequence, second: CachedSequence) -> int:
+    """Length of the longest common prefix."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

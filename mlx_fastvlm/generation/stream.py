@@ -3,7 +3,7 @@
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -20,16 +20,19 @@ from mlx_mobileclip.errors import ModelError, PromptError
 from ..defaults import DEFAULT_MAX_TOKENS
 from ..models.fastvlm import IMAGE_TOKEN, FastVLM
 from ..models.kv_cache import KVCache
+from ..models.sharding import from_first_rank
 from ..preprocess.messages import Message
 from ..preprocess.processor import Images, Picture, Processor
 from ..preprocess.tokenizer import TextDecoder
-from .answer import AnswerText, Chunk, Clock, Result, join
+from .answer import AnswerText, Chunk, Clock, Result, join_chunks
+from .constrained_loop import ConstrainedDecoder, ConstrainedSampler, Matcher
+from .constraints import Constraint
 from .image_cache import ImageCache, default_image_cache, image_weights
-from .prompt_cache import PromptCache, describe
+from .prompt_cache import PromptCache, to_sequence
 from .sampling import Sampler, Sampling
-from .token_loop import Decoder, Drawn
+from .token_loop import Decoder, PendingToken
 
-RESERVED_TOKENS = 1024  # room for the answer in the KV cache; beyond, it grows step by step
+RESERVED_TOKENS = 1024  # of the answer, allocated in advance in the KV cache
 
 
 def generate(
@@ -46,12 +49,13 @@ def generate(
         processor: From `load`.
         prompt: A question, or a list of messages.
         images: One image or several, in the order of their places in the prompt.
-        **options: As `stream_generate` takes them.
+        **options: Keyword arguments of `stream_generate`.
 
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used.
     """
-    return join(list(stream_generate(model, processor, prompt, images, **options)), processor)
+    chunks = list(stream_generate(model, processor, prompt, images, **options))
+    return join_chunks(chunks, processor)
 
 
 def stream_generate(
@@ -71,11 +75,14 @@ def stream_generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
+    schema: object = None,
+    choice: Iterable[str] | None = None,
+    regex: str | None = None,
     kv_bits: int | None = None,
     prompt_cache: PromptCache | None = None,
     image_cache: ImageCache | None = None,
 ) -> Iterator[Chunk]:
-    """Answer a prompt piece by piece, one chunk a token.
+    """Answer a prompt as a stream of chunks, one for each token.
 
     Args:
         model: From `load`.
@@ -83,27 +90,31 @@ def stream_generate(
         prompt: A question, or a list of messages (see `messages.read_messages`).
         images: One image or several, in the order of their places in the prompt.
         system: System prompt instead of the default.
-        resolution: Side the images are resized to, px.
+        resolution: Side in pixels that images are resized to.
         image_mode: "pad" or "crop".
-        max_tokens: Most tokens to generate; prompt and answer must fit the model together. By
-            default 256, or as many as there is room for.
+        max_tokens: Maximum number of tokens; prompt and answer together must fit the model. By
+            default 256, or as many as fit.
         temperature: 0 for greedy; see `Sampling` for this and the next five.
         top_p: Nucleus probability.
-        top_k: Number of tokens to choose from.
-        min_p: Least probability relative to the best token's.
+        top_k: Number of tokens to sample from.
+        min_p: Least probability, relative to the most likely token's.
         repetition_penalty: Above 1 discourages tokens already seen.
         seed: Makes sampling repeatable.
         stop: Text or texts that end the answer; they are not part of it.
+        schema: The answer is JSON of this schema: a dictionary, a pydantic model or a dataclass.
+        choice: The answer is one of these texts.
+        regex: The whole answer matches this regular expression. Of these three only one can be
+            given, and no stop text with it. If the answer ends with "stop", it meets it.
         kv_bits: 8 or 4 to quantise the KV cache; off by default, since at the length of a FastVLM
             prompt it saves little.
-        prompt_cache: Keys and values of earlier prompts, to re-use a common beginning; this prompt
-            and its answer are added. By default every prompt is computed whole.
+        prompt_cache: Keys and values of earlier prompts, to reuse a common prefix; this prompt and
+            its answer are added. By default the whole prompt is computed.
         image_cache: Embeddings of images seen before; those of new images are added. By default
             one that lives as long as the model.
 
     Yields:
-        Chunks; the last one has a finish_reason: "stop" at an end token or stop text, else
-        "length".
+        Chunks; the last one has a finish_reason: "stop" at an end token, at a stop text or where
+        a constraint leaves nothing to add, else "length".
 
     Raises:
         ModelError: or one of its subclasses, naming what cannot be used; also when the model's
@@ -112,41 +123,49 @@ def stream_generate(
     enter()
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p, seed)
     stops = _stop_texts(stop)
+    constraint = Constraint.of(schema, choice, regex, stops)
+    tokenizer = processor.tokenizer
+    matcher = None if constraint is None else Matcher(constraint, tokenizer)
     started = time.perf_counter()
     ids, pictures = processor.prepare(
         prompt, images, system=system, resolution=resolution, image_mode=image_mode
     )
     length, image_tokens = len(ids), ids.count(IMAGE_TOKEN)
     max_tokens = _answer_length(length, max_tokens, processor.max_length)
-    tokenizer = processor.tokenizer
     cache = model.make_cache(length + min(max_tokens, RESERVED_TOKENS), kv_bits)
     prompt_cache = PromptCache(max_bytes=0) if prompt_cache is None else prompt_cache
-    sequence, weights = describe(ids, pictures), Weights(model)
+    sequence, weights = to_sequence(ids, pictures), Weights(model)
     cached = prompt_cache.fill(weights, sequence, cache, kv_bits)
     if pictures:
         pictures = pictures[ids[:cached].count(IMAGE_TOKEN) // pictures[0].count :]
     image_cache = default_image_cache(model) if image_cache is None else image_cache
-    tower = image_weights(model) if pictures else Weights()
-    known, pixels = _look_up(pictures, image_cache, model, tower)
+    tower_weights = image_weights(model) if pictures else Weights()
+    cached_features, pixels = _look_up(pictures, image_cache, model, tower_weights)
     clock = Clock(started, preprocess=time.perf_counter())
-    fresh, sound = _encode(model, pixels)
-    prefill = partial(_prefill, model, cache, ids, cached, pictures, sampling, tokenizer.size)
-    decoder, first = prefill(known | fresh)
-    if not sound.item():  # waits for the images alone
-        fresh = _encode_in_float32(model, pixels)
+    new_features, all_finite = _encode(model, pixels)
+    all_finite = from_first_rank(all_finite, model._group)  # all ranks must go on alike
+    mx.async_eval(all_finite)
+    prefill = partial(
+        _prefill, model, cache, ids, cached, pictures, sampling, tokenizer.size, matcher
+    )
+    decoder, first = prefill(cached_features | new_features)
+    if not all_finite.item():  # waits only for the images
+        new_features = _encode_in_float32(model, pixels)
         for layer in cache:
             layer.trim(length - cached)
-        decoder, first = prefill(known | fresh)
-    clock.vision = time.perf_counter() if fresh else clock.preprocess
-    mx.eval(list(fresh.values()))  # done already; this also lets other threads use them
-    for key, value in fresh.items():
-        image_cache.put(model, tower, key, value)
+        decoder, first = prefill(cached_features | new_features)
+    clock.vision = time.perf_counter() if new_features else clock.preprocess
+    mx.eval(list(new_features.values()))  # already computed; this lets other threads use them
+    for key, value in new_features.items():
+        image_cache.put(model, tower_weights, key, value)
     answer = AnswerText(TextDecoder(tokenizer), stops)
     try:
         for count, token in enumerate(decoder.tokens(first, max_tokens), start=1):
-            clock.token(count)
+            clock.record_token(count)
             finish_reason = "length" if count == max_tokens else None
             if token in tokenizer.stop_ids or answer.feed(token):
+                finish_reason = "stop"
+            if matcher is not None and matcher.is_complete:
                 finish_reason = "stop"
             text = answer.take(final=finish_reason is not None)
             stats = clock.stats(count, length, image_tokens, cached)
@@ -154,13 +173,13 @@ def stream_generate(
             if finish_reason:
                 return
             sequence.append(token)
-    finally:  # also when nobody asks for more
-        if clock.first:
+    finally:  # also if the caller stops early
+        if clock.first_token:
             prompt_cache.keep(weights, sequence, cache, kv_bits)
 
 
 def _answer_length(length: int, max_tokens: int | None, max_length: int) -> int:
-    """Most tokens of the answer to a prompt of so many."""
+    """Maximum number of answer tokens after a prompt of `length` tokens."""
     room = max_length - length
     if not room:
         raise PromptError(f"a prompt of {length} tokens leaves no room for an answer; shorten it")
@@ -168,7 +187,7 @@ def _answer_length(length: int, max_tokens: int | None, max_length: int) -> int:
         return min(DEFAULT_MAX_TOKENS, room)
     if not isinstance(max_tokens, Integral) or not 1 <= max_tokens <= room:
         raise PromptError(
-            f"max_tokens is {max_tokens!r:.60}; after a prompt of {length} tokens it can be 1 to "
+            f"max_tokens is {max_tokens!r:.60}; after a prompt of {length} tokens it must be 1 to "
             f"{room}"
         )
     return int(max_tokens)
@@ -184,38 +203,38 @@ def _stop_texts(stop: str | Sequence[str] | None) -> list[str]:
 
 
 def _look_up(
-    pictures: list[Picture], image_cache: ImageCache, model: FastVLM, tower: Weights
+    pictures: list[Picture], image_cache: ImageCache, model: FastVLM, tower_weights: Weights
 ) -> tuple[dict[str, mx.array], dict[str, NDArray[np.float32]]]:
-    """By their keys, the embeddings of the images seen before and the pixels of the others."""
-    known: dict[str, mx.array] = {}
+    """Return cached embeddings by image key, and the pixels of all other images."""
+    cached_features: dict[str, mx.array] = {}
     pixels: dict[str, NDArray[np.float32]] = {}
     for picture in pictures:
-        if picture.key in known or picture.key in pixels:
+        if picture.key in cached_features or picture.key in pixels:
             continue
-        features = image_cache.get(model, tower, picture.key, picture.count)
+        features = image_cache.get(model, tower_weights, picture.key, picture.count)
         if features is None:
             pixels[picture.key] = picture.pixels()
         else:
-            known[picture.key] = features
-    return known, pixels
+            cached_features[picture.key] = features
+    return cached_features, pixels
 
 
 def _encode(
     model: FastVLM, pixels: dict[str, NDArray[np.float32]]
 ) -> tuple[dict[str, mx.array], mx.array]:
-    """Embeddings of images, (1, N, D) each, and whether all are finite.
+    """Encode images, (1, N, D) each; also returns whether all values are finite.
 
-    Both are queued and not waited for, so that the prefill is built meanwhile. Images are encoded
-    one by one, so that memory does not grow with their number.
+    Both are evaluated asynchronously, while the prefill is built. Images are encoded one by one,
+    so that memory does not grow with their number.
     """
     features: dict[str, mx.array] = {}
-    sound = mx.array(True)
+    all_finite = mx.array(True)
     for key, image in pixels.items():
-        mx.eval(sound)
+        mx.eval(all_finite)
         features[key] = model.encode_image(mx.array(image)[None])
-        sound = sound & is_finite(features[key])
-        mx.async_eval(features[key], sound)
-    return features, sound
+        all_finite = all_finite & is_finite(features[key])
+        mx.async_eval(features[key], all_finite)
+    return features, all_finite
 
 
 def _prefill(
@@ -225,11 +244,16 @@ def _prefill(
     cached: int,
     pictures: list[Picture],
     sampling: Sampling,
-    known_ids: int,
+    vocab_size: int,
+    matcher: Matcher | None,
     features: dict[str, mx.array],
-) -> tuple[Decoder, Drawn]:
-    """Queue the decoder's pass over the part of a prompt that its cache does not hold."""
-    decoder = Decoder(model, cache, Sampler(sampling, known_ids, ids), known_ids)
+) -> tuple[Decoder, PendingToken]:
+    """Queue the decoder's pass over the prompt tokens that its cache does not hold."""
+    if matcher is None:
+        decoder = Decoder(model, cache, Sampler(sampling, vocab_size, ids), vocab_size)
+    else:
+        sampler = ConstrainedSampler(sampling, vocab_size, ids, matcher)
+        decoder = ConstrainedDecoder(model, cache, sampler, vocab_size)
     inputs = mx.array([ids[cached:]], mx.int32)
     images = [features[picture.key] for picture in pictures]
     embeddings = model.embed(inputs, mx.concatenate(images) if images else None)
@@ -239,21 +263,22 @@ def _prefill(
 def _encode_in_float32(
     model: FastVLM, pixels: dict[str, NDArray[np.float32]]
 ) -> dict[str, mx.array]:
-    """Embeddings of images that overflow in half precision, (1, N, D) each.
+    """Encode images that overflow in half precision, (1, N, D) each.
 
     Raises:
-        ModelError: they overflow in float32, too.
+        ModelError: they overflow in float32 as well.
     """
-    twin = copy.copy(model)
-    twin.vision_tower = copy.deepcopy(model.vision_tower)
-    twin.projector = copy.deepcopy(model.projector)
-    for module in (twin.vision_tower, *twin.projector):
+    float32_model = copy.copy(model)
+    float32_model.vision_tower = copy.deepcopy(model.vision_tower)
+    float32_model.projector = copy.deepcopy(model.projector)
+    for module in (float32_model.vision_tower, *float32_model.projector):
         module.set_dtype(mx.float32)
-    features, sound = _encode(twin, pixels)
-    if not sound.item():
+    features, all_finite = _encode(float32_model, pixels)
+    if not all_finite.item():
         raise ModelError("the image tower overflowed in float32; its weights are damaged")
     warnings.warn(
-        "the image tower overflowed and was run again in float32; with dtype float32 it is at once",
+        "the image tower overflowed and was run again in float32; load with dtype float32 to "
+        "avoid this",
         stacklevel=2,
     )
     return features

@@ -1,4 +1,4 @@
-"""Token after token: the decoder, its KV cache and the sampler at work on one answer."""
+"""The decode loop of one answer: decoder, KV cache and sampler."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,61 +10,73 @@ from mlx_mobileclip.errors import ModelError
 
 from ..models.fastvlm import FastVLM
 from ..models.kv_cache import KVCache
+from ..models.sharding import from_first_rank
 from .sampling import UNDECIDED, Sampler
 
 NOT_FINITE = -1  # instead of a token, when the logits have overflowed
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token on its way, a scalar, and what it takes to draw it again."""
+class PendingToken:
+    """A token being computed, a scalar, and what is needed to sample it again."""
 
     token: mx.array
     logits: mx.array
-    state: list[mx.array]  # of the sampler, before the draw
+    state: list[mx.array]  # of the sampler, before this token
 
 
 class Decoder:
-    """The decoder as it writes one answer."""
+    """Runs the decoder for one answer."""
 
-    def __init__(self, model: FastVLM, cache: list[KVCache], sampler: Sampler, known: int):
-        """Go on from what the cache holds; ids from `known` on stand for nothing."""
-        self._model, self._cache, self._sampler, self._known = model, cache, sampler, known
+    def __init__(self, model: FastVLM, cache: list[KVCache], sampler: Sampler, vocab_size: int):
+        """Continue from the cache; only ids below `vocab_size` are sampled."""
+        self._model, self._cache, self._sampler = model, cache, sampler
+        self._vocab_size = vocab_size
 
-    def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> Drawn:
-        """Begin to compute the token after these ids, (1, L)."""
-        logits = self._model(ids, self._cache, embeddings, last_only=True)[0, -1, : self._known]
+    def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> PendingToken:
+        """Start to compute the token after ids (1, L)."""
+        return self._sample(self._logits(ids, embeddings))
+
+    def _logits(self, ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
+        logits = self._model(ids, self._cache, embeddings, last_only=True)
         self._dtype = logits.dtype
-        return self._draw(logits.astype(mx.float32))
+        return logits[0, -1, : self._vocab_size].astype(mx.float32)
 
-    def _draw(self, logits: mx.array) -> Drawn:
+    def _sample(self, logits: mx.array) -> PendingToken:
         state = self._sampler.state
-        # One bad logit makes the sum bad.
+        # The sum is finite only if every logit is.
         token = mx.where(mx.isfinite(mx.sum(logits)), self._sampler(logits), NOT_FINITE)
+        token = from_first_rank(token, self._model._group)
         mx.async_eval(token, self._sampler.state)
-        return Drawn(token, logits, state)
+        return PendingToken(token, logits, state)
 
-    def tokens(self, drawn: Drawn, max_tokens: int) -> Iterator[int]:
-        """Token after token; each step is queued before the token of the last one is read."""
+    def tokens(self, pending: PendingToken, max_tokens: int) -> Iterator[int]:
+        """Yield tokens; each step is queued before the previous token is read."""
         count = 1
         while True:
             following = None
             if count < max_tokens:
-                following = self.queue(mx.maximum(drawn.token, 0).reshape(1, 1))
-            value = cast(int, drawn.token.item())
+                following = self.queue(mx.maximum(pending.token, 0).reshape(1, 1))
+            value = cast(int, pending.token.item())
             if value == UNDECIDED:
-                if following is not None:
-                    for layer in self._cache:
-                        layer.trim(1)
-                self._sampler.thorough, self._sampler.state = True, drawn.state
-                drawn = self._draw(drawn.logits)
+                pending = self._sample_again(pending, trim=int(following is not None))
                 continue
-            if value == NOT_FINITE:
-                wider = "" if self._dtype == mx.float32 else "try --dtype float32, or "
-                raise ModelError(
-                    f"the decoder's logits are not finite; {wider}get the checkpoint again"
-                )
+            self._check_finite(value)
             yield value
             if following is None:
                 return
-            drawn, count = following, count + 1
+            pending, count = following, count + 1
+
+    def _sample_again(self, pending: PendingToken, trim: int) -> PendingToken:
+        """Sample an UNDECIDED token anew, and drop the passes queued after it from the cache."""
+        for layer in self._cache:
+            layer.trim(trim)
+        self._sampler.full_sort, self._sampler.state = True, pending.state
+        return self._sample(pending.logits)
+
+    def _check_finite(self, value: int) -> None:
+        if value == NOT_FINITE:
+            wider = "" if self._dtype == mx.float32 else "try --dtype float32, or "
+            raise ModelError(
+                f"the decoder's logits are not finite; {wider}download the checkpoint again"
+            )

@@ -1,4 +1,4 @@
-"""What a canonical config.json says: the shapes of the three parts, and how to use them."""
+"""The canonical config.json: shapes of the three parts, image settings, maximum length."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ MAX_LENGTH = 32768  # positions of Qwen2 as published; Apple's models use 8192 o
 
 @dataclass(frozen=True, slots=True)
 class Qwen2Config:
-    """Shape of the Qwen2 decoder, with Hugging Face's names."""
+    """Config of the Qwen2 decoder, with Hugging Face's names."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -36,7 +36,7 @@ class Qwen2Config:
 
     @classmethod
     def from_json(cls, fields: Fields) -> "Qwen2Config":
-        """Read and check a `text_config`; raises ConfigError naming the field at fault."""
+        """Read and check a `text_config`; raises ConfigError naming the invalid field."""
         config = cls(
             hidden_size=fields.integer("hidden_size", 1, 65536),
             num_hidden_layers=fields.integer("num_hidden_layers", 1, 256),
@@ -51,15 +51,15 @@ class Qwen2Config:
         )
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         if config.hidden_size % heads or config.head_dim % 2:
-            raise fields.error("hidden_size", f"does not divide into {heads} even heads")
+            raise fields.error("hidden_size", f"cannot be split into {heads} heads of even width")
         if heads % kv_heads:
-            raise fields.error("num_key_value_heads", f"does not divide {heads} heads")
+            raise fields.error("num_key_value_heads", f"must be a divisor of the {heads} heads")
         return config
 
 
 @dataclass(frozen=True, slots=True)
 class FastVLMConfig:
-    """Everything about a FastVLM checkpoint that its tensors cannot tell.
+    """Config of a FastVLM checkpoint.
 
     Attributes:
         text: The decoder.
@@ -68,8 +68,8 @@ class FastVLMConfig:
         image_size: Side in pixels that the checkpoint was trained at.
         image_mode: "pad" to a square (Apple's predict.py) or "crop" (Apple's model card).
         max_length: Longest sequence in tokens, images and answer included.
-        quantization: Quantisation of each quantised layer by its path in the model.
-        source: Where the checkpoint came from: model, revision, layout.
+        quantization: Quantisation of each quantised layer, by its path in the model.
+        source: Origin of the checkpoint: model, revision, layout.
     """
 
     text: Qwen2Config
@@ -83,11 +83,11 @@ class FastVLMConfig:
 
     @property
     def projector_depth(self) -> int:
-        """Linear layers in the projector."""
+        """Number of linear layers in the projector."""
         return projector_depth(self.projector_type)
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical config.json."""
+        """Return the contents of the canonical config.json."""
         result = {
             "model_type": MODEL_TYPE,
             "format_version": FORMAT_VERSION,
@@ -105,7 +105,7 @@ class FastVLMConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "FastVLMConfig":
-        """Read and check a canonical config.json; raises ConfigError naming the field at fault."""
+        """Read and check a canonical config.json; raises ConfigError naming the invalid field."""
         fields = Fields(values, where)
         fields.check_version(FORMAT_VERSION)
         config = cls(
@@ -131,7 +131,7 @@ class FastVLMConfig:
 
 
 def projector_depth(projector_type: str) -> int:
-    """Linear layers in a projector of this type; -1 when the type is not known.
+    """Number of linear layers in a projector of this type; -1 if the type is unknown.
 
     Source: apple/ml-fastvlm 592b4ad `llava/model/multimodal_projector/builder.py`.
     """

@@ -16,14 +16,14 @@ from .config import FastVLMConfig
 from .kv_cache import STEP, KVCache
 from .qwen2 import Qwen2
 
-# Stands for one image embedding in a list of ids; no tokenizer has it. LLaVA's value.
+# Placeholder id of one image embedding, as in LLaVA; not in any vocabulary.
 IMAGE_TOKEN = -200
-# What can be quantised apart, by where it lies.
+# Parts that can be quantised separately, with the prefixes of their parameters.
 PARTS = {"decoder": "language_model.", "projector": "projector.", "vision": "vision_tower."}
 
 
 class FastVLM(nn.Module):
-    """The whole model. Image embeddings take the places of the IMAGE_TOKEN ids in a prompt."""
+    """The whole model. Image embeddings replace the IMAGE_TOKEN ids of a prompt."""
 
     def __init__(self, config: FastVLMConfig):
         super().__init__()
@@ -35,6 +35,7 @@ class FastVLM(nn.Module):
         self.act = GELU()  # between the projector's layers
         self.language_model = Qwen2(config.text)
         quantize_layers(self, config.quantization)
+        self._group: mx.distributed.Group | None = None  # processes that share the decoder
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -45,28 +46,29 @@ class FastVLM(nn.Module):
         """One empty KV cache per decoder layer.
 
         Args:
-            capacity: Tokens to reserve room for.
+            capacity: Number of tokens to allocate.
             bits: 8 or 4 to quantise keys and values; None for floats.
 
         Raises:
             ConfigError: MLX cannot quantise heads of this width.
         """
         if bits not in (None, 4, 8) or isinstance(bits, float):
-            raise ConfigError(f"kv_bits is {bits!r:.40}; it can be 8 or 4")
+            raise ConfigError(f"kv_bits is {bits!r:.40}; it must be 8 or 4")
         if bits is not None and self.config.text.head_dim % 32:
             raise ConfigError(
-                f"heads are {self.config.text.head_dim} wide, no multiple of 32; leave out kv_bits"
+                f"kv_bits needs heads whose width is a multiple of 32, not "
+                f"{self.config.text.head_dim}; leave it out"
             )
         return self.language_model.make_cache(capacity, bits)
 
     def encode_image(self, pixels: mx.array) -> mx.array:
-        """Turn images into decoder-width embeddings.
+        """Encode images as embeddings of the decoder's width.
 
         Args:
             pixels: RGB in [0, 1], (n, S, S, 3), S a multiple of 64.
 
         Returns:
-            (n, N, D) with N = (S/64)^2, row by row: 256 at S = 1024.
+            (n, N, D) with N = (S/64)^2, in row-major order: 256 at S = 1024.
 
         Raises:
             ImageError: the shape is not (n, S, S, 3) with S a multiple of the tower's stride.
@@ -80,18 +82,18 @@ class FastVLM(nn.Module):
         return self.project(self.vision_tower(pixels))
 
     def project(self, x: mx.array) -> mx.array:
-        """Turn the tower's maps (n, s, s, C) into embeddings (n, s * s, D)."""
+        """Project the tower's feature maps (n, s, s, C) to embeddings (n, s * s, D)."""
         x = x.reshape(x.shape[0], -1, x.shape[3])
         for i, layer in enumerate(self.projector):
             x = layer(self.act(x) if i else x)
         return x
 
     def embed(self, input_ids: mx.array, image_features: mx.array | None = None) -> mx.array:
-        """Look tokens up and put image embeddings in the places of IMAGE_TOKEN, in order.
+        """Embed tokens, with image embeddings in place of IMAGE_TOKEN, in order.
 
         Args:
             input_ids: (B, L).
-            image_features: (n, N, D) from `encode_image`; rows of the batch take them in turn.
+            image_features: (n, N, D) from `encode_image`, used row by row of the batch.
 
         Returns:
             (B, L, D).
@@ -101,11 +103,11 @@ class FastVLM(nn.Module):
         """
         enter()
         flat_ids = np.array(input_ids).reshape(-1)
-        places = np.flatnonzero(flat_ids == IMAGE_TOKEN)
+        positions = np.flatnonzero(flat_ids == IMAGE_TOKEN)
         given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if len(places) != given:
+        if len(positions) != given:
             raise PromptError(
-                f"the prompt has places for {len(places)} image embeddings but {given} are given"
+                f"the prompt has places for {len(positions)} image embeddings but {given} are given"
             )
         vocab_size = self.config.text.vocab_size
         if np.any((flat_ids >= vocab_size) | ((flat_ids < 0) & (flat_ids != IMAGE_TOKEN))):
@@ -114,7 +116,7 @@ class FastVLM(nn.Module):
         if image_features is None or not given:
             return x
         flat = x.reshape(-1, x.shape[-1])
-        flat[mx.array(places)] = image_features.reshape(given, -1).astype(x.dtype)
+        flat[mx.array(positions)] = image_features.reshape(given, -1).astype(x.dtype)
         return flat.reshape(x.shape)
 
     def __call__(
@@ -140,7 +142,7 @@ class FastVLM(nn.Module):
         """
         enter()
         if input_embeddings is None and (pixels is not None or inputs.shape[1] > 1):
-            # A single id is the last token of a decode loop: it must not wait for the host here.
+            # A single id is a decode step, which must not wait for the host.
             features = None if pixels is None else self.encode_image(pixels)
             input_embeddings = self.embed(inputs, features)
         return self.language_model(inputs, cache, input_embeddings, last_only=last_only)

@@ -8,20 +8,20 @@ STEP = 256
 
 
 class KVCache:
-    """Keys and values of all tokens so far, in buffers that grow by whole steps.
+    """Keys and values of all tokens so far, in buffers that grow in steps.
 
-    The methods are those that mlx-lm 0.32 `models/cache.py` calls on its own KVCache, so either
-    can stand in for the other.
+    It has the methods that mlx-lm 0.32 calls on KVCache of its `models/cache.py`, so either can
+    replace the other.
     """
 
     def __init__(self, capacity: int = STEP) -> None:
-        """Reserve room for `capacity` tokens at the first update, so that none is copied later."""
+        """Allocate `capacity` tokens at the first update, so that none is copied later."""
         self.offset = 0
         self._capacity = capacity
-        self._buffers: list[mx.array] = []  # one for each part that tokens are stored in
+        self._buffers: list[mx.array] = []  # keys and values, or the six parts of quantised ones
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values of new tokens and return those of all.
+        """Append the keys and values of new tokens and return those of all tokens.
 
         Args:
             keys: (B, K, L, D) with K key/value heads.
@@ -35,7 +35,7 @@ class KVCache:
         return keys, values
 
     def append(self, parts: list[mx.array]) -> None:
-        """Append tokens in the parts they are stored in, (B, K, L, ...) each."""
+        """Append new tokens, one array (B, K, L, ...) for each buffer."""
         start, self.offset = self.offset, self.offset + parts[0].shape[2]
         old: list[mx.array | None] = [*self._buffers] or [None] * len(parts)
         self._buffers = [self._reserve(b, p, start) for b, p in zip(old, parts, strict=True)]
@@ -43,7 +43,7 @@ class KVCache:
             buffer[..., start : self.offset, :] = part
 
     def first(self, length: int) -> list[mx.array]:
-        """The parts of the first tokens, for `append`; later changes do not reach them."""
+        """Return the first tokens of each buffer, unaffected by later changes."""
         return [mx.contiguous(buffer[..., :length, :]) for buffer in self._buffers]
 
     def _reserve(self, buffer: mx.array | None, new: mx.array, start: int) -> mx.array:
@@ -57,7 +57,7 @@ class KVCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """The attention mask for N new tokens: None for one, else causal."""
+        """Attention mask for N new tokens: None for a single one, else causal."""
         if N == 1 and not return_array:
             return None
         if not return_array:
@@ -67,7 +67,7 @@ class KVCache:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """What must be evaluated, or saved, to keep the cache."""
+        """Buffers and offset, to be evaluated or saved."""
         return (*self._buffers, self.offset)
 
     @state.setter
@@ -79,13 +79,13 @@ class KVCache:
         return True
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens; returns how many there were to forget."""
+        """Drop the last n tokens and return the number dropped."""
         n = min(n, self.offset)
         self.offset -= n
         return n
 
     def size(self) -> int:
-        """Tokens held."""
+        """Number of tokens held."""
         return self.offset
 
     def empty(self) -> bool:
@@ -94,30 +94,30 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, reserve included."""
+        """Size of the buffers in bytes, unused capacity included."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
 
 class QuantizedKVCache(KVCache):
-    """A cache that keeps keys and values in 8 or 4 bits, and gives them back as floats."""
+    """A cache that stores keys and values in 8 or 4 bits and returns them as floats."""
 
     def __init__(self, capacity: int, bits: int, group_size: int) -> None:
-        """Reserve room for `capacity` tokens.
+        """Create an empty cache.
 
         Args:
-            capacity: Tokens.
+            capacity: Number of tokens to allocate at the first update.
             bits: 8 or 4.
-            group_size: Values of one head that share a scale: 32 or 64, a divisor of its width.
+            group_size: Values that share a scale: 32 or 64, a divisor of the head width.
         """
         super().__init__(capacity)
         self._bits, self._group_size = bits, group_size
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values of new tokens and return those of all, as rounded."""
+        """Append the keys and values of new tokens and return those of all, dequantised."""
         both = (mx.quantize(x, self._group_size, self._bits) for x in (keys, values))
-        self.append([part for packed in both for part in packed])
-        return self._unpacked(self._buffers[:3]), self._unpacked(self._buffers[3:])
+        self.append([part for quantized in both for part in quantized])
+        return self._dequantized(self._buffers[:3]), self._dequantized(self._buffers[3:])
 
-    def _unpacked(self, buffers: list[mx.array]) -> mx.array:
+    def _dequantized(self, buffers: list[mx.array]) -> mx.array:
         weight, scales, biases = (buffer[..., : self.offset, :] for buffer in buffers)
         return mx.dequantize(weight, scales, biases, self._group_size, self._bits)

@@ -1,8 +1,8 @@
 """The Qwen2 decoder (arXiv:2407.10671) of FastVLM.
 
-Queries, keys and values come from one fused layer, as do the two halves of the SwiGLU: fewer
-and larger matrix products, which is what a single-token step is limited by. The model protocol
-is mlx-lm's (`layers`, `make_cache`, `__call__(inputs, cache, input_embeddings)`).
+Queries, keys and values come from one fused layer, as do the two halves of the SwiGLU: with
+fewer, larger matrix products a decode step is faster. The model protocol is mlx-lm's
+(`layers`, `make_cache`, `__call__(inputs, cache, input_embeddings)`).
 
 Reference code: transformers 4.48 `models/qwen2/modeling_qwen2.py`.
 """
@@ -31,23 +31,23 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> mx.array:
         """(B, L, D) to (B, L, D)."""
-        B, L, D = x.shape
+        B, L, _ = x.shape
         heads = self.qkv_proj(x).reshape(B, L, self._heads + 2 * self._kv_heads, -1)
         heads = heads.transpose(0, 2, 1, 3)  # (B, heads, L, head_dim)
-        turned, values = mx.split(heads, [self._heads + self._kv_heads], axis=1)
-        turned = self.rope(turned, offset=0 if cache is None else cache.offset)
-        queries, keys = mx.split(turned, [self._heads], axis=1)
+        rotated, values = mx.split(heads, [self._heads + self._kv_heads], axis=1)
+        rotated = self.rope(rotated, offset=0 if cache is None else cache.offset)
+        queries, keys = mx.split(rotated, [self._heads], axis=1)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         out = self._attend(queries, keys, values, cache, mask)
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, D))
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
     def _attend(
         self, queries: mx.array, keys: Any, values: Any, cache: Any, mask: mx.array | str | None
     ) -> mx.array:
         if cache is not None and hasattr(cache, "bits"):  # mlx-lm's QuantizedKVCache: triples
-            how = {"group_size": cache.group_size, "bits": cache.bits}
-            keys, values = mx.dequantize(*keys, **how), mx.dequantize(*values, **how)
+            options = {"group_size": cache.group_size, "bits": cache.bits}
+            keys, values = mx.dequantize(*keys, **options), mx.dequantize(*values, **options)
         scale = queries.shape[-1] ** -0.5
         if isinstance(mask, mx.array):
             return mx.fast.scaled_dot_product_attention(
@@ -102,14 +102,14 @@ class Qwen2(nn.Module):
         )
 
     def make_cache(self, capacity: int = STEP, bits: int | None = None) -> list[KVCache]:
-        """One empty cache per layer, with room for `capacity` tokens, floats if `bits` is None."""
+        """One empty cache per layer for `capacity` tokens; floats if `bits` is None."""
         if bits is None:
             return [KVCache(capacity) for _ in self.layers]
         return [QuantizedKVCache(capacity, bits, self._group_size) for _ in self.layers]
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Look ids up: (B, L) to (B, L, D)."""
-        # MLX unpacks mxfp and nvfp weights as bfloat16, beside which float16 becomes float32.
+        """Embed token ids: (B, L) to (B, L, D)."""
+        # MLX dequantises mxfp and nvfp to bfloat16, which with float16 would promote to float32.
         return self.embed_tokens(ids).astype(self.norm.weight.dtype)
 
     def __call__(
@@ -125,7 +125,7 @@ class Qwen2(nn.Module):
         Args:
             inputs: Token ids, (B, L); ignored when embeddings are given.
             cache: One cache per layer, extended in place; None to attend within inputs only.
-            input_embeddings: (B, L, D), instead of looking ids up.
+            input_embeddings: (B, L, D), used instead of `inputs`.
             last_only: Compute the logits of the last position alone.
 
         Returns:

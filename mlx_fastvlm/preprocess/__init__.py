@@ -1,1 +1,1 @@
-"""From a conversation and its images to the arrays that the model reads."""
+"""Convert a conversation and its images to arrays for the model."""

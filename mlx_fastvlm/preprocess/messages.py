@@ -1,7 +1,6 @@
-"""Read a conversation, in our own form and in those of OpenAI, Ollama and transformers.
+"""Read conversations in our own form and in those of OpenAI, Ollama and transformers.
 
-A key that is not known is refused by name: an image under a key that nobody looks at would be
-missing from the prompt without a word.
+An unknown key is an error, since an image under it would silently be missing from the prompt.
 """
 
 import base64
@@ -14,16 +13,16 @@ from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import ImageSource
 
 ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "path", "url", "base64")  # of an image part; each names its source
+IMAGE_KEYS = ("image", "path", "url", "base64")  # of an image part, for its source
 MAX_SHOWN = 60  # characters of a message in an error
-MAGICS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of images
+MAGICS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of files
 
 Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The place of one image in a prompt; `source` is None where it comes from `images=`."""
+    """An image in a prompt; `source` is None if it comes from `images=`."""
 
     source: ImageSource | None = None
 
@@ -32,19 +31,19 @@ Content = list[str | Image]
 
 
 def read_messages(prompt: str | Sequence[Message]) -> list[tuple[str, Content]]:
-    """Roles and contents of a conversation.
+    """Return the role and content of each message.
 
     Args:
-        prompt: A question; or messages with the keys `role`, `content` and perhaps `image` or
-            `images`, which stand before the content. A content is a text or a list of parts:
+        prompt: A question; or messages with the keys `role`, `content` and optionally `image` or
+            `images`, which come before the content. The content is a text or a list of parts:
             {"type": "text", "text": ...};
             {"type": "image"}, whose source is under `image`, `path`, `url` or `base64`, or is the
-            next of the images given beside the prompt;
+            next of `images=`;
             {"type": "image_url", "image_url": {"url": ...} or a text}.
             A url is a data URI or a path; nothing is ever fetched.
 
     Raises:
-        PromptError: a malformed message, or a key that is not known.
+        PromptError: a message is malformed or has an unknown key.
     """
     if isinstance(prompt, str):
         return [("user", [prompt])]
@@ -69,7 +68,7 @@ def _read_message(message: Any) -> tuple[str, Content]:
 
 
 def _read_images(message: Mapping[str, Any]) -> list[Image]:
-    """The images that stand beside a message's content."""
+    """Images that a message has apart from its content."""
     if message.get("image") is not None and message.get("images") is not None:
         raise PromptError("a message has both image and images; give one")
     if message.get("image") is not None:
@@ -115,13 +114,13 @@ def _openai_url(value: Any) -> str:
 
 
 def _source(value: Any) -> Any:
-    """What an image is read from; Ollama and transformers give base64 without a data URI, too."""
+    """Source of an image; decodes plain base64, as in Ollama and transformers."""
     if isinstance(value, str) and len(value) >= 64 and len(value) % 4 == 0:
         try:
             data = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
             return value
-        # A path can look like base64, too, but not like that of an image.
+        # A path can be valid base64, but not that of an image.
         if data.startswith(MAGICS):
             return data
     return value
@@ -130,6 +129,5 @@ def _source(value: Any) -> Any:
 def _check_keys(value: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
     if unknown := [str(key) for key in value if key not in known]:
         raise PromptError(
-            f"{what} has the key {unknown[0][:MAX_SHOWN]!r}, which is not known; "
-            f"known are {', '.join(known)}"
+            f"{what} has the unknown key {unknown[0][:MAX_SHOWN]!r}; known are {', '.join(known)}"
         )

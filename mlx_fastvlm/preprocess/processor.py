@@ -1,4 +1,4 @@
-"""From a prompt and images to the arrays the model reads."""
+"""Convert a prompt and its images to arrays for the model."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ Images = ImageSource | Sequence[ImageSource] | None
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What `model(inputs.input_ids[None], pixels=inputs.pixels)` takes.
+    """Inputs of the model: `model(inputs.input_ids[None], pixels=inputs.pixels)`.
 
     Attributes:
         input_ids: (L,), int32; one IMAGE_TOKEN for each image embedding.
@@ -48,20 +48,20 @@ class Inputs:
 
 
 class Picture:
-    """One image of a prompt, read but not resized, nor decoded if it was a file or its bytes.
+    """An image of a prompt, not resized yet, nor decoded if it is a file or encoded bytes.
 
     Attributes:
-        count: How many embeddings it becomes.
+        count: Number of its embeddings.
     """
 
     def __init__(self, source: ImageSource, size: int, mode: str, count: int):
-        """Read the image; raises ImageError if it cannot be.
+        """Read the image; raises ImageError if that fails.
 
         Args:
             source: Path, data URI, encoded bytes, file object, PIL image or uint8 array.
-            size: Side to resize it to, px.
+            size: Side in pixels to resize it to.
             mode: "pad" or "crop".
-            count: How many embeddings it becomes.
+            count: Number of its embeddings.
         """
         self.count = count
         self._name, self._size, self._mode = "image", size, mode
@@ -77,14 +77,14 @@ class Picture:
 
     @cached_property
     def key(self) -> str:
-        """What the pixels follow from, hashed: content, size and mode; 64 hexadecimal digits."""
+        """Hash of what determines the pixels, in 64 hex digits: content, size and mode."""
         source = self._source
         kind = "file" if isinstance(source, (bytes, bytearray)) else f"{source.size}"
         digest = hashlib.sha256(f"{kind} {self._size} {self._mode}\n".encode())
         if isinstance(source, (bytes, bytearray)):
             digest.update(source)
         else:
-            for top in range(0, source.height, KEY_ROWS):  # in strips, to save a copy
+            for top in range(0, source.height, KEY_ROWS):  # in strips, to avoid a copy
                 strip = source.crop((0, top, source.width, min(top + KEY_ROWS, source.height)))
                 digest.update(strip.tobytes())
         return digest.hexdigest()
@@ -100,7 +100,7 @@ class Processor:
     """Tokenizer, conversation format and image preprocessing of one checkpoint."""
 
     def __init__(self, tokenizer: Tokenizer, config: FastVLMConfig):
-        """Keep the checkpoint's tokenizer and what its config says about images and length."""
+        """Keep the tokenizer, and the image settings and maximum length of the config."""
         self.tokenizer = tokenizer
         self.image_size = config.image_size
         self.image_mode = config.image_mode
@@ -145,15 +145,15 @@ class Processor:
         resolution: int | None = None,
         image_mode: str | None = None,
     ) -> tuple[list[int], list[Picture]]:
-        """The same up to the pixels: ids, and the images in the order of their places."""
+        """Prepare a prompt without its pixels: ids, and images in the order of their places."""
         given = _as_list(images)
         size, mode = self._image_options(resolution, image_mode)
         parts = chat.render(prompt, len(given), system)
         count = (size // self._stride) ** 2
         ids = chat.encode(parts, self.tokenizer, count, self.max_length)
-        beside = iter(given)
+        separate = iter(given)
         sources = [
-            next(beside) if part.source is None else part.source
+            next(separate) if part.source is None else part.source
             for part in parts
             if isinstance(part, Image)
         ]
@@ -163,14 +163,14 @@ class Processor:
         size = self.image_size if resolution is None else resolution
         mode = self.image_mode if image_mode is None else image_mode
         check_resolution(size)
-        size = int(size)  # of NumPy, perhaps
+        size = int(size)  # may be NumPy's
         if mode not in IMAGE_MODES:
             raise ImageError(f"image_mode {mode!r} is not one of {', '.join(IMAGE_MODES)}")
         return size, mode
 
 
 def check_resolution(size: int) -> None:
-    """Raise ImageError unless images can be resized to this side, px."""
+    """Raise ImageError unless images can be resized to this side in pixels."""
     if isinstance(size, bool) or not isinstance(size, Integral) or size not in RESOLUTIONS:
         raise ImageError(
             f"resolution {size} is not one of {RESOLUTIONS.start} to {RESOLUTIONS.stop - 1} "

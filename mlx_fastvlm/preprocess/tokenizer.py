@@ -1,9 +1,8 @@
 """Qwen2's byte-level BPE tokenizer, built from a checkpoint's vocabulary and merges.
 
-Only these two tables and the list of added tokens are taken from the files; the splitting
-pattern is fixed here, so that no pattern of a hostile tokenizer.json is ever run. Text and
-control tokens are kept apart: text is encoded without them, whatever it spells. Added tokens that
-are not special, such as "<loc_1>", are text.
+Only these tables and the list of added tokens are read from the files. The splitting pattern is
+fixed, so that no pattern of a hostile tokenizer.json is ever run. Text never becomes a control
+token, whatever it contains. Added tokens that are not special, such as "<loc_1>", are text.
 
 Source: transformers 5.23 `models/qwen2/tokenization_qwen2.py`.
 """
@@ -32,7 +31,7 @@ WORD_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-CONTROL_TOKENS = (TURN_START, TURN_END, TEXT_END, "<image>")  # whatever their flags say
+CONTROL_TOKENS = (TURN_START, TURN_END, TEXT_END, "<image>")  # regardless of their flags
 IN_PROMPTS = (TURN_START, TURN_END, "<image>")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 STRIPPING = ("single_word", "lstrip", "rstrip")  # would change the text around a control token
@@ -55,19 +54,19 @@ class Added:
 
     @property
     def is_control(self) -> bool:
-        """Whether no text ever becomes this token, nor this token text."""
+        """Whether it is a control token, which text never becomes and which has no text."""
         return self.special or self.content in CONTROL_TOKENS
 
 
 class Tokenizer:
-    """Text to ids and ids to bytes; control tokens by name only.
+    """Encodes text as ids and decodes ids to bytes; control tokens are separate, by name.
 
     Attributes:
         added: Id of each added token, control tokens among them.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added: list[Added]):
-        """Build from tables that `read` has checked."""
+        """Build it from the tables that `read` has checked."""
         self._entries = sorted(added, key=lambda entry: entry.id)
         self.added = {entry.content: entry.id for entry in added}
         control = {entry.content for entry in added if entry.is_control}
@@ -85,7 +84,7 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """One more than the largest id that stands for something."""
+        """One more than the largest id in use."""
         return 1 + max(*self._vocab.values(), *self.added.values())
 
     @cached_property
@@ -94,28 +93,28 @@ class Tokenizer:
         return frozenset(self.added[t] for t in (TURN_END, TEXT_END) if t in self.added)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, taken literally: "<|im_end|>" in it becomes ordinary tokens."""
+        """Encode a text literally: "<|im_end|>" in it becomes ordinary tokens."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes a token stands for; control tokens and unknown ids stand for none."""
+        """UTF-8 bytes of a token; empty for control tokens and unknown ids."""
         if not 0 <= token_id < self.size:
             return b""
-        known = self._bytes[token_id]
-        if known is None:
+        data = self._bytes[token_id]
+        if data is None:
             token = self._tokens.get(token_id, "")
-            in_alphabet = all(c in BYTES for c in token)  # if not, the token stands for itself
-            known = bytes(BYTES[c] for c in token) if in_alphabet else token.encode()
-            self._bytes[token_id] = known
-        return known
+            in_alphabet = all(c in BYTES for c in token)  # if not, it is literal text
+            data = bytes(BYTES[c] for c in token) if in_alphabet else token.encode()
+            self._bytes[token_id] = data
+        return data
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of a whole list of ids."""
+        """Decode a complete list of ids."""
         decoder = TextDecoder(self)
         return "".join(map(decoder.feed, token_ids)) + decoder.finish()
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json that other programs read as well, every id in its place."""
+        """Write a tokenizer.json with the same ids, which other programs can read."""
         data = json.loads(self._backend.to_str())
         data["model"]["vocab"] |= self.added
         data["added_tokens"] = [asdict(entry) for entry in self._entries]
@@ -123,18 +122,18 @@ class Tokenizer:
 
 
 class TextDecoder:
-    """Ids to text as they come; characters whose bytes span tokens are held until complete."""
+    """Decodes a stream of ids; characters whose bytes span tokens are held until complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes, possibly empty."""
+        """Return the text that this token completes, possibly empty."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What is left: U+FFFD if the ids stopped inside a character."""
+        """Return what is left: U+FFFD if the ids end inside a character."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -160,13 +159,14 @@ def read(directory: Path) -> Tokenizer:
         vocab, merges, entries = _from_vocab_and_merges(directory)
     else:
         raise ConfigError(
-            f"{directory}: holds neither tokenizer.json nor vocab.json; "
+            f"{directory}: has neither tokenizer.json nor vocab.json; "
             "copy the tokenizer files of the checkpoint there"
         )
     where = f"{directory}: tokenizer"
     if len(merges) > MAX_MERGES:
         raise ConfigError(
-            f"{where}: {len(merges)} merges, more than {MAX_MERGES}; this is no FastVLM tokenizer"
+            f"{where}: {len(merges)} merges, more than {MAX_MERGES}; this is not a FastVLM "
+            "tokenizer"
         )
     _check_ids(vocab, where)
     _check_ids({token: entry["id"] for token, entry in entries.items()}, where)
@@ -177,12 +177,12 @@ def read(directory: Path) -> Tokenizer:
     text = vocab.keys() - {entry.content for entry in added if entry.is_control}
     if missing := BYTES.keys() - text:
         raise ConfigError(
-            f"{where}: has no token for {len(missing)} of the 256 bytes; text would get lost"
+            f"{where}: has no token for {len(missing)} of the 256 bytes; text would be lost"
         )
     for entry in added:
         strips = [flag for flag in STRIPPING if getattr(entry, flag)]
         if entry.content in IN_PROMPTS and strips:
-            raise ConfigError(f"{where}: {strips[0]} of {entry.content} is true; only false works")
+            raise ConfigError(f"{where}: {strips[0]} of {entry.content} is true; it must be false")
         if vocab.get(entry.content, entry.id) != entry.id:
             raise ConfigError(f"{where}: {entry.content[:40]!r} has another id in the vocabulary")
     texts = [entry for entry in added if not entry.is_control]
@@ -191,14 +191,14 @@ def read(directory: Path) -> Tokenizer:
         if entry.lstrip and entry.content[0].isspace() and any(other.rstrip for other in texts):
             raise ConfigError(
                 f"{where}: lstrip of {entry.content[:40]!r}, which begins with white space, is "
-                "true; beside tokens with rstrip only false works"
+                "true; with tokens that have rstrip it must be false"
             )
     overlap = {entry.id for entry in added if entry.content not in vocab} & set(vocab.values())
     if overlap:
-        raise ConfigError(f"{where}: id {min(overlap)} is both an added token and another one")
+        raise ConfigError(f"{where}: an added token has the id {min(overlap)} of another token")
     try:
         return Tokenizer(vocab, merges, added)
-    except BaseException as error:  # the Rust side panics past Exception on odd tables
+    except BaseException as error:  # a panic in Rust is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise ConfigError(f"{where}: unusable tables ({str(error)[:200]})") from error
@@ -208,26 +208,26 @@ def _check_ids(table: dict[Any, Any], where: str) -> None:
     if len(table) > MAX_VOCABULARY:
         raise ConfigError(f"{where}: more than {MAX_VOCABULARY} tokens")
     if not table:
-        raise ConfigError(f"{where}: an empty table of tokens")
+        raise ConfigError(f"{where}: the token table is empty")
     for token, token_id in table.items():
         if not isinstance(token, str):
             raise ConfigError(f"{where}: a token is not a text")
         if len(token) > MAX_TOKEN:
             raise ConfigError(f"{where}: {token[:40]!r}... has more than {MAX_TOKEN} characters")
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY:
-            raise ConfigError(f"{where}: the id of {token[:40]!r} is not from 0 to a million")
+            raise ConfigError(f"{where}: the id of {token[:40]!r} is not from 0 to 999999")
     if len(set(table.values())) != len(table):
         raise ConfigError(f"{where}: two tokens share an id")
 
 
 def _added_token(entry: Mapping[str, Any], where: str) -> Added:
-    """An entry whose content and id have been checked."""
+    """Check the flags of an entry whose content and id have been checked."""
     content = entry["content"]
     if not content:
         raise ConfigError(f"{where}: an added token is empty")
     special = entry.get("special", True)
     flags = {flag: entry.get(flag, False) for flag in FLAGS}
-    flags["normalized"] = entry.get("normalized", not special)  # as tokenizers has it
+    flags["normalized"] = entry.get("normalized", not special)  # default of the tokenizers library
     for flag, value in (flags | {"special": special}).items():
         if not isinstance(value, bool):
             raise ConfigError(f"{where}: {flag} of {content[:40]!r} is not true or false")
@@ -266,11 +266,11 @@ def _from_vocab_and_merges(directory: Path) -> Tables:
         merges = [_merge(line) for line in lines if line and not line.startswith("#version")]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    return vocab, merges, _added_of_split_files(directory)
+    return vocab, merges, _read_added_tokens(directory)
 
 
-def _added_of_split_files(directory: Path) -> Entries:
-    """Flags are in tokenizer_config.json; without them a token is text unless named as special."""
+def _read_added_tokens(directory: Path) -> Entries:
+    """Read added tokens; those without flags in tokenizer_config.json are text by default."""
     path, added_path = directory / "tokenizer_config.json", directory / "added_tokens.json"
     config, ids, names = (
         read_json(file, MAX_TOKENIZER_BYTES) if file.exists() else {}
@@ -293,7 +293,7 @@ def _added_of_split_files(directory: Path) -> Entries:
 
 
 def _named_special(values: Mapping[str, Any]) -> set[str]:
-    """The tokens in fields such as eos_token and additional_special_tokens."""
+    """Tokens in fields such as eos_token and additional_special_tokens."""
     named: list[Any] = []
     for key, value in values.items():
         if key.endswith("_token"):

@@ -1,1 +1,1 @@
-"""Results kept between calls and between runs."""
+"""Results cached between calls and between runs."""

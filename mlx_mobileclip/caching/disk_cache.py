@@ -1,9 +1,8 @@
-"""Matrices kept on disk between runs, named by the content that they follow from.
+"""Cache of matrices on disk, keyed by a hash of their inputs.
 
-A cache must never be able to hurt: an entry that is damaged, renamed or of the wrong size counts
-as absent, a directory that cannot be written means no caching, and a file that is no entry is
-neither read nor removed. What others may write is not trusted: whoever can write an entry can
-also give it the right digest.
+A cache must do no harm: an entry that is damaged, renamed or of the wrong size counts as absent,
+a directory that cannot be written means no caching, and other files are neither read nor removed.
+A directory that others can write to is not trusted, because they could write a valid digest too.
 """
 
 import hashlib
@@ -26,22 +25,22 @@ from ..json_fields import read_bounded
 SUFFIX = ".matrix"
 PARTIAL = ".matrix-partial"
 MAX_ENTRY_BYTES = 256 << 20
-STALE_SECONDS = 3600  # a partial entry this old was left by a run that was killed
+STALE_SECONDS = 3600  # a partial entry this old was left by a killed run
 # Layout of an entry: SHA-256 digest, header, values.
 DIGEST_BYTES = 32
 HEADER = struct.Struct("<8sQQ")  # dtype, rows, columns
 DTYPE = b"float32"
-UNIT_TOLERANCE = 1e-3  # of a row's length
+UNIT_TOLERANCE = 1e-3  # deviation of a row's norm from 1
 NEW_AND_PRIVATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """A directory of matrices, the least recently used of which make room for new ones.
+    """A directory of matrices with a size limit; the least recently used are evicted.
 
     Attributes:
-        directory: Made when first written to.
-        max_bytes: Most that all entries take together.
+        directory: Created on the first write.
+        max_bytes: Limit on the total size of all entries.
     """
 
     directory: Path
@@ -50,20 +49,20 @@ class DiskCache:
     def read(
         self, key: str, rows: int, columns: int, *, unit: bool = False
     ) -> NDArray[np.float32] | None:
-        """The matrix stored under a key, or None.
+        """Return the matrix stored under a key, or None.
 
         Args:
-            key: Name of the entry, hexadecimal.
-            rows: How many rows it must have.
-            columns: How many columns it must have.
-            unit: Its rows must have length 1.
+            key: Hexadecimal name of the entry.
+            rows: Expected number of rows.
+            columns: Expected number of columns.
+            unit: Require rows of unit length.
 
         Returns:
-            float32 (rows, columns), finite, or None if there is no sound entry.
+            float32 (rows, columns), finite, or None if there is no valid entry.
         """
         path = self._path(key)
         try:
-            if not self._is_ours() or not _only_ours(path.stat()):
+            if not self._is_private() or not _private(path.stat()):
                 return None
             data = read_bounded(path, MAX_ENTRY_BYTES)
         except (OSError, ModelError):
@@ -85,13 +84,13 @@ class DiskCache:
         return matrix
 
     def write(self, key: str, matrix: NDArray[np.float32]) -> None:
-        """Store a matrix under a key, then drop the entries not used for longest."""
+        """Store a matrix under a key, then evict the least recently used entries."""
         body = HEADER.pack(DTYPE, *matrix.shape) + matrix.astype("<f4").tobytes()
         if len(body) + DIGEST_BYTES > MAX_ENTRY_BYTES:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not self._is_ours():
+            if not self._is_private():
                 return
             partial = self.directory / f"{key}-{os.getpid()}-{get_ident()}{PARTIAL}"
             try:
@@ -104,20 +103,20 @@ class DiskCache:
         except OSError:
             return
 
-    def _is_ours(self) -> bool:
-        """Whether nobody else may write the directory; if somebody may, one warning says so.
+    def _is_private(self) -> bool:
+        """Whether only the user can write to the directory; warns once if others can.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the directory cannot be read.
         """
         status = self.directory.stat()
-        if _only_ours(status) or (status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX):
+        if _private(status) or (status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX):
             return True
         if self.directory not in _warned:
             _warned.add(self.directory)
-            remedy = "make it yours alone (chown, chmod go-w) or choose another"
+            remedy = "restrict it to yourself (chown, chmod go-w) or choose another"
             warnings.warn(
-                f"{self.directory}: is not used as a cache, for others may write it; {remedy}",
+                f"{self.directory}: not used as a cache because others can write to it; {remedy}",
                 stacklevel=2,
             )
         return False
@@ -126,13 +125,13 @@ class DiskCache:
         return self.directory / f"{key}{SUFFIX}"
 
     def _prune(self) -> None:
-        found = [
+        entries = [
             (path.stat(), path)
             for path in self.directory.iterdir()
             if path.suffix in (SUFFIX, PARTIAL) and path.is_file()
         ]
         total = 0
-        for status, path in sorted(found, key=lambda entry: -entry[0].st_mtime):
+        for status, path in sorted(entries, key=lambda entry: -entry[0].st_mtime):
             if path.suffix == PARTIAL:
                 if time.time() - status.st_mtime > STALE_SECONDS:
                     path.unlink(missing_ok=True)
@@ -145,8 +144,8 @@ class DiskCache:
 _warned: set[Path] = set()
 
 
-def _only_ours(status: os.stat_result) -> bool:
-    """Whether a file or directory is the user's, and nobody else may write it."""
+def _private(status: os.stat_result) -> bool:
+    """Whether the user owns a file or directory, and nobody else can write to it."""
     if os.name != "posix":
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

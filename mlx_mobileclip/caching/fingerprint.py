@@ -1,4 +1,4 @@
-"""Tell the weights of a model apart from others: by content, and by identity."""
+"""Compare weights of models, by content (a hash) or by identity."""
 
 import hashlib
 from functools import cached_property
@@ -12,11 +12,11 @@ from ..checkpoints.weights import named_parameters
 
 
 def fingerprint(module: nn.Module, *settings: object) -> str:
-    """Hash a module's weights, with names, shapes and dtypes, and the settings that go with them.
+    """Hash a module's weights, with their names, shapes and dtypes, and its settings.
 
     Args:
         module: A model or one of its towers.
-        settings: What else decides the result, such as a config; hashed as its `repr`.
+        settings: Anything else that the result depends on, such as a config; hashed as its `repr`.
 
     Returns:
         64 hexadecimal digits; about 0.15 s for a text tower in float32.
@@ -25,14 +25,14 @@ def fingerprint(module: nn.Module, *settings: object) -> str:
 
 
 class Weights:
-    """The weights that a cached result follows from, held by reference.
+    """The weights that a cached result was computed from, held by reference.
 
-    Two are the same if they hold the same arrays. `weight[...] = x`, which writes into an array,
-    is not seen.
+    Two are the same if they hold the same arrays. Writing into an array (`weight[...] = x`) is
+    not detected.
     """
 
     def __init__(self, *modules: nn.Module | list[Any]):
-        """Take the weights that modules, or lists of modules, hold now."""
+        """Reference the current weights of modules or lists of modules."""
         self._arrays = _arrays(modules)
 
     def same_as(self, other: "Weights") -> bool:
@@ -57,14 +57,14 @@ def _hash(arrays: dict[str, mx.array], settings: tuple[object, ...]) -> str:
 
 
 def _arrays(tree: Any) -> list[mx.array]:
-    """The arrays in a tree of modules, dicts and lists, always in the same order."""
-    arrays, left = [], [tree]
-    while left:
-        node = left.pop()
+    """Arrays in a tree of modules, dicts and lists, in a fixed order."""
+    arrays, stack = [], [tree]
+    while stack:
+        node = stack.pop()
         if isinstance(node, mx.array):
             arrays.append(node)
         elif isinstance(node, dict):  # modules are dicts
-            left += [value for name, value in node.items() if not name.startswith("_")]
+            stack += [value for name, value in node.items() if not name.startswith("_")]
         elif isinstance(node, (list, tuple)):
-            left += node
+            stack += node
     return arrays

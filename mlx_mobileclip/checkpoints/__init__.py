@@ -1,1 +1,1 @@
-"""Find checkpoints and read them, whatever their layout, as hostile input."""
+"""Find checkpoints and read them in any layout, as hostile input."""

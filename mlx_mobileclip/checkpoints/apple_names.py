@@ -1,4 +1,4 @@
-"""What Apple's code calls the parts that the common names (timm's, open_clip's) stand for.
+"""Translate common names (timm's, open_clip's) to those of Apple's code.
 
 Source: apple/ml-fastvlm 592b4ad and apple/ml-mobileclip 4144bb1 `mobileclip/models/mci.py`,
 `mobileclip/models/vit.py`, `mobileclip/text_encoder.py`.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ..models.fastvit import FastViTConfig
 
-# Common name -> Apple's, each table applied in order.
+# Pattern in the common name -> replacement; each table is applied in order.
 TOWER_NAMES = (
     (r"^stem\.", "patch_embed."),
     (r"^final_conv\.se\.fc1\.", "final_conv.se.reduce."),
@@ -51,19 +51,19 @@ TEXT_NAMES = (
     (r"\.ln_2\.", ".pre_norm_ffn.0."),
     (r"\.mlp\.c_fc\.", ".pre_norm_ffn.1."),
     (r"\.mlp\.c_proj\.", ".pre_norm_ffn.4."),
-    *TOWER_NAMES,  # of S0's RepMixer blocks
+    *TOWER_NAMES,  # for S0's RepMixer blocks
 )
 
 
 def apple_name(name: str, names: tuple[tuple[str, str], ...]) -> str:
-    """Turn a common name into Apple's."""
+    """Translate a common name to Apple's."""
     for pattern, replacement in names:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def network_indices(config: FastViTConfig) -> dict[str, int]:
-    """Apple numbers downsampling, position encoding and blocks in one flat list."""
+    """Index of each part of the stages in Apple's flat `network` list."""
     parts = []
     for stage, mixer in enumerate(config.token_mixers):
         parts += [f"stages.{stage}.downsample"] if stage else []
@@ -73,7 +73,7 @@ def network_indices(config: FastViTConfig) -> dict[str, int]:
 
 
 def apple_tower_name(name: str, network: Mapping[str, int]) -> str:
-    """Turn timm's name of a part of a FastViT tower into Apple's."""
+    """Translate timm's name of a part of a FastViT tower to Apple's."""
     stage = re.match(r"stages\.\d+\.(?:downsample|pos_emb|blocks)", name)
     if stage:
         name = f"network.{network[stage[0]]}{name[stage.end() :]}"

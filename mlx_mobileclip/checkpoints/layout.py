@@ -1,8 +1,7 @@
 """How a family of checkpoints names its tensors.
 
-Readers ask for tensors by common names: timm's for image towers, open_clip's for text towers,
-Hugging Face's for the decoder, after the name of the part. A layout turns a common name into its
-own.
+Readers request tensors by common names: the part, then the name in timm for image towers, in
+open_clip for text towers, in transformers for the decoder. A layout translates them to its own.
 """
 
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ class Layout:
 
     Attributes:
         name: The family's name, for messages and the record of a conversion.
-        prefixes: By the part of the model, the beginning of its tensors' names. A part that such
-            checkpoints do not hold is missing.
+        prefixes: Prefix of the tensor names of each part of the model; without the parts that such
+            checkpoints do not have.
         apple: Whether towers are named as in Apple's code rather than timm's and open_clip's.
-        stem: Beginning of the stem's names in Apple's code; mlx-vlm inserts a level.
+        stem: Prefix of the stem's names in Apple's code; mlx-vlm inserts a level.
         nhwc: Whether convolution weights are (O, H, W, I).
     """
 
@@ -33,7 +32,7 @@ class Layout:
     nhwc: bool = False
 
     def tower_name(self, name: str, config: FastViTConfig | ViTConfig) -> str:
-        """Turn timm's name of a tensor of an image tower into this layout's, without prefix."""
+        """Translate timm's name of an image tower's tensor to this layout, without prefix."""
         if not self.apple:
             return name
         if isinstance(config, ViTConfig):

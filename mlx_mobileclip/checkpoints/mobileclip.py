@@ -1,4 +1,4 @@
-"""MobileCLIP checkpoints of every known layout, read as canonical config and tensors.
+"""Read MobileCLIP checkpoints of every known layout as canonical config and tensors.
 
 Common names are timm's for image towers and open_clip's for the rest. Source of the maps:
 apple/ml-mobileclip 4144bb1, open_clip 3.3.0 `convert.py`, timm 1.0.31 `timm/models/fastvit.py`.
@@ -26,13 +26,18 @@ from .published_names import is_port, published_variant
 from .reparameterize import fold_conv_norm, fold_fastvit, fold_text_block
 from .safetensors import read_safetensors
 from .source import Source
-from .stated_config import described_variant, describes_a_model, honoured, with_preprocessing
+from .stated_config import (
+    apply_config_file,
+    described_variant,
+    describes_a_model,
+    with_preprocessing,
+)
 from .torch_pickle import read_torch
 
 CONFIG_NAMES = ("config.json", "open_clip_config.json")
-# The last counts the updates of an averaged model of PyTorch.
+# The last is the update counter of PyTorch's AveragedModel.
 NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$|^n_averaged$"
-# Names of open_clip's models whose text tower is not apart ("custom_text": false).
+# Names in open_clip's models without a separate text tower ("custom_text": false).
 TEXT_AT_ROOT = re.compile(
     r"(token_embedding\.|positional_embedding$|transformer\.|ln_final\.|text_projection$)"
 )
@@ -44,7 +49,7 @@ MOBILECLIP_LAYOUTS = (
     Layout("open_clip", {"image": "visual.trunk.", "text": "text."}, apple=False),
     Layout("timm", {"image": ""}, apple=False),
 )
-TIMM_MARKERS = ("stem.", "patch_embed.")  # beginnings of names in a bare tower of timm's
+TIMM_MARKERS = ("stem.", "patch_embed.")  # prefixes of names in timm's bare towers
 
 
 def read_foreign(
@@ -53,38 +58,38 @@ def read_foreign(
     preprocess: PreprocessConfig | None = None,
     config_path: Path | None = None,
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
-    """Read a source checkpoint as canonical config and canonical tensors, mostly lazy.
+    """Read a source checkpoint as canonical config and tensors; most tensors stay lazy.
 
     Args:
         checkpoint: A directory, or a file of weights.
-        variant: Which published model it is built like; by default as its name or config says.
-        preprocess: How images are prepared, whatever the checkpoint states.
-        config_path: The JSON file that describes it; by default those of its directory.
+        variant: Published model with its architecture; by default from its name or config.
+        preprocess: Image preprocessing, overriding that of the checkpoint.
+        config_path: JSON file that describes it; by default those of its directory.
 
     Raises:
         CheckpointError: there are no weights, or tensors are missing, left over or misshapen.
-        ConfigError: the variant is not known, or the config wants what is not computed here.
+        ConfigError: the variant is not known, or the config requires what is not supported.
     """
-    packaged = None if _weights_files(checkpoint) else find_towers(checkpoint, variant)
-    if packaged is None:
+    core_ml = None if _weights_files(checkpoint) else find_towers(checkpoint, variant)
+    if core_ml is None:
         file = _weights_file(checkpoint)
         config = _config(checkpoint, file, variant, preprocess, config_path)
 
-        def fit(tensors: dict[str, mx.array], layout: Layout) -> dict[str, mx.array]:
-            return _fitted(checkpoint, config, tensors, layout)[1]
+        def check(tensors: dict[str, mx.array], layout: Layout) -> dict[str, mx.array]:
+            return _canonical(checkpoint, config, tensors, layout)[1]
 
-        tensors, layout = read_source(checkpoint, fit)
+        tensors, layout = read_source(checkpoint, check)
     else:
-        variant, towers = packaged
+        variant, towers = core_ml
         config = _config(checkpoint, checkpoint.path, variant, preprocess, config_path)
         tensors, layout = read_towers(checkpoint, towers, config), CORE_ML
-    return _fitted(checkpoint, config, tensors, layout)
+    return _canonical(checkpoint, config, tensors, layout)
 
 
-def _fitted(
+def _canonical(
     checkpoint: Checkpoint, config: MobileCLIPConfig, tensors: dict[str, mx.array], layout: Layout
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
-    """Config and canonical tensors, once it is known which layout they have."""
+    """Complete the config for a layout, and convert its tensors to canonical form."""
     if "text" not in layout.prefixes:
         config = replace(config, text=None)
     record = {"model": checkpoint.name, "revision": checkpoint.revision, "layout": layout.name}
@@ -94,33 +99,33 @@ def _fitted(
 
 
 def read_source(
-    checkpoint: Checkpoint, fit: Callable[[dict[str, mx.array], Layout], object] | None = None
+    checkpoint: Checkpoint, check: Callable[[dict[str, mx.array], Layout], object] | None = None
 ) -> tuple[dict[str, mx.array], Layout]:
-    """Tensors of a source checkpoint under their own names, and which layout those are of.
+    """Read the tensors of a source checkpoint under their own names, and detect their layout.
 
     Args:
         checkpoint: A directory, or a file of weights.
-        fit: Raises if names or shapes are not those of the model. Called before a PyTorch file is
-            read, with stand-ins for its tensors; safetensors are lazy and need no such care.
+        check: Raises if names or shapes are not those of the model. Called before a PyTorch file
+            is read, with lazy zeros for its tensors; safetensors are lazy anyway.
 
     Raises:
-        CheckpointError: there are no weights, they are damaged, or of no known layout.
+        CheckpointError: there are no weights, they are damaged, or their layout is unknown.
     """
     file = _weights_file(checkpoint)
     if file.suffix == ".safetensors":
-        return _named(read_safetensors(file), checkpoint.name)
+        return _with_layout(read_safetensors(file), checkpoint.name)
 
-    if fit is None:
-        return _named(read_torch(file), checkpoint.name)
+    if check is None:
+        return _with_layout(read_torch(file), checkpoint.name)
 
-    def check(stand_ins: dict[str, mx.array]) -> None:
-        fit(*_named(stand_ins, checkpoint.name))
+    def check_zeros(zeros: dict[str, mx.array]) -> None:
+        check(*_with_layout(zeros, checkpoint.name))
 
-    return _named(read_torch(file, check, NEVER_USED), checkpoint.name)
+    return _with_layout(read_torch(file, check_zeros, NEVER_USED), checkpoint.name)
 
 
-def _named(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
-    """The tensors under their own names, in a type that is computed with, and their layout."""
+def _with_layout(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
+    """Detect the layout of tensors; float64 becomes float32, wrappers' prefixes are removed."""
     tensors = {
         key: value.astype(mx.float32, stream=mx.cpu) if value.dtype == mx.float64 else value
         for key, value in tensors.items()
@@ -136,10 +141,10 @@ def _named(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array
 def canonical_tensors(
     tensors: dict[str, mx.array], config: MobileCLIPConfig, layout: Layout, where: str
 ) -> dict[str, mx.array]:
-    """Turn the tensors of a layout into those of `MobileCLIP`; takes `tensors` over.
+    """Convert the tensors of a layout to those of `MobileCLIP`; `tensors` is emptied.
 
     Raises:
-        CheckpointError: naming what is missing, left over or misshapen.
+        CheckpointError: tensors are missing, left over or misshapen.
     """
     scale = tensors.get("logit_scale")
     if scale is not None and scale.shape == (1,):  # open_clip's nonscalar_logit_scale
@@ -164,36 +169,36 @@ def canonical_tensors(
 
 
 def _weights_files(checkpoint: Checkpoint) -> list[Path]:
-    """Candidate weight files, all of one format; safetensors before pickles."""
+    """Candidate weights files, all of one format; safetensors are preferred."""
     if checkpoint.path.is_file():
         return [checkpoint.path]
     for suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-        found = sorted(
+        files = sorted(
             p
             for p in checkpoint.path.iterdir()
             if p.suffix == suffix and p.name[0] != "." and p.is_file()
         )
-        if found:
-            return found
+        if files:
+            return files
     return []
 
 
 def _weights_file(checkpoint: Checkpoint) -> Path:
-    """The one file of a checkpoint that holds its weights."""
-    found = _weights_files(checkpoint)
-    if len(found) > 1:  # open_clip's repositories may hold a bare trunk as well
-        found = [p for p in found if p.name.startswith("open_clip")] or found
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found[:4])
-        raise CheckpointError(f"{checkpoint.name}: holds {names}; give the path of one of them")
-    if not found:
+    """The file with the weights of a checkpoint."""
+    files = _weights_files(checkpoint)
+    if len(files) > 1:  # open_clip's repositories may have a bare trunk as well
+        files = [p for p in files if p.name.startswith("open_clip")] or files
+    if len(files) > 1:
+        names = ", ".join(p.name for p in files[:4])
+        raise CheckpointError(f"{checkpoint.name}: has {names}; give the path of one of them")
+    if not files:
         raise CheckpointError(
-            f"{checkpoint.name}: holds no .safetensors, .bin or .pt file, nor .pth or .ckpt, nor "
+            f"{checkpoint.name}: has no .safetensors, .bin or .pt file, nor .pth or .ckpt, nor "
             "Core ML packages of MobileCLIP; give the file or directory of a checkpoint"
         )
-    if found[0] != checkpoint.path:  # which may be a link to anywhere, for the user named it
-        check_link(found[0])
-    return found[0]
+    if files[0] != checkpoint.path:  # a file that the user named may be a link to anywhere
+        check_link(files[0])
+    return files[0]
 
 
 def _config(
@@ -203,7 +208,7 @@ def _config(
     preprocess: PreprocessConfig | None,
     config_path: Path | None,
 ) -> MobileCLIPConfig:
-    """The variant's config, as the JSON files of the checkpoint change it."""
+    """The config of the variant, updated from the JSON files of the checkpoint."""
     paths = [config_path] if config_path else [checkpoint.directory / n for n in CONFIG_NAMES]
     files = [
         Fields(read_json(path, follow_links=config_path is not None), str(path))
@@ -211,7 +216,7 @@ def _config(
         if config_path or path.is_file()
     ]
     if preprocess is None:
-        _check_belonging(checkpoint, files)
+        _refuse_other_config(checkpoint, files)
     described = [fields for fields in files if describes_a_model(fields)]
     names = [checkpoint.name]
     if checkpoint.revision is None:  # a local directory may be called anything
@@ -222,29 +227,31 @@ def _config(
         if name is None:
             raise ConfigError(f"variant {variant[:40]!r} is not one of {', '.join(VARIANTS)}")
     else:
-        found = (
+        candidates = (
             published_variant(published) if published else None,
             *map(described_variant, described),
         )
-        name = next((each for each in found if each), None)
+        name = next((candidate for candidate in candidates if candidate), None)
         if name is None:
             config_too = ", nor does its config name a tower (timm_model_name)" if described else ""
             raise ConfigError(
-                f"{checkpoint.name}: its name is not that of a published model{config_too}; say "
-                "which one it is built like with --variant (variant= in Python): "
+                f"{checkpoint.name}: its name is not that of a published model{config_too}; choose "
+                "the one with its architecture with --variant (variant= in Python): "
                 f"{', '.join(VARIANTS)}"
             )
     port = published is not None and is_port(published) and published_variant(published) == name
     config = VARIANTS[name]
     for fields in described:
-        config = honoured(fields, config, VARIANTS, port=port, with_preprocess=preprocess is None)
+        config = apply_config_file(
+            fields, config, VARIANTS, port=port, with_preprocess=preprocess is None
+        )
     if preprocess is not None:
         config = with_preprocessing(config, asdict(preprocess), "preprocess")
     return config
 
 
-def _check_belonging(checkpoint: Checkpoint, files: list[Fields]) -> None:
-    """Refuse a file of weights beside the config of a model of another kind."""
+def _refuse_other_config(checkpoint: Checkpoint, files: list[Fields]) -> None:
+    """Refuse a weights file beside the config of another kind of model."""
     if checkpoint.path.is_dir() or any(describes_a_model(fields) for fields in files):
         return
     for fields in files:
@@ -252,13 +259,13 @@ def _check_belonging(checkpoint: Checkpoint, files: list[Fields]) -> None:
             raise ConfigError(
                 f"{fields.where}: is the config of another kind of model "
                 f"({fields.string('model_type')[:40]!r}); put {checkpoint.path.name} into a "
-                "directory of its own, or state --preprocess or --config (preprocess= or config= "
+                "separate directory, or give --preprocess or --config (preprocess= or config= "
                 "in Python)"
             )
 
 
 def _detect(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
-    """The layout, and the tensors without what other code has put before every name."""
+    """Detect the layout; returns it and the tensors without the prefix of wrappers."""
     ends = [0]
     first, last = (end(tensors, default="").split(".")[:-1] for end in (min, max))
     for a, b in zip(first, last, strict=False):
@@ -272,14 +279,14 @@ def _detect(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.arra
                 return {key[end:]: tensor for key, tensor in tensors.items()}, layout
     raise CheckpointError(
         f"{where}: its tensors ({', '.join(sorted(tensors)[:3])[:200]}, ...) are named like no "
-        f"known MobileCLIP; known are {', '.join(layout.name for layout in MOBILECLIP_LAYOUTS)}"
+        f"known MobileCLIP layout ({', '.join(layout.name for layout in MOBILECLIP_LAYOUTS)})"
     )
 
 
 def mobileclip_source(
     tensors: dict[str, mx.array], config: MobileCLIPConfig, layout: Layout, where: str
 ) -> Source:
-    """The tensors under common names: image.*, text.*, logit_scale."""
+    """A source with common names: image.*, text.*, logit_scale."""
 
     def name(common: str) -> str:
         part, _, rest = common.partition(".")
@@ -295,7 +302,7 @@ def mobileclip_source(
 def _head(
     source: Source, src: str, config: MobileCLIPConfig, layout: Layout
 ) -> dict[str, mx.array]:
-    """The projection. Apple's is transposed; it has no bias, and open_clip's is often left out."""
+    """The projection. Apple's is transposed and has no bias; open_clip's bias is optional."""
     inputs, outputs = config.image.features, config.embed_dim
     if layout.apple:
         weight = source.take(f"{src}.weight", (inputs, outputs)).T
@@ -368,13 +375,13 @@ def _text(
 def _layer(
     source: Source, src: str, dst: str, width: int, parts: dict[str, str]
 ) -> dict[str, mx.array]:
-    """Canonical tensors of a transformer layer; `parts` maps our names to the common ones."""
+    """Canonical tensors of a transformer layer; `parts` maps canonical names to common ones."""
     D, result = width, dict[str, mx.array]()
     for part in ("norm1", "norm2"):
         result |= _norm(source, f"{src}.{parts[part]}", f"{dst}.{part}", D)
     shapes = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (4 * D, D), "fc2": (D, 4 * D)}
     for part, shape in shapes.items():
-        # torch's fused attention writes in_proj_weight where others write qkv.weight.
+        # PyTorch's fused attention has in_proj_weight instead of qkv.weight.
         stem = f"{src}.{parts[part]}" + ("_" if parts[part].endswith("in_proj") else ".")
         result[f"{dst}.{part}.weight"] = source.take(f"{stem}weight", shape)
         result[f"{dst}.{part}.bias"] = source.take(f"{stem}bias", shape[:1])

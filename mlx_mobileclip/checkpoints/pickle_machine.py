@@ -1,9 +1,9 @@
 """Interpret the pickle of a PyTorch file as hostile input, without pickle.
 
-A pickle is a program. This module goes through the instructions that checkpoints take and refuses
-every other one by name. Nothing that a pickle names is ever imported or called: the few names
-on the list below are labels that are recognised here, and every other one, with whatever would be
-made of it, is an `Opaque` that holds a name and nothing else.
+A pickle is a program. This module interprets the instructions that checkpoints use and refuses all
+others by name. Nothing that a pickle names is ever imported or called: the few names in `GLOBALS`
+are only compared, and every other name, or object made from it, becomes an `Opaque`, which has a
+name and nothing else.
 
 Instructions: `pickletools` of the standard library, which also parses them.
 """
@@ -19,13 +19,13 @@ import mlx.core as mx
 
 from ..errors import CheckpointError
 
-MAX_STEPS = 500_000  # of the pickle; the largest MobileCLIP takes some 100,000
+MAX_STEPS = 500_000  # instructions; the largest MobileCLIP has some 100,000
 MAX_DIMENSIONS = 8
-MAX_COUNT = (1 << 31) - 1  # items along an axis of an MLX array
+MAX_COUNT = (1 << 31) - 1  # size of an axis of an MLX array
 OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 MAX_NAME = 1000  # characters
 
-# Storage class: (item type as numpy reads it, type it is in MLX).
+# Storage class: (NumPy type of the items, MLX type of the array).
 STORAGES: dict[str, tuple[str, mx.Dtype]] = {
     "torch DoubleStorage": ("<f8", mx.float32),
     "torch FloatStorage": ("<f4", mx.float32),
@@ -40,20 +40,20 @@ ORDERED_DICT = "collections OrderedDict"
 REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
 REBUILD_PARAMETER_WITH_STATE = "torch._utils _rebuild_parameter_with_state"
-PARAMETERS = {REBUILD_PARAMETER: 3, REBUILD_PARAMETER_WITH_STATE: 4}  # and their arguments
+PARAMETERS = {REBUILD_PARAMETER: 3, REBUILD_PARAMETER_WITH_STATE: 4}  # number of arguments
 GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, *PARAMETERS, *STORAGES}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """One of the names on the list; it stands on the stack in place of what it names."""
+    """One of the names in `GLOBALS`, in place of the object that it names."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """Stands in place of anything else that the file names or makes of such a name."""
+    """A placeholder for any other global, and for objects made from it."""
 
     name: str
 
@@ -72,7 +72,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorView:
-    """How a tensor lies in its storage; counts are in items."""
+    """Layout of a tensor in its storage; offset and strides are in items."""
 
     storage: Storage
     offset: int
@@ -81,16 +81,16 @@ class TensorView:
 
 
 def interpret(data: bytes, where: str) -> Any:
-    """What a pickle makes: plain values, `TensorView`s, and `Opaque`s for all else.
+    """Build the object of a pickle from plain values, `TensorView`s, and `Opaque`s for all else.
 
     Raises:
-        CheckpointError: it is damaged, endless, or uses an instruction that is not known.
+        CheckpointError: it is damaged, endless, or uses an unknown instruction.
     """
     return _Machine(data, where).run()
 
 
 class _Machine:
-    """A pickle interpreter that can build tensors' descriptions and plain values, no more."""
+    """A pickle interpreter that can only build descriptions of tensors and plain values."""
 
     def __init__(self, data: bytes, where: str):
         self.data = data
@@ -103,7 +103,7 @@ class _Machine:
         return CheckpointError(f"{self.where}: {problem}; the file is not read")
 
     def run(self) -> Any:
-        """Interpret to the end; returns the object that is left."""
+        """Interpret the pickle and return its object."""
         try:
             for opcode, argument in self.instructions():
                 if opcode == "STOP":
@@ -120,25 +120,25 @@ class _Machine:
         raise self.error(f"its pickle has no end within {MAX_STEPS} steps")
 
     def instructions(self) -> Iterator[tuple[str, Any]]:
-        """Instructions by name, with their arguments."""
+        """Names of the instructions, with their arguments."""
         file = io.BytesIO(self.data)
         for _ in range(MAX_STEPS):
             opcode = OPCODES.get(file.read(1).decode("latin-1"))
             if opcode is None:
-                raise ValueError("no instruction where one is needed")
+                raise ValueError("an invalid instruction")
             if opcode.name not in _KNOWN:
                 raise self.error(f"its pickle uses the instruction {opcode.name}")
             if opcode.name == "GLOBAL":  # pickletools warns about a backslash in it
                 lines = [file.readline(MAX_NAME).decode("ascii") for _ in ("module", "name")]
                 if not all(line.endswith("\n") and "\\" not in line for line in lines):
-                    raise ValueError("a name that is too long or odd")
+                    raise ValueError("a name that is too long or has a backslash")
                 yield opcode.name, " ".join(line[:-1] for line in lines)
             else:
                 yield opcode.name, opcode.arg.reader(file) if opcode.arg else None
 
     def pop(self) -> Any:
         if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
-            raise ValueError("nothing on the stack")
+            raise ValueError("an empty stack")
         return self.stack.pop()
 
     def pop_to_mark(self) -> list[Any]:
@@ -148,7 +148,7 @@ class _Machine:
         return items
 
     def drop(self, _: Any) -> None:
-        """Discard the top of the stack; used in pickles of recursive tuples, as `drop_to_mark`."""
+        """Discard the top of the stack; needed, as is `drop_to_mark`, for recursive tuples."""
         self.pop()
 
     def drop_to_mark(self, _: Any) -> None:
@@ -156,11 +156,11 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
-            raise ValueError(f"no {kind.__name__} where one is needed")
+            raise ValueError(f"an instruction that needs a {kind.__name__}")
         return self.stack[-1]
 
     def on_opaque(self) -> bool:
-        """Whether the top of the stack is opaque; what it is given then is dropped."""
+        """Whether the top of the stack is opaque; operations on it have no effect."""
         return bool(self.stack) and isinstance(self.stack[-1], Opaque)
 
     # The instructions. Each takes the machine and its argument from the file.
@@ -171,7 +171,7 @@ class _Machine:
     def stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("a name that is no string")
+            raise ValueError("a name that is not a string")
         if len(name) + len(module) > MAX_NAME:
             raise ValueError("a name that is too long")
         self.find_global(f"{module} {name}")
@@ -198,7 +198,7 @@ class _Machine:
 
     def add_items(self, items: list[Any]) -> None:
         if not self.on_opaque():
-            raise ValueError(f"{len(items)} items for something that is no set")
+            raise ValueError(f"{len(items)} items for something that is not a set")
 
     def frozen_set(self) -> None:
         self.pop_to_mark()
@@ -211,11 +211,11 @@ class _Machine:
             return
         target = self.top(dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of others the hash can be chosen, or hide work: numbers, tuples in tuples.
+            # Hashes of other keys can be chosen to collide (numbers), or be slow (nested tuples).
             target[key if isinstance(key, str) else Opaque(type(key).__name__)] = value
 
     def build(self, _: Any) -> None:
-        # PyTorch hangs the modules' versions on the dictionary of tensors; they do not matter.
+        # PyTorch sets the versions of modules as state of the dictionary of tensors; not needed.
         state = self.pop()
         if self.on_opaque():
             return
@@ -226,7 +226,7 @@ class _Machine:
     def reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, (Global, Opaque)) or not isinstance(arguments, tuple):
-            raise ValueError("a call of something that is no function")
+            raise ValueError("a call of something that is not a function")
         if isinstance(function, Opaque):
             self.stack.append(function)
         elif function.name == ORDERED_DICT and not arguments:
@@ -236,21 +236,25 @@ class _Machine:
             self.stack.append(arguments[0] if opaque else self._tensor(*arguments[:4]))
         elif PARAMETERS.get(function.name) == len(arguments):
             if not isinstance(arguments[0], (TensorView, Opaque)):
-                raise ValueError("a parameter that is no tensor")
+                raise ValueError("a parameter that is not a tensor")
             self.stack.append(arguments[0])
         else:
-            raise self.error(f"its pickle calls {function.name.replace(' ', '.')} oddly")
+            raise self.error(
+                f"its pickle calls {function.name.replace(' ', '.')} with unexpected arguments"
+            )
 
     def new(self, count: int) -> None:
-        """NEWOBJ, NEWOBJ_EX: an object of a class, which only an opaque one can be."""
+        """NEWOBJ, NEWOBJ_EX: create an object of a class, which must be opaque."""
         arguments = [self.pop() for _ in range(count)]
         if not self.on_opaque() or not isinstance(arguments[-1], tuple):
-            raise self.error("for what is no class its pickle uses the instruction NEWOBJ")
+            raise self.error(
+                "for something that is not a class, its pickle uses the instruction NEWOBJ"
+            )
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any) -> TensorView:
         numbers = [offset, *shape, *strides]
         if not isinstance(storage, Storage) or any(type(n) is not int for n in numbers):
-            raise ValueError("a tensor with an odd place, shape or stride")
+            raise ValueError("a tensor with an invalid storage, shape or stride")
         if not all(0 <= n < MAX_COUNT for n in numbers):
             raise ValueError("a tensor with a size or stride out of range")
         if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
@@ -261,8 +265,7 @@ class _Machine:
         return TensorView(storage, offset, tuple(shape), tuple(strides))
 
     def persistent_id(self, _: Any) -> None:
-        found = self.pop()
-        match found:
+        match self.pop():
             case ("storage", Global(name=kind), str(key), str(), int(items)) if kind in STORAGES:
                 if not re.fullmatch(r"[0-9]{1,9}", key):
                     raise self.error(f"a storage is called {key[:40]!r}")
@@ -270,9 +273,9 @@ class _Machine:
                     raise ValueError("a storage of negative size")
                 self.stack.append(Storage(kind, key, items))
             case ("storage", Opaque() as kind, str(), str(), int()):
-                self.stack.append(kind)  # of a type that is not read
+                self.stack.append(kind)  # a type that is not supported
             case _:
-                raise ValueError("a reference to something that is no storage")
+                raise ValueError("a reference to something that is not a storage")
 
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {

@@ -1,9 +1,9 @@
 """Fold towers into inference form: parallel branches, BatchNorm, layer scale, biases.
 
-All arithmetic is float64 and lazy. float64 exists on the CPU only, so each operation is given the
+All arithmetic is float64 and lazy. MLX has float64 only on the CPU, so each operation gets the
 CPU as its stream: `with mx.stream(mx.cpu)` would change the default device of all threads. Source
-names are timm's; fused and multi-branch ("unfused") towers are both read, module by module. A
-convolution with a bias has its BatchNorm folded in already, as in Core ML packages.
+names are timm's. Modules may be fused or have several branches. A convolution with a bias has its
+BatchNorm already folded in, as in Core ML packages.
 
 Formulas: MobileOne (arXiv:2206.04040), section 3.2; FastViT (arXiv:2303.14189), section 3.2;
 reference code: apple/ml-fastvlm 592b4ad `mobileclip/mci.py` `reparameterize` methods.
@@ -78,13 +78,13 @@ def fold_text_block(source: Source, src: str, channels: int) -> dict[str, mx.arr
 def fold_conv_norm(
     source: Source, conv: str, norm: str | None, shape: tuple[int, ...]
 ) -> tuple[mx.array, mx.array]:
-    """Float32 weight (O, H, W, I) and bias of a convolution.
+    """Fold a BatchNorm into a convolution: float32 weight (O, H, W, I) and bias.
 
     Args:
         source: Where the tensors are taken from.
         conv: Common name of the convolution.
         norm: Common name of the BatchNorm after it; None if there is none.
-        shape: Of the weight, (O, I, H, W).
+        shape: Shape of the weight, (O, I, H, W).
     """
     weight = source.conv(f"{conv}.weight", shape)
     if norm is None or source.has(f"{conv}.bias"):
@@ -96,16 +96,16 @@ def fold_conv_norm(
 
 
 class _Fold:
-    """Tensors on their way; methods take a module at `src` and return it or put it at `dst`."""
+    """Folds modules: methods read a module at `src` and return it or store it at `dst`."""
 
     def __init__(self, source: Source):
         self.source = source
         self.tensors: dict[str, mx.array] = {}
 
-    # What the tensors of one affine map amount to.
+    # Weight and bias of one affine map.
 
     def batch_norm(self, src: str, channels: int) -> Affine:
-        """Scale and shift of a BatchNorm with fixed statistics."""
+        """Scale and shift of a BatchNorm in inference mode."""
         gamma, beta, mean, variance = (
             self.source.vector(f"{src}.{name}", channels)
             for name in ("weight", "bias", "running_mean", "running_var")
@@ -146,7 +146,7 @@ class _Fold:
         weight = self.source.conv(f"{src}.weight", (outputs, inputs, 1, 1))
         return _matrix(weight), self.source.vector(f"{src}.bias", outputs)
 
-    # Where they go.
+    # Storing the result.
 
     def _put(self, dst: str, affine: Affine) -> None:
         self.tensors[f"{dst}.weight"], self.tensors[f"{dst}.bias"] = affine
@@ -162,7 +162,7 @@ class _Fold:
         self._put(f"{dst}.fc1", self._linear(f"{src}.fc1", hidden, channels))
         self._put(f"{dst}.fc2", self._linear(f"{src}.fc2", channels, hidden))
 
-    # The modules that image and text towers share.
+    # Modules of both image and text towers.
 
     def rep_mixer(self, src: str, shape: tuple[int, ...], *, scale: bool) -> Affine:
         """Mixer, norm and residual, y = x + gamma * (mixer(x) - norm(x)), in one kernel."""
@@ -181,7 +181,7 @@ class _Fold:
     def conv_ffn(
         self, src: str, dst: str, shape: tuple[int, ...], hidden: int, gamma: mx.array
     ) -> mx.array:
-        """Put fc1 and fc2 down, prefixed with `dst`; returns the depthwise kernel."""
+        """Store fc1 and fc2 with the prefix `dst`; returns the depthwise kernel."""
         channels = shape[0]
         kernel, shift = self._conv_norm(f"{src}.conv", shape)
         weight, bias = self._linear(f"{src}.fc1", hidden, channels)
@@ -200,7 +200,7 @@ class _FastViT(_Fold):
 
     def stem(self, src: str) -> None:
         C = self.config.embed_dims[0]
-        # MCi0 to MCi2 have "scale" branches here, MCi3 and MCi4 do not; layer by layer below.
+        # MCi0 to MCi2 have "scale" branches here, MCi3 and MCi4 do not.
         has_scale = [self.source.has(f"{src}.{i}.conv_scale.conv.weight") for i in range(2)]
         weight, bias = self._mobile_one(
             f"{src}.0", (C, 3, 3, 3), scale=has_scale[0], identity=False
@@ -293,17 +293,17 @@ def _float64(tensor: mx.array) -> mx.array:
 
 
 def _scaled(weight: mx.array, gain: mx.array) -> mx.array:
-    """A weight with each output multiplied by its own gain."""
+    """Multiply each output of a weight by its gain."""
     return multiply(weight, reshape(gain, (-1, *(1 for _ in weight.shape[1:]))))
 
 
 def _matrix(weight: mx.array) -> mx.array:
-    """The weight of a 1x1 convolution, (O, I, 1, 1), as (O, I)."""
+    """Reshape the weight of a 1x1 convolution, (O, I, 1, 1), to (O, I)."""
     return reshape(weight, weight.shape[:2])
 
 
 def _along_text(weight: mx.array) -> mx.array:
-    """The depthwise kernel (C, 1, 1, K) of a convolution along text, as (C, K, 1)."""
+    """Reshape the depthwise kernel of a convolution along text, (C, 1, 1, K), to (C, K, 1)."""
     return mx.squeeze(_ohwi(weight), axis=1, stream=mx.cpu)
 
 
@@ -312,14 +312,14 @@ def _ohwi(weight: mx.array) -> mx.array:
 
 
 def _centred(weight: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """A smaller odd kernel in the middle of zeros, as large as `shape` says."""
+    """Pad an odd-sized kernel with zeros on all sides to the size in `shape`."""
     margins = [(whole - part) // 2 for whole, part in zip(shape[2:], weight.shape[2:], strict=True)]
     widths = [(0, 0), (0, 0), *((margin, margin) for margin in margins)]
     return mx.pad(weight, widths, stream=mx.cpu)
 
 
 def _identity(shape: tuple[int, ...]) -> mx.array:
-    """The kernel that returns its input: depthwise (C, 1, h, w) or dense (C, C, 1, 1)."""
+    """The identity kernel: depthwise (C, 1, h, w) or dense (C, C, 1, 1)."""
     outputs, inputs = shape[:2]
     dense = inputs > 1
     centre = mx.eye(outputs, stream=mx.cpu) if dense else mx.ones((outputs, 1), stream=mx.cpu)

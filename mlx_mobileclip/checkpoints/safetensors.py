@@ -1,7 +1,7 @@
 """Read safetensors files as hostile input.
 
-MLX's own reader accepts files whose shapes wrap around, overlap or are negative, so every header is
-first checked by the reference implementation (`safetensors.safe_open`).
+MLX's reader accepts tensors that overlap or whose shapes are negative or overflow, so every header
+is first checked by the reference implementation (`safetensors.safe_open`).
 """
 
 import os
@@ -18,9 +18,9 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = f"{SINGLE_NAME}.index.json"
 MAX_INDEX_BYTES = 16 << 20
 MAX_DIMENSIONS = 4
-MAX_HEADER_BYTES = 4 << 20  # ten times what the largest checkpoint needs
+MAX_HEADER_BYTES = 4 << 20  # ten times that of the largest checkpoint
 SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
-# Weights, floats or quantised; uint8 are mxfp scales, int64 BatchNorm's step counters.
+# Weights are floats or quantised; uint8 are mxfp scales, int64 BatchNorm's step counters.
 STORED_DTYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
@@ -32,11 +32,11 @@ STORED_DTYPES = {
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are.
+    """The safetensors files of a checkpoint: those that its index lists, or all in the directory.
 
     Raises:
-        CheckpointError: there are none, one is a link to outside, or the index names a file that
-            is missing or outside, or none of a single file beside it.
+        CheckpointError: there are none, one is a link to outside, or the index lists a file that
+            is missing or outside, or does not list a model.safetensors beside it.
     """
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if os.path.lexists(index):
@@ -51,16 +51,16 @@ def tensor_files(directory: Path) -> list[Path]:
         for name in files:
             if not (directory / name).is_file():
                 raise CheckpointError(
-                    f"{directory / name}: the index names this shard but it is not there; "
+                    f"{directory / name}: the index lists this shard, but it is missing; "
                     "download it again"
                 )
         if single.name not in files and os.path.lexists(single):
             raise CheckpointError(
-                f"{directory}: holds {single.name} beside an index of other files; remove the one "
-                f"that is out of date, {single.name} or {index.name} with its shards"
+                f"{directory}: has {single.name} beside an index of other files; remove whichever "
+                f"is out of date, {single.name} or {index.name} with its shards"
             )
         return _checked(directory, files)
-    # Hidden files are not weights: macOS leaves a "._model.safetensors" beside each unpacked file.
+    # Skip hidden files: macOS writes a "._model.safetensors" beside each unpacked file.
     names = sorted(
         p.name
         for p in directory.iterdir()
@@ -70,11 +70,11 @@ def tensor_files(directory: Path) -> list[Path]:
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if others:
             raise CheckpointError(
-                f"{directory}: holds its weights only as {name_some(others, 2)}, which is not read "
-                "here; save them as safetensors, as save_pretrained() of transformers does"
+                f"{directory}: has its weights only as {name_some(others, 2)}, which is not "
+                "supported here; save them as safetensors, for example with save_pretrained()"
             )
         raise CheckpointError(
-            f"{directory}: holds no .safetensors file; give the directory of a checkpoint"
+            f"{directory}: has no .safetensors file; give the directory of a checkpoint"
         )
     return _checked(directory, names)
 
@@ -87,7 +87,7 @@ def _checked(directory: Path, names: list[str]) -> list[Path]:
 
 
 def _check_header(path: Path) -> None:
-    """Reject what MLX's reader would take on trust; reads the header only."""
+    """Reject headers that MLX's reader does not check."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -97,8 +97,8 @@ def _check_header(path: Path) -> None:
             raise CheckpointError(f"{path}: a header of {header_bytes} bytes; download it again")
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                part = file.get_slice(name)
-                shape, dtype = part.get_shape(), part.get_dtype()
+                tensor = file.get_slice(name)
+                shape, dtype = tensor.get_shape(), tensor.get_dtype()
                 if len(shape) > MAX_DIMENSIONS or any(n < 1 for n in shape):
                     raise CheckpointError(f"{path}: {name[:200]} has the shape {shape[:8]}")
                 if dtype not in STORED_DTYPES.values():
@@ -106,7 +106,7 @@ def _check_header(path: Path) -> None:
                     raise CheckpointError(f"{path}: {name[:200]} is {dtype}, not one of {known}")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a sound safetensors file ({str(error)[:200]}); download it again"
+            f"{path}: not a valid safetensors file ({str(error)[:200]}); download it again"
         ) from error
 
 
@@ -138,8 +138,8 @@ def read_tensors(directory: Path) -> dict[str, mx.array]:
     tensors: dict[str, mx.array] = {}
     for path in tensor_files(directory):
         loaded = read_safetensors(path)
-        twice = sorted(tensors.keys() & loaded.keys())
-        if twice:
-            raise CheckpointError(f"{path}: also holds {name_some(twice)} of another shard")
+        duplicates = sorted(tensors.keys() & loaded.keys())
+        if duplicates:
+            raise CheckpointError(f"{path}: repeats {name_some(duplicates)} of another shard")
         tensors.update(loaded)
     return tensors

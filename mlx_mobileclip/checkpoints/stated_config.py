@@ -1,7 +1,7 @@
-"""What the JSON files of a source checkpoint say of it, in open_clip's, Apple's or timm's fields.
+"""Apply the JSON files of a source checkpoint, in open_clip's, Apple's or timm's format.
 
-Every field is honoured, or known to change no answer, or refused by name: a field that is passed
-over in silence would give answers that look right and are not.
+Every field is applied, known to have no effect, or refused by name: ignoring one silently could
+give plausible but wrong results.
 
 Source of the fields and their defaults: open_clip 3.3.0 `model.py`, `transform.py`,
 `timm_model.py`; apple/ml-mobileclip 4144bb1 `mobileclip/text_encoder.py`; timm 1.0.31
@@ -20,10 +20,10 @@ from ..models.variants import OPENAI, TOWERS
 from ..models.vit import ViTConfig
 
 MODEL_SECTIONS = ("embed_dim", "vision_cfg", "image_cfg", "text_cfg")
-OPEN_CLIP_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # with all three it fills in the rest
+OPEN_CLIP_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # with all, open_clip adds defaults
 TIMM_SECTIONS = ("architecture", "pretrained_cfg")
 
-# Fields that change no answer: of training, of files, of parts that are not built.
+# Fields without effect on results: those of training, of files, and of parts that are not built.
 ABOUT = {
     *("_name_or_path", "architectures", "library_name", "license", "model_type", "name", "tags"),
     *("torch_dtype", "transformers_version"),
@@ -34,7 +34,7 @@ MODEL_FREE = {
 }
 VISION_FREE = {
     *("timm_model_pretrained", "timm_drop", "timm_drop_path", "timm_proj_bias", "patch_dropout"),
-    # Of open_clip's own towers; it does not look at them where timm's is named.
+    # Fields of open_clip's own towers, which it ignores if a timm tower is named.
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value", "pool_type"),
     *("attentional_pool", "attn_pooler_queries", "attn_pooler_heads", "no_ln_pre", "block_type"),
     *("pos_embed_type", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs"),
@@ -80,7 +80,7 @@ TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), OFF),
     **dict.fromkeys(("scale_attn", "scale_fc", "no_pos_embedding"), OFF),
 }
-# Fields that are honoured: ours, its other name in Apple's files, what open_clip takes without it.
+# Fields that are applied: canonical name, name in Apple's files, default of open_clip.
 TEXT_SIZES = (
     ("width", "dim", 512),
     ("layers", "n_transformer_layers", 12),
@@ -92,47 +92,47 @@ TEXT_KNOWN = {
     *("causal_masking", "no_causal_mask", "model_name", "ffn_multiplier_per_layer"),
     *(name for sizes in TEXT_SIZES for name in sizes[:2] if name),
 }
-PREPROCESS_KNOWN = {"fill_color", "mean", "std", "interpolation", "size"}  # the first is no matter
+PREPROCESS_KNOWN = {"mean", "std", "interpolation", "size", "fill_color"}  # the last has no effect
 PREPROCESS_FIXED: dict[str, tuple[Any, ...]] = {
     "resize_mode": ("shortest", None),
     "mode": ("RGB", None),
 }
-# timm's published files state its own preparation for classifiers, bicubic and of this part of the
-# image; the towers were trained with CLIP's, which is used.
+# timm's published files state its default preprocessing for classifiers: bicubic, with these values
+# of crop_pct. The towers were trained with CLIP's preprocessing, which is used instead.
 TIMM_CROPS = {
     "fastvit_mci0": (0.95, 1.0),
     "vit_base_mci_224": (0.9,),
     "vit_large_patch14_clip_224": (1.0,),
 }
-TIMM_CROP = (0.95,)  # of the other towers
+TIMM_CROP = (0.95,)  # other towers
 OPEN_CLIP_PREPROCESS = {"mean": OPENAI[0], "std": OPENAI[1], "interpolation": "bicubic"}
 
 
 def describes_a_model(fields: Fields) -> bool:
-    """Whether a JSON file holds anything that this module reads."""
+    """Whether a JSON file has a section that this module reads."""
     sections = ("model_cfg", "preprocess_cfg", *MODEL_SECTIONS, *TIMM_SECTIONS)
     return any(fields.has(key) for key in sections)
 
 
 def described_variant(fields: Fields) -> str | None:
-    """The published model whose image tower a file names; None if it names none.
+    """The published model with the image tower that a file names; None if it names none.
 
     Raises:
-        ConfigError: it names one that none of them has.
+        ConfigError: no published model has this tower.
     """
-    found = _tower(fields)
-    if found is None:
+    tower = _tower(fields)
+    if tower is None:
         return None
-    where, key, name = found
+    section, key, name = tower
     variant = TOWERS.get(name)
     if variant is None:
-        raise where.error(key, f"{name[:40]!r} is not one of {', '.join(TOWERS)}")
+        raise section.error(key, f"{name[:40]!r} is not one of {', '.join(TOWERS)}")
     model = _model(fields)
     plain_text = model.has("text_cfg") and model.object("text_cfg").get("model_name", "") == "base"
     return "MobileCLIP2-S0" if variant == "MobileCLIP-S0" and plain_text else variant
 
 
-def honoured(
+def apply_config_file(
     fields: Fields,
     config: MobileCLIPConfig,
     registry: Mapping[str, MobileCLIPConfig],
@@ -140,25 +140,26 @@ def honoured(
     port: bool = False,
     with_preprocess: bool = True,
 ) -> MobileCLIPConfig:
-    """The config of a variant, changed as a file says.
+    """Update the config of a variant from a JSON file.
 
     Args:
         fields: The whole file.
-        config: Of the variant, or as another file has left it.
-        registry: The configs of all variants.
-        port: Whether this is one of Apple's models as published for open_clip or timm. The file
-            of B then names timm's tower, but the weights were trained in Apple's.
-        with_preprocess: Whether what the file says of preprocessing counts.
+        config: Config of the variant, possibly updated from another file.
+        registry: Configs of all variants.
+        port: Whether this is Apple's model as published for open_clip or timm. The file of B then
+            names timm's tower, but the weights were trained with Apple's.
+        with_preprocess: Whether to apply the preprocessing of the file.
 
     Raises:
-        ConfigError: a field is not known, or wants what is not computed here.
+        ConfigError: a field is not known, or requires what is not supported.
     """
     described = described_variant(fields)
     if described is not None and registry[described].image != config.image and not port:
-        part, key, name = _tower(fields) or (fields, "architecture", "")
-        fits = [v for v in registry if registry[v].image == registry[described].image]
-        raise part.error(
-            key, f"{name!r} is not the image tower of {config.variant}, but of {', '.join(fits)}"
+        section, key, name = _tower(fields) or (fields, "architecture", "")
+        others = [v for v in registry if registry[v].image == registry[described].image]
+        raise section.error(
+            key,
+            f"{name!r} is not the image tower of {config.variant}, but of {', '.join(others)}",
         )
     if any(fields.has(key) for key in TIMM_SECTIONS):
         return _timm(fields, config, with_preprocess)
@@ -174,10 +175,10 @@ def honoured(
     stated = _vision(model, config, complete)
     where = fields.where
     if fields.has("preprocess_cfg"):
-        given = fields.object("preprocess_cfg")
+        section = fields.object("preprocess_cfg")
         if with_preprocess:
-            where = given.where
-            stated |= _preprocess(given, stated, complete)
+            where = section.where
+            stated |= _preprocess(section, stated, complete)
     elif complete and model is not fields:  # open_clip loads such a file with its own defaults
         stated |= OPEN_CLIP_PREPROCESS
     return with_preprocessing(config, stated, where) if with_preprocess else config
@@ -186,12 +187,12 @@ def honoured(
 def with_preprocessing(
     config: MobileCLIPConfig, stated: Mapping[str, Any], where: str
 ) -> MobileCLIPConfig:
-    """The config with other preprocessing, checked, also against the image tower."""
+    """Change the preprocessing of a config; checks it, also against the image tower."""
     fields = Fields({**asdict(config.preprocess), **stated}, where)
     preprocess = PreprocessConfig.from_json(fields)
     size = preprocess.image_size
     if isinstance(config.image, ViTConfig) and size != config.image.image_size:
-        raise fields.error("image_size", f"{size} is not the {config.image.image_size} it is for")
+        raise fields.error("image_size", f"{size} is not the tower's {config.image.image_size}")
     return replace(config, preprocess=preprocess)
 
 
@@ -200,7 +201,7 @@ def _model(fields: Fields) -> Fields:
 
 
 def _tower(fields: Fields) -> tuple[Fields, str, str] | None:
-    """Where a file names the image tower: section, field, and the name without timm's tag."""
+    """The section and field that name the image tower, and the name without timm's tag."""
     model = _model(fields)
     for section, key in (("vision_cfg", "timm_model_name"), ("image_cfg", "model_name")):
         if model.has(section) and model.object(section).has(key):
@@ -214,33 +215,33 @@ def _tower(fields: Fields) -> tuple[Fields, str, str] | None:
 def _check(
     fields: Fields, known: Collection[str], fixed: Mapping[str, tuple[Any, ...]] | None = None
 ) -> None:
-    """Refuse fields that are not known, or whose value is not one of those it is fixed to."""
+    """Refuse unknown fields, and values other than those in `fixed`."""
     for key, value in fields.values.items():
         if fixed and key in fixed:
             allowed = fixed[key]
             if not any(value == each and type(value) is type(each) for each in allowed) and not (
                 type(value) in (int, float) and value in allowed
             ):
-                raise _unlike(fields, key, value, allowed[0])
+                raise _unsupported(fields, key, value, allowed[0])
         elif key not in known:
             shown = key[:40] if key.isprintable() else ascii(key[:40])
             raise ConfigError(
-                f"{fields.where}: {shown}: is not a field that is known here, and may change the "
-                "answers; remove it if it does not"
+                f"{fields.where}: {shown}: is not a known field, and may change the results; "
+                "remove it if it does not"
             )
 
 
-def _unlike(fields: Fields, key: str, value: Any, expected: Any) -> ConfigError:
-    """The error for a model unlike those that are computed here."""
-    given, wanted = ("null" if v is None else repr(v)[:60] for v in (value, expected))
+def _unsupported(fields: Fields, key: str, value: Any, expected: Any) -> ConfigError:
+    """The error for a value that is not supported."""
+    actual, supported = ("null" if v is None else repr(v)[:60] for v in (value, expected))
     return ConfigError(
-        f"{fields.where}: {key}: {given} is not {wanted}, which is all that is computed here; the "
-        "answers would be wrong; run this checkpoint in the program it was made with"
+        f"{fields.where}: {key}: {actual} is not supported, only {supported}; run this "
+        "checkpoint in the program it was made with"
     )
 
 
 def _text(fields: Fields, text: TextConfig, variant: str, complete: bool) -> TextConfig:
-    """The text tower as a file describes it."""
+    """Update the text tower from a file."""
     _check(fields, TEXT_KNOWN | TEXT_FREE, TEXT_FIXED)
     causal = text.causal
     if fields.has("causal_masking"):
@@ -251,40 +252,40 @@ def _text(fields: Fields, text: TextConfig, variant: str, complete: bool) -> Tex
         raise fields.error(
             "causal_masking" if fields.has("causal_masking") else "no_causal_mask",
             f"the causal mask is {'on' if causal else 'off'}, unlike that of {variant}; "
-            "choose the --variant it was trained as",
+            "choose the --variant that it was trained as",
         )
     kind = "mct" if text.rep_mixers else "base"
     if complete and text.rep_mixers:
-        raise fields.error("model_name", f"is missing, and {variant} has Apple's text tower")
+        raise fields.error("model_name", f"is missing, but {variant} has Apple's text tower")
     if fields.get("model_name", kind) != kind:
         raise fields.error(
-            "model_name", f"is not the {kind!r} of {variant}; choose the --variant it is built like"
+            "model_name", f"is not the {kind!r} of {variant}; choose another --variant"
         )
     values: dict[str, Any] = asdict(text)
-    for ours, apples, default in TEXT_SIZES:
-        key = ours if apples is None or fields.has(ours) else apples
+    for canonical, apple, default in TEXT_SIZES:
+        key = canonical if apple is None or fields.has(canonical) else apple
         if fields.has(key):
-            values[ours] = _same(fields, key)
+            values[canonical] = _same_in_all_layers(fields, key)
         elif complete:
-            values[ours] = default
+            values[canonical] = default
     ratio = "ffn_multiplier_per_layer"
-    if fields.has(ratio) and _same(fields, ratio) != 4:
-        raise _unlike(fields, ratio, fields.get(ratio), 4)
+    if fields.has(ratio) and _same_in_all_layers(fields, ratio) != 4:
+        raise _unsupported(fields, ratio, fields.get(ratio), 4)
     return TextConfig.from_json(Fields(values, fields.where))
 
 
-def _same(fields: Fields, key: str) -> Any:
-    """A field of Apple's that may be a list with one entry for each layer, all of them equal."""
+def _same_in_all_layers(fields: Fields, key: str) -> Any:
+    """A field of Apple's: one value, or a list with an equal value for each layer."""
     value = fields.get(key)
     if not isinstance(value, list):
         return value
     if not value or any(each != value[0] for each in value):
-        raise fields.error(key, "differs from layer to layer, which is not computed here")
+        raise fields.error(key, "differs between layers, which is not supported")
     return value[0]
 
 
 def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str, Any]:
-    """Check what a file says of the image tower; returns the image size if it states one."""
+    """Check the image tower in a file; returns its image size if it has one."""
     stated: dict[str, Any] = {}
     if model.has("vision_cfg"):
         fields = model.object("vision_cfg")
@@ -292,7 +293,7 @@ def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str
         fixed = {"timm_pool": (pool,), "timm_proj": (None, "")}
         if complete:
             if not fields.has("timm_model_name"):
-                raise fields.error("timm_model_name", "is missing; only towers of timm's are known")
+                raise fields.error("timm_model_name", "is missing; only timm towers are supported")
             defaults = {"timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
             fields = Fields({**defaults, **fields.values}, fields.where)
         _check(fields, VISION_FREE | {"timm_model_name", "image_size"}, fixed)
@@ -305,20 +306,20 @@ def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str
 
 
 def _image_size(fields: Fields, key: str) -> dict[str, int]:
-    """The side of the square image, which may be stated as a number or twice in a list."""
+    """The side of the square image, given as a number or as a list of one or two."""
     if not fields.has(key):
         return {}
     value = fields.get(key)
     if isinstance(value, list):
         sides = fields.integers(key, 1, 1 << 20, length=len(value) if len(value) == 1 else 2)
         if len(set(sides)) > 1:
-            raise fields.error(key, f"{list(sides)} is not square, which is all that is computed")
+            raise fields.error(key, f"{list(sides)} is not square; only squares are supported")
         return {"image_size": sides[0]}
     return {"image_size": fields.integer(key, 1, 1 << 20)}
 
 
 def _preprocess(fields: Fields, stated: Mapping[str, Any], complete: bool) -> dict[str, Any]:
-    """What open_clip's `preprocess_cfg` says, with its defaults if the file is complete."""
+    """Read open_clip's `preprocess_cfg`, with its defaults if the file is complete."""
     _check(fields, PREPROCESS_KNOWN, PREPROCESS_FIXED)
     result = dict(OPEN_CLIP_PREPROCESS) if complete else {}
     result |= {key: fields.values[key] for key in OPEN_CLIP_PREPROCESS if fields.has(key)}
@@ -329,7 +330,7 @@ def _preprocess(fields: Fields, stated: Mapping[str, Any], complete: bool) -> di
 
 
 def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> MobileCLIPConfig:
-    """The config as a timm file says."""
+    """Update the config from a timm file."""
     pool: dict[str, tuple[Any, ...]] = {
         "global_pool": ("token" if isinstance(config.image, ViTConfig) else "avg", None)
     }
@@ -341,29 +342,29 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
         built = _image_size(arguments, "img_size")
     if not fields.has("pretrained_cfg"):
         return with_preprocessing(config, built, fields.where) if with_preprocess else config
-    given = fields.object("pretrained_cfg")
+    part = fields.object("pretrained_cfg")
     known = {"architecture", "input_size", "mean", "std", "crop_pct", "interpolation"}
-    _check(given, PRETRAINED_FREE | known, {"crop_mode": ("center", None), "state_dict": (None,)})
+    _check(part, PRETRAINED_FREE | known, {"crop_mode": ("center", None), "state_dict": (None,)})
     if not with_preprocess:
         return config
     name = fields.string("architecture", "").partition(".")[0]
-    if given.has("architecture") and given.string("architecture").partition(".")[0] != name:
-        raise given.error("architecture", f"is not the {name[:40]!r} of the file")
-    crop, how = given.get("crop_pct", None), given.get("interpolation", None)
+    if part.has("architecture") and part.string("architecture").partition(".")[0] != name:
+        raise part.error("architecture", f"is not the {name[:40]!r} of the file")
+    crop, how = part.get("crop_pct", None), part.get("interpolation", None)
     published = crop in (None, *TIMM_CROPS.get(name, TIMM_CROP)) and how in (None, "bicubic")
     if not published and (crop, how) != (1.0, config.preprocess.interpolation):
         key = "crop_pct" if how in (None, "bicubic") else "interpolation"
         raise ConfigError(
-            f"{given.where}: {key}: {given.get(key)!r:.60} is neither what the published models "
-            "state nor CLIP's preprocessing; state it with --preprocess (preprocess= in Python)"
+            f"{part.where}: {key}: {part.get(key)!r:.60} is neither that of the published "
+            "models nor CLIP's preprocessing; give it with --preprocess (preprocess= in Python)"
         )
-    stated = {key: given.values[key] for key in ("mean", "std") if given.has(key)}
-    if given.has("input_size"):
-        channels, *sides = given.integers("input_size", 1, 1 << 20, length=3)
+    stated = {key: part.values[key] for key in ("mean", "std") if part.has(key)}
+    if part.has("input_size"):
+        channels, *sides = part.integers("input_size", 1, 1 << 20, length=3)
         if channels != 3:
-            raise given.error("input_size", f"has {channels} channels instead of 3")
-        stated |= _image_size(Fields({"input_size": list(sides)}, given.where), "input_size")
+            raise part.error("input_size", f"has {channels} channels instead of 3")
+        stated |= _image_size(Fields({"input_size": list(sides)}, part.where), "input_size")
         if built and built["image_size"] != stated["image_size"]:
             size = built["image_size"]
-            raise given.error("input_size", f"is not the img_size of model_args, {size}")
-    return with_preprocessing(config, stated | built, given.where)
+            raise part.error("input_size", f"is not the img_size of model_args, {size}")
+    return with_preprocessing(config, stated | built, part.where)

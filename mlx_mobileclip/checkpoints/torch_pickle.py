@@ -1,8 +1,8 @@
 """Read PyTorch's .pt, .pth, .ckpt and .bin files as hostile input, without PyTorch and pickle.
 
-Such a file is a zip of raw storages and one pickle that says how to view them as tensors. The
-pickle is interpreted by `pickle_machine`, which imports and calls nothing that it names; this
-module checks the zip, finds the dictionary of tensors and reads their storages.
+Such a file is a zip of raw storages and one pickle that describes the tensors in them. The pickle
+is interpreted by `pickle_machine`, which never imports or calls what it names; this module checks
+the zip, finds the dictionary of tensors and reads their storages.
 
 File format: torch 2.13 `torch/serialization.py` (zip files, written since 1.6).
 """
@@ -24,18 +24,18 @@ from ..errors import CheckpointError, name_some, refuse_lfs_pointer
 from .pickle_machine import STORAGES, Opaque, TensorView, interpret
 
 MAX_PICKLE_BYTES = 16 << 20
-MAX_DIRECTORY_BYTES = 4 << 20  # of the zip, ten times what PyTorch writes; each entry has 46
-MAX_REPEATS = 2  # how often the file's bytes may appear in tensors: tied weights, not floods
-MAX_SPREAD = 4  # how many times its own size a large tensor may reach across its storage
+MAX_DIRECTORY_BYTES = 4 << 20  # of the zip; ten times what PyTorch writes
+MAX_REPEATS = 2  # total size of tensors / size of the file; more than 1 for tied weights
+MAX_SPREAD = 4  # span of a large tensor in its storage / its size
 SMALL_BYTES = 1 << 20
-# Where checkpoints keep their tensors, the more usual first. Weights averaged over training come
-# after those themselves, as open_clip takes them.
+# Keys under which checkpoints have their tensors, in order of preference. As in open_clip, the
+# weights are preferred to their average over training.
 WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "module", "net", "network", "student"),
     *("state_dict_ema", "model_ema", "ema", "weights", "params"),
 )
 TRAINERS = ("optim", "callback", "loop", "scheduler", "lr_", "scaler", "rng")
-MAX_WRAPPERS = 4  # inside each other
+MAX_WRAPPERS = 4  # nested
 
 Check = Callable[[dict[str, mx.array]], object]
 
@@ -43,18 +43,18 @@ Check = Callable[[dict[str, mx.array]], object]
 def read_torch(
     path: Path, check: Check | None = None, unused: str | None = None
 ) -> dict[str, mx.array]:
-    """The tensors of a checkpoint file by name, without the containers around them.
+    """Read the tensors of a checkpoint file by name, without the containers around them.
 
     Args:
-        path: A file as `torch.save` writes it. The tensors may stand under one of `WRAPPERS`, or
-            be the only ones there are; what stands beside them is not read.
+        path: A file written by `torch.save`. The tensors may be in a dictionary under one of
+            `WRAPPERS`, or in the only one there is; anything beside it is not read.
         check: Called before any tensor is read, with lazy zeros in their place; raises if their
             names, shapes or types are not those of the model.
-        unused: Pattern of the names of tensors that are left out.
+        unused: Pattern of the names of tensors to skip.
 
     Raises:
-        CheckpointError: the file is damaged, holds anything but tensors and plain values among
-            its tensors, or is of the kind that PyTorch wrote before 1.6.
+        CheckpointError: the file is damaged, has anything but tensors and plain values among its
+            tensors, or is in the format from before PyTorch 1.6.
     """
     try:
         with path.open("rb") as file:
@@ -66,7 +66,7 @@ def read_torch(
 def read_torch_stream(
     file: IO[bytes], where: str, check: Check | None = None, unused: str | None = None
 ) -> dict[str, mx.array]:
-    """`read_torch` for an open file; `where` is what messages call it."""
+    """`read_torch` for an open file; `where` is its name in messages."""
     try:
         size_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -79,7 +79,7 @@ def read_torch_stream(
             bounded.limit = size_bytes
             root = _check_archive(archive, size_bytes, where)
             data = archive.read(f"{root}data.pkl")
-            tensors = _tensors_of(interpret(data, where), where)
+            tensors = _find_tensors(interpret(data, where), where)
             if unused is not None:
                 tensors = {k: v for k, v in tensors.items() if not re.search(unused, k)}
             _check_sizes(archive, root, tensors, size_bytes, where)
@@ -90,12 +90,12 @@ def read_torch_stream(
             return _load(archive, root, tensors)
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
         raise CheckpointError(
-            f"{where}: not a sound PyTorch file ({str(error)[:200]}); download it again"
+            f"{where}: not a valid PyTorch file ({str(error)[:200]}); download it again"
         ) from error
 
 
 class _BoundedFile:
-    """A file of which one read takes no more than a limit, as `zipfile` reads a whole directory."""
+    """A file that limits the size of a read, as `zipfile` reads the whole directory at once."""
 
     def __init__(self, file: IO[bytes], where: str):
         self.limit = MAX_DIRECTORY_BYTES
@@ -119,11 +119,11 @@ def _not_a_zip(where: str, start: bytes) -> str:
             f"{where}: is in the format from before PyTorch 1.6, which cannot be read safely; "
             "save it again with a newer PyTorch, or as safetensors"
         )
-    return f"{where}: is no PyTorch file (it is no zip); download it again"
+    return f"{where}: is not a PyTorch file (not a zip); download it again"
 
 
 def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str:
-    """Check what the zip claims before any of it is read; returns the folder of data.pkl."""
+    """Check the entries of the zip before reading any; returns the folder of data.pkl."""
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     if len(set(names)) != len(names):
@@ -140,7 +140,7 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
             raise CheckpointError(f"{where}: {name[:80]!r} is not a plain name for an entry")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(
-                f"{where}: {name[:80]} is compressed, which PyTorch never does; not read"
+                f"{where}: {name[:80]} is compressed, which PyTorch never does; download it again"
             )
         total += entry.file_size
     if total > size_bytes:
@@ -159,34 +159,36 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     return root
 
 
-def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
-    """The dictionary of tensors: under the usual names, or the only one there is."""
+def _find_tensors(found: Any, where: str) -> dict[str, TensorView]:
+    """Find the dictionary of tensors: under one of `WRAPPERS`, or the only one there is."""
     for _ in range(MAX_WRAPPERS):
         if not isinstance(found, dict):
             break
-        seen: set[int] = set()  # what holds no tensors is searched once
+        seen: set[int] = set()  # dictionaries without tensors are searched only once
         inner = (found.get(name) for name in WRAPPERS)
-        wrapped = next((each for each in inner if any(_holding(each, seen))), None)
+        wrapped = next((each for each in inner if any(_with_tensors(each, seen))), None)
         if wrapped is None:
             break
         found = wrapped
     if not isinstance(found, dict):
         what = found if isinstance(found, Opaque) else type(found).__name__
         raise CheckpointError(
-            f"{where}: holds a {what}, no dictionary of tensors; save the model's state_dict()"
+            f"{where}: holds a {what}, not a dictionary of tensors; save the model's state_dict()"
         )
-    holding = list(_holding(found, set()))
-    models = [(path, each) for path, each in holding if any("." in name for name in _own(each))]
+    holding = list(_with_tensors(found, set()))
+    models = [
+        (path, each) for path, each in holding if any("." in name for name in _tensors_in(each))
+    ]
     if len(models) == 1:
         found = models[0][1]
-    elif not _own(found) and len(holding) == 1:
+    elif not _tensors_in(found) and len(holding) == 1:
         found = holding[0][1]
-    elif not _own(found) and holding:
+    elif not _tensors_in(found) and holding:
         raise CheckpointError(
             f"{where}: holds {len(holding)} dictionaries of tensors "
-            f"({name_some([path for path, _ in holding])}); save the one to load by itself"
+            f"({name_some([path for path, _ in holding])}); save only the one to load"
         )
-    tensors = _own(found)
+    tensors = _tensors_in(found)
     if not tensors:
         keys = [
             f"{str(key)[:40]} ({value})" if isinstance(value, Opaque) else str(key)[:40]
@@ -197,19 +199,19 @@ def _tensors_of(found: Any, where: str) -> dict[str, TensorView]:
         if isinstance(value, Opaque):
             raise CheckpointError(
                 f"{where}: {str(key)[:200]}, among its tensors, is a {value}, which is not "
-                "read; save the model's tensors by themselves"
+                "read; save the model's state_dict() alone"
             )
     return tensors
 
 
-def _own(found: dict[Any, Any]) -> dict[str, TensorView]:
+def _tensors_in(found: dict[Any, Any]) -> dict[str, TensorView]:
     return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, TensorView)}
 
 
-def _holding(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]:
-    """This dictionary and those within it that hold tensors, with their places.
+def _with_tensors(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The dictionaries that hold tensors, this one or nested ones, with their paths.
 
-    What trainers keep for themselves is passed over, and so is what has been `seen`, by id.
+    Those of trainers are skipped, and so are those with an id in `seen`.
     """
     waiting = [("", found)]
     while waiting:
@@ -217,7 +219,7 @@ def _holding(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]
         if not isinstance(value, dict) or id(value) in seen:
             continue
         seen.add(id(value))
-        if _own(value):
+        if _tensors_in(value):
             yield path, value
         for key, inner in value.items():
             shown = str(key)[:40]
@@ -226,7 +228,7 @@ def _holding(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]
 
 
 def _span(view: TensorView) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the one after its last."""
+    """Byte range of a tensor in its storage: start, and end (exclusive)."""
     if 0 in view.shape:
         return 0, 0
     size = np.dtype(STORAGES[view.storage.kind][0]).itemsize
@@ -241,7 +243,7 @@ def _check_sizes(
     size_bytes: int,
     where: str,
 ) -> None:
-    """Compare what the tensors claim with what the file has, before any is read."""
+    """Check the sizes of the tensors against those in the file, before any is read."""
     stored = {entry.filename: entry.file_size for entry in archive.infolist()}
     total = 0
     for name, view in tensors.items():
@@ -267,14 +269,14 @@ def _check_sizes(
 def _load(
     archive: zipfile.ZipFile, root: str, tensors: dict[str, TensorView]
 ) -> dict[str, mx.array]:
-    """Read the parts of each storage that its tensors view, once and in order."""
+    """Read the parts of each storage that its tensors use, once and in order."""
     by_storage: dict[str, list[str]] = defaultdict(list)
     for name, view in tensors.items():
         by_storage[view.storage.key].append(name)
     result: dict[str, mx.array] = {}
     for key, members in by_storage.items():
         with archive.open(f"{root}data/{key}") as file:
-            block, start, end = b"", 0, 0  # the last bytes read, and where they lie
+            block, start, end = b"", 0, 0  # the last bytes read, and their range
             for name in sorted(members, key=lambda name: _span(tensors[name])):
                 first, last = _span(tensors[name])
                 if first > end:
@@ -288,7 +290,7 @@ def _load(
 
 
 def _array(data: bytes, view: TensorView) -> mx.array:
-    """The tensor whose span these bytes are."""
+    """Convert the bytes of a tensor's span to an array."""
     kind, dtype = STORAGES[view.storage.kind]
     if 0 in view.shape:
         return mx.zeros(view.shape, dtype)

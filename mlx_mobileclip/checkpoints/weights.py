@@ -1,4 +1,4 @@
-"""Give a model its weights, once their names, shapes, types and values have been checked."""
+"""Load weights into a model, after checking their names, shapes, types and values."""
 
 from typing import cast
 
@@ -17,14 +17,14 @@ def named_parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def is_finite(tensor: mx.array) -> mx.array:
-    """Whether all values are, as a lazy scalar."""
-    if tensor.dtype == mx.float32:  # the sum is finite unless a value is not; no temporary array
+    """Whether all values are finite, as a lazy scalar."""
+    if tensor.dtype == mx.float32:  # the sum is finite if all values are; no temporary array
         return mx.isfinite(mx.sum(tensor))
-    return mx.all(mx.isfinite(tensor))  # a sum could overflow, and a float32 copy is twice as large
+    return mx.all(mx.isfinite(tensor))  # a sum could overflow
 
 
 def check_fit(model: nn.Module, tensors: dict[str, mx.array], where: str) -> None:
-    """Compare names, shapes and kinds of lazy tensors with what a model takes.
+    """Compare names, shapes and types of lazy tensors with the parameters of a model.
 
     Raises:
         CheckpointError: names every tensor that is missing, left over or misshapen.
@@ -36,28 +36,29 @@ def check_fit(model: nn.Module, tensors: dict[str, mx.array], where: str) -> Non
     if extra := sorted(tensors.keys() - expected.keys()):
         problems.append(f"no place for {name_some(extra)}")
     for name in sorted(expected.keys() & tensors.keys()):
-        want, have = expected[name], tensors[name]
-        quantized = want.dtype not in FLOATS
-        if want.shape != have.shape:
-            problems.append(f"{name} has shape {have.shape} instead of {want.shape}")
-        elif quantized != (have.dtype not in FLOATS) or (quantized and want.dtype != have.dtype):
-            problems.append(f"{name} is {have.dtype} instead of {want.dtype}")
+        parameter, tensor = expected[name], tensors[name]
+        quantized = parameter.dtype not in FLOATS
+        same_dtype = parameter.dtype == tensor.dtype
+        if parameter.shape != tensor.shape:
+            problems.append(f"{name} has shape {tensor.shape} instead of {parameter.shape}")
+        elif quantized != (tensor.dtype not in FLOATS) or (quantized and not same_dtype):
+            problems.append(f"{name} is {tensor.dtype} instead of {parameter.dtype}")
     if problems:
         raise CheckpointError(f"{where}: {name_some(problems)}; its tensors do not fit its config")
 
 
 def as_dtype(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A float tensor in another precision; a quantised one as it is."""
+    """Cast a float tensor; a quantised one is returned unchanged."""
     if tensor.dtype not in FLOATS:
         return tensor
-    # A lone number, such as logit_scale, costs nothing to keep exact.
+    # Scalars, such as logit_scale, stay exact.
     return tensor.astype(dtype if tensor.ndim else mx.float32)
 
 
 def not_finite(
     names: list[str], dtype: mx.Dtype, where: str, *, damaged: bool = False
 ) -> CheckpointError:
-    """The error for values that are not, or that do not fit the precision unless `damaged`."""
+    """The error for values that are not finite, in the source (`damaged`) or after the cast."""
     wider = "" if damaged or dtype == mx.float32 else "try --dtype float32, or "
     return CheckpointError(
         f"{where}: not finite in {str(dtype).split('.')[-1]}: {name_some(names)}; "
@@ -66,17 +67,16 @@ def not_finite(
 
 
 def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, where: str) -> None:
-    """Give the model its weights: names and shapes must match exactly, values must be finite.
+    """Load weights into a model: names and shapes must match exactly, values must be finite.
 
-    Float tensors are cast to `dtype`, quantised ones are kept. The weights are evaluated here, so
-    that another thread can use the model. `tensors` is emptied on the way, so that a source
-    tensor's memory is free as soon as its cast is done.
+    Float tensors are cast to `dtype`. The weights are evaluated, so that other threads can use the
+    model. `tensors` is emptied, so that the memory of each source tensor is freed after its cast.
 
     Raises:
         CheckpointError: names every tensor that is missing, left over, misshapen or not finite.
     """
     check_fit(model, tensors, where)
-    weights = [(name, as_dtype(_in_order(tensors.pop(name)), dtype)) for name in list(tensors)]
+    weights = [(name, as_dtype(row_major(tensors.pop(name)), dtype)) for name in list(tensors)]
     model.load_weights(weights, strict=True)
     finite = {name: is_finite(value) for name, value in weights if value.dtype in FLOATS}
     try:
@@ -85,15 +85,16 @@ def assign(model: nn.Module, tensors: dict[str, mx.array], dtype: mx.Dtype, wher
         raise CheckpointError(f"{where}: the weights cannot be read ({error})") from error
     if bad := sorted(name for name, ok in finite.items() if not ok.item()):
         values = dict(weights)
-        damaged = any(mx.any(mx.isnan(values[name])).item() for name in bad)  # no cast makes these
+        # A cast can overflow to infinity, but never gives NaN.
+        damaged = any(mx.any(mx.isnan(values[name])).item() for name in bad)
         raise not_finite(bad, dtype, where, damaged=damaged)
 
 
-def _in_order(tensor: mx.array) -> mx.array:
-    """The same, row by row in memory, with the strides that go with it.
+def row_major(tensor: mx.array) -> mx.array:
+    """Give an array the strides of its shape in row-major order.
 
-    PyTorch's depthwise kernels (C, 1, k, k) lie so too with the second axis put last, but that
-    axis keeps a stride of k * k, and with it cuDNN chooses a convolution that takes 5 to 17 times
-    as long (H200, MLX 0.32.4, 2026-11-26).
+    Transposing PyTorch's depthwise kernels (C, 1, k, k) keeps that order in memory, but leaves the
+    last axis a stride of k * k, with which cuDNN chooses a convolution that takes 5 to 17 times as
+    long (H200, MLX 0.32.4, 2026-11-26).
     """
     return tensor.reshape(-1).reshape(tensor.shape)

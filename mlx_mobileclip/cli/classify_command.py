@@ -1,4 +1,4 @@
-"""`classify`: find the labels that fit an image best."""
+"""`classify`: find the labels that match an image best."""
 
 import argparse
 import csv
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Result = tuple[str, list[Prediction]]
 
-HELP = "tell which label fits an image best"
+HELP = "find the labels that match an image best"
 EXAMPLES = (
     'mlx-mobileclip classify --model demo --image examples/scene.png --labels "blue heart,star"',
     "mlx-mobileclip classify --model demo --image examples --labels heart,star --format csv",
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="SRC",
-        help="image, directory (searched recursively), glob, or file with a path a line; "
-        "again: more",
+        help="image, directory (searched recursively), glob, or file with one path per line; "
+        "may be repeated",
     )
     labels = parser.add_mutually_exclusive_group(required=True)
     labels.add_argument("--labels", metavar="A,B,C", help="labels, separated by commas")
-    labels.add_argument("--label", action="append", metavar="L", help="one label; again: more")
+    labels.add_argument("--label", action="append", metavar="L", help="one label; may be repeated")
     labels.add_argument(
-        "--labels-file", type=user_path, metavar="F", help="file with a label a line"
+        "--labels-file", type=user_path, metavar="F", help="file with one label per line"
     )
     labels.add_argument("--imagenet", action="store_true", help="the 1000 classes of ImageNet")
     add_template_arguments(parser)
@@ -65,11 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=tuple(FORMATS),
         default="table",
-        help="one JSON object, or a line for each image (jsonl) or label (csv); "
+        help="table, one JSON object, or one line per image (jsonl) or label (csv); "
         "default: %(default)s",
     )
     output.add_argument(
-        "--json", action="store_const", const="json", dest="format", help="as --format json"
+        "--json", action="store_const", const="json", dest="format", help="same as --format json"
     )
 
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Classify the images and print the best labels of each.
 
     Raises:
-        DataError: an image was skipped (the results of the others are printed), or all were.
+        DataError: some images were skipped (results of the others are printed), or all were.
         ModelError: an option or the model cannot be used.
     """
     from ..embedding.pipeline import check_batch_size, iter_embeddings
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     check_batch_size(args.batch_size)
     paths, unreadable = find_all_images(args.image)
     if len(paths) == 1:
-        open_image(paths[0])  # report a wrong one before the model is loaded
+        open_image(paths[0])  # report an unreadable image before the model is loaded
     model, processor = load_model(args)
     classifier = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
     skipped: list[str] = []
@@ -112,9 +112,9 @@ def run(args: argparse.Namespace) -> None:
     if len(skipped) == len(paths):
         raise DataError(f"none of the {len(paths)} images could be classified")
     if count := len(skipped) + unreadable:
-        done = len(paths) - len(skipped)
+        classified = len(paths) - len(skipped)
         raise DataError(
-            f"classified {done} of {len(paths)} images; skipped the {count} named above"
+            f"classified {classified} of {len(paths)} images; skipped the {count} named above"
         )
 
 
@@ -132,30 +132,30 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
 
 def _print_table(results: "Iterable[Result]", _: argparse.Namespace, count: int) -> None:
-    for path, best in results:
+    for path, predictions in results:
         if count > 1:
             print(printable(path))
-        for p in best:
+        for p in predictions:
             label = printable(p.label)
             print(f"{100 * p.probability:5.1f} %  {p.similarity:6.3f}  {label}")
         sys.stdout.flush()
 
 
 def _print_json(results: "Iterable[Result]", args: argparse.Namespace, _: int) -> None:
-    images = [_as_object(path, best) for path, best in results]
+    images = [_as_json(path, predictions) for path, predictions in results]
     report = {"model": args.model, "templates": templates(args), "results": images}
     print(json.dumps(report))
 
 
 def _print_json_lines(results: "Iterable[Result]", _: argparse.Namespace, __: int) -> None:
-    for path, best in results:
-        print(json.dumps(_as_object(path, best)), flush=True)
+    for path, predictions in results:
+        print(json.dumps(_as_json(path, predictions)), flush=True)
 
 
 def _print_csv(results: "Iterable[Result]", _: argparse.Namespace, __: int) -> None:
     print(_csv_line(COLUMNS))
-    for path, best in results:
-        for rank, p in enumerate(best, 1):
+    for path, predictions in results:
+        for rank, p in enumerate(predictions, 1):
             print(_csv_line((path, rank, p.label, p.index, p.probability, p.similarity)))
         sys.stdout.flush()
 
@@ -163,12 +163,12 @@ def _print_csv(results: "Iterable[Result]", _: argparse.Namespace, __: int) -> N
 def _csv_line(values: tuple[object, ...]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
-    # Exact where a program reads it, but for bytes that are not UTF-8; a terminal gets plain text.
+    # Control characters are kept for programs but removed on a terminal.
     return printable(line.getvalue(), keep="" if sys.stdout.isatty() else CONTROLS)
 
 
-def _as_object(path: str, best: "list[Prediction]") -> dict[str, object]:
-    return {"image": path, "predictions": [asdict(prediction) for prediction in best]}
+def _as_json(path: str, predictions: "list[Prediction]") -> dict[str, object]:
+    return {"image": path, "predictions": [asdict(prediction) for prediction in predictions]}
 
 
 CONTROLS = "".join(map(chr, (*range(32), *range(127, 160))))

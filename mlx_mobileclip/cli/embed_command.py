@@ -9,7 +9,7 @@ from ..embedding.lines import read_lines
 from ..errors import DataError
 from ..paths import user_path
 from ..terminal import say
-from .inputs import find_all_images, folders_among
+from .inputs import directories_in, find_all_images
 from .loading import load_model
 from .options import add_batch_size_argument, add_model_arguments
 
@@ -28,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         nargs="+",
         metavar="SRC",
-        help="directory (searched recursively), glob, image, or file with a path a line",
+        help="directory (searched recursively), glob, image, or file with one path per line",
     )
-    inputs.add_argument("--texts", type=user_path, metavar="FILE", help="file with a text a line")
+    inputs.add_argument(
+        "--texts", type=user_path, metavar="FILE", help="file with one text per line"
+    )
     parser.add_argument(
         "--output",
         type=user_path,
@@ -41,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--update",
         action="store_true",
-        help="X may exist: embed the files that are new or have changed, drop those that are gone "
-        "from their folder or with it from SRC, keep the others, also those that SRC does not name",
+        help="update an existing X: embed new and changed files, drop deleted ones, and keep the "
+        "rest, including files outside SRC",
     )
     add_batch_size_argument(parser)
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Embed the images or texts and write the file.
 
     Raises:
-        DataError: an input was skipped (the others are in the file), or nothing was written.
+        DataError: some inputs were skipped (the others are in the file), or nothing was written.
         ModelError: the model cannot be used.
     """
     from ..embedding.embed_to_file import Summary, embed_images, embed_texts
@@ -63,13 +65,13 @@ def run(args: argparse.Namespace) -> None:
     else:
         items, unreadable = read_lines(args.texts), 0
         if not items:
-            raise DataError(f"{args.texts}: holds no text; write one a line")
+            raise DataError(f"{args.texts}: contains no text; write one per line")
     check_names(args.output, items)
     model, processor = load_model(args)
     started = time.perf_counter()
     embed: Callable[..., Summary] = embed_texts
     if args.images:
-        embed = partial(embed_images, directories=folders_among(args.images))
+        embed = partial(embed_images, directories=directories_in(args.images))
     try:
         summary = embed(
             model,
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             update=args.update,
         )
     except KeyboardInterrupt:
-        say("run the same command again to go on from there")
+        say("run the same command again to resume")
         raise
     unit = "images" if args.images else "texts"
     result = f"embedded {summary.embedded} of {summary.total} {unit} into {args.output}"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--imagenet",
         type=named_path,
         metavar="DIR",
-        help="validation images in one directory a class, named by its WordNet id or 0 to 999",
+        help="validation images in one directory per class, named by WordNet id or 0 to 999",
     )
     data.add_argument(
         "--captions",
@@ -37,11 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="Karpathy's dataset_coco.json or dataset_flickr30k.json; its test split is used",
     )
-    parser.add_argument("--images", type=named_path, metavar="DIR", help="the captions' images")
+    parser.add_argument(
+        "--images",
+        type=named_path,
+        metavar="DIR",
+        help="directory of the images that --captions describes",
+    )
     parser.add_argument(
         "--classes-from-folders",
         action="store_true",
-        help="classes of your own: the name of each directory in DIR is a label",
+        help="your own classes: the name of each directory in DIR is a label",
     )
     add_template_arguments(parser)
     add_batch_size_argument(parser)
@@ -55,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
         ModelError: an option, the data set, or the model cannot be used.
     """
     if args.captions and (args.template or args.templates):
-        raise DataError("--captions takes no --template and no --templates; leave them out")
+        raise DataError("--captions does not use --template or --templates; leave them out")
     if args.captions and args.classes_from_folders:
-        raise DataError("--captions takes no --classes-from-folders; leave it out")
+        raise DataError("--captions does not use --classes-from-folders; leave it out")
     if args.imagenet and args.images:
-        raise DataError("--imagenet takes no --images; its DIR holds the images")
+        raise DataError("--imagenet does not use --images; its DIR contains the images")
     if args.captions and args.images is None:
         raise DataError("--captions needs --images DIR, the directory of the images")
     from ..eval.benchmarks import evaluate_imagenet, evaluate_retrieval
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = templates(args)
         present = len(set(targets))
         if present < len(labels):
-            say(f"{present} of {len(labels)} classes have images; all {len(labels)} labels compete")
+            say(f"{present} of {len(labels)} classes have images; all {len(labels)} are candidates")
         model, processor = load_model(args)
         texts = embed_labels(model, processor, labels, prompts, quiet=args.quiet)
         results = evaluate_imagenet(model, processor, paths, targets, texts, **options)

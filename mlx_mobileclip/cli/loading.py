@@ -1,4 +1,4 @@
-"""Load the model and embed the labels that the options name, with progress on stderr."""
+"""Load the model and embed the labels, with progress on stderr."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from ..models.clip import MobileCLIP
     from ..preprocess.processor import Processor
 
-BAR_FROM_PROMPTS = 512  # fewer are embedded in a moment
+MIN_PROMPTS_FOR_BAR = 512  # fewer are embedded too quickly for a progress bar
 
 
 def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
-    """Load the model that the options name; a note on stderr says if MLX is slow here.
+    """Load the model that options name; prints a note if MLX uses a slow BLAS.
 
     Raises:
         ModelError: the model cannot be used.
@@ -45,10 +45,10 @@ def embed_labels(
     *,
     quiet: bool,
 ) -> "mx.array":
-    """Embeddings of K labels, float32 (K, E), with a progress bar if there are many prompts."""
+    """Embed K labels, float32 (K, E), with a progress bar if there are many prompts."""
     from ..eval.zero_shot import build_zero_shot_classifier
 
-    few = len(labels) * len(templates) < BAR_FROM_PROMPTS
+    few = len(labels) * len(templates) < MIN_PROMPTS_FOR_BAR
     with Bar(len(labels), "labels", quiet=quiet or few) as bar:
         return build_zero_shot_classifier(
             model, processor, labels, templates, on_progress=bar.advance

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the model, and --quiet and --debug."""
+    """Add the model options, --quiet and --debug."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="repository on Hugging Face, checkpoint directory or file, or demo, the small model "
-        "that comes with this package (default: %(default)s)",
+        help="Hugging Face repository, checkpoint directory or file, or demo, the small model "
+        "included in this package (default: %(default)s)",
     )
-    parser.add_argument("--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not tell")
+    parser.add_argument(
+        "--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not name it"
+    )
     add_description_arguments(parser)
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
     parser.add_argument(
@@ -37,30 +39,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_description_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that describe a checkpoint in place of its own files."""
+    """Add options that override the configs of a checkpoint."""
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="JSON that describes M, open_clip's, Apple's or timm's, in place of those beside it",
+        help="JSON config of open_clip, Apple or timm that describes M, instead of M's own",
     )
     parser.add_argument(
         "--preprocess",
         type=preprocess_config,
         metavar="JSON",
-        help="how images are prepared, in place of what M states, such as "
+        help="image preprocessing, instead of M's own, such as "
         """'{"image_size": 256, "interpolation": "bicubic", "mean": [0,0,0], "std": [1,1,1]}'""",
     )
 
 
 def preprocess_config(text: str) -> "PreprocessConfig":
-    """How images are prepared, from a JSON object with every field of PreprocessConfig."""
+    """Parse image preprocessing from a JSON object with every field of PreprocessConfig."""
     from ..models.clip import PreprocessConfig
 
     names = [field.name for field in fields(PreprocessConfig)]
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or set(values) != set(names):
-            raise ConfigError(f"give an object of {', '.join(names)}")
+            raise ConfigError(f"give a JSON object of {', '.join(names)}")
         return PreprocessConfig.from_json(Fields(values, "preprocess"))
     except RecursionError as error:
         raise argparse.ArgumentTypeError("is nested too deeply") from error
@@ -69,17 +71,17 @@ def preprocess_config(text: str) -> "PreprocessConfig":
 
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the prompts that labels are put into."""
+    """Add the options of prompt templates."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--template",
         action="append",
         metavar="T",
-        help='prompt with {} for the label; again for more, which are averaged (default: "a photo '
-        'of a {}."; for ImageNet the 80 of --templates openai)',
+        help="prompt with {} for the label; may be repeated, and the prompts are averaged "
+        '(default: "a photo of a {}."; for ImageNet the 80 of --templates openai)',
     )
     group.add_argument(
-        "--templates", choices=("openai", "simple"), help="a published set of prompts"
+        "--templates", choices=("openai", "simple"), help="a published set of templates"
     )
 
 
@@ -91,14 +93,14 @@ def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def named_path(name: str) -> Path:
-    """A path that an option names; `Path("")` would be the current directory."""
+    """Parse a path; refuses "", which `Path` takes for the current directory."""
     if not name:
-        raise argparse.ArgumentTypeError("an empty name; write . for this directory")
+        raise argparse.ArgumentTypeError("the name is empty; write . for the current directory")
     return user_path(name)
 
 
 def templates(args: argparse.Namespace) -> tuple[str, ...]:
-    """The prompts that the options select."""
+    """Templates that the options select."""
     from ..eval.zero_shot import PLAIN_TEMPLATE, template_set
 
     if args.template:

@@ -1,5 +1,5 @@
-"""Faster forms of some layers for MLX's CPU backend, in float32.
+"""Faster implementations of layers for MLX's CPU backend, most of them in float32.
 
-Only `layers.py` imports from here (`loader.py` calls `process.configure`). Each file begins with
-what MLX would have to do to make it unnecessary.
+Only `layers.py` imports from here (`loader.py` calls `process.configure`). Each file states which
+change to MLX would make it unnecessary.
 """

@@ -1,20 +1,20 @@
-"""Attention whose softmax is computed with products.
+"""Attention with a polynomial in place of exp.
 
-Unnecessary once MLX's CPU backend vectorises exp; today it computes one element at a time. Here exp
-is a polynomial, which compilers turn into vector instructions, at two to four times the speed.
+Unnecessary once MLX's CPU backend vectorises exp; today it computes one element at a time. The
+polynomial is vectorised by compilers, at two to four times the speed.
 """
 
 import mlx.core as mx
 
 from .executor import on_all_cores
 
-E2, E3, E4 = 0.50002435, 0.16602886, 0.04612296  # fitted to the power that is taken of them
+E2, E3, E4 = 0.50002435, 0.16602886, 0.04612296  # fitted for the 32nd power of the polynomial
 
 
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool
 ) -> mx.array:
-    """softmax(scale q k^T) v; arguments and result as those of `layers.attention`."""
+    """softmax(scale q k^T) v; arguments and result as for `layers.attention`."""
     (B, K, L, D), (_, G, S, _) = queries.shape, keys.shape
     queries = (queries * (scale / 32)).reshape(B, G, K // G, L, D)
 
@@ -34,13 +34,13 @@ def _causal_mask(length: int, positions: int) -> mx.array:
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
-    """Attention of queries (B, G, K / G, L, D) already multiplied by scale / 32, (B, K, L, D)."""
+    """Attention of queries (B, G, K / G, L, D), already scaled by scale / 32, to (B, K, L, D)."""
     B, G, shared, L, D = queries.shape
     scores = queries.reshape(B, G, -1, D) @ keys.swapaxes(-1, -2)
     if mask is not None:
         scores = (scores.reshape(B, G, shared, L, -1) + mask).reshape(B, G, shared * L, -1)
     weights = _exp_of_minus_32(mx.max(scores, axis=-1, keepdims=True) - scores)
-    # A column of ones sums the weights up; a sum of its own costs MLX as much as a product.
+    # A column of ones yields the sums of the weights; mx.sum would cost as much as the product.
     y = weights @ mx.pad(values, [(0, 0)] * 3 + [(0, 1)], constant_values=1)
     return (y[..., :-1] / y[..., -1:]).reshape(B, G * shared, L, D)
 

@@ -2,8 +2,8 @@
 
 Unnecessary once MLX's CPU backend has a vectorised depthwise convolution; today it computes one
 number at a time. Here each channel is a product: patches of the input times a banded matrix, which
-holds the kernel once for each output of a tile. That is two to four times the arithmetic at three
-to 20 times the speed (AMD EPYC, two cores, MLX 0.32.4 with OpenBLAS, 2026-11-23).
+holds the kernel once for each output of a tile. It takes two to four times the arithmetic, but is
+three to 20 times as fast (AMD EPYC, two cores, MLX 0.32.4 with OpenBLAS, 2026-11-23).
 """
 
 from functools import cache
@@ -16,22 +16,22 @@ from .executor import WIDENING, cores, in_parts
 from .rows import FeatureMap, Rows, join
 
 ROWS, COLUMNS = 4, 4  # size of the tile of outputs that one row of a product computes
-ODD_FROM = 32  # tiles; above, a power of two as distance would map columns to the same cache lines
-ENOUGH_POSITIONS = 128  # per core; products of fewer rows are much slower
+ODD_FROM = 32  # tiles; from here odd counts, as power-of-two strides cause cache conflicts
+MIN_POSITIONS = 128  # per core; products of fewer rows are much slower
 
 
 def depthwise_conv(x: FeatureMap, banded: mx.array, kernel_size: int, stride: int) -> FeatureMap:
     """Depthwise k x k convolution with "same" padding.
 
     Args:
-        x: (B, H, W, C). If it comes in strips, a part waits only for those with rows it needs.
+        x: (B, H, W, C). Of `Rows`, each part depends only on the strips that it needs.
         banded: The kernels, from `banded_matrix`.
         kernel_size: Side of the kernels.
         stride: 1 or 2.
 
     Returns:
-        (B, H/s, W/s, C times the number of kernels), sizes rounded up; in strips unless there are
-        too few positions to go on in strips.
+        (B, H/s, W/s, C times the number of kernels), sizes rounded up; `Rows` unless there are too
+        few positions.
     """
     B, H, W, C = x.shape
     strips = x if isinstance(x, Rows) else Rows([x])
@@ -42,16 +42,16 @@ def depthwise_conv(x: FeatureMap, banded: mx.array, kernel_size: int, stride: in
         return y[:, : min(stop * ROWS, rows) - start * ROWS, :columns]
 
     parts = in_parts(work, -(-rows // ROWS), work_size=WIDENING * B * H * W * C)
-    if len(parts) == 1 or B * rows * columns < ENOUGH_POSITIONS * cores():
+    if len(parts) == 1 or B * rows * columns < MIN_POSITIONS * cores():
         return join(parts)
     return Rows(parts)
 
 
 def banded_matrix(weights: list[mx.array], stride: int) -> mx.array:
-    """Lay kernels out for `depthwise_conv`.
+    """Build the banded matrix for `depthwise_conv`.
 
     Args:
-        weights: Kernels, (C, k, k, 1) each; their outputs for a channel lie side by side.
+        weights: Kernels, (C, k, k, 1) each; their outputs for each channel are adjacent.
         stride: 1 or 2.
 
     Returns:
@@ -61,7 +61,7 @@ def banded_matrix(weights: list[mx.array], stride: int) -> mx.array:
     tap_index = _taps(kernel_size, stride)
     banded = []
     for weight in weights:
-        taps = mx.pad(weight.reshape(channels, -1), [(0, 0), (0, 1)])  # the last one is zero
+        taps = mx.pad(weight.reshape(channels, -1), [(0, 0), (0, 1)])  # zero for index k * k
         banded.append(taps[:, mx.array(tap_index.ravel())].reshape(channels, *tap_index.shape))
     return mx.concatenate(banded, axis=-1)
 
@@ -69,35 +69,35 @@ def banded_matrix(weights: list[mx.array], stride: int) -> mx.array:
 def _rows_of_tiles(
     x: Rows, banded: mx.array, kernel_size: int, stride: int, start: int, stop: int
 ) -> mx.array:
-    """Outputs of rows `start` to `stop` of tiles: (B, (stop - start) * ROWS, padded W, ...).
+    """Compute rows `start` to `stop` of tiles: (B, (stop - start) * ROWS, padded W, ...).
 
     The input is reordered to channel, row, column within a patch, tile across. In that order the
-    patches of a row of tiles form a matrix with fixed strides, which BLAS takes without a copy.
-    Patches of tiles above each other overlap in memory.
+    patches of a row of tiles form a matrix with fixed strides, which BLAS reads without a copy.
+    Patches of vertically adjacent tiles overlap in memory.
     """
     B, _, W, C = x.shape
     k, s = kernel_size, stride
     tiles_down, tiles_across = stop - start, -(-W // (COLUMNS * s))
     if tiles_across >= ODD_FROM:
         tiles_across |= 1
-    tall, wide = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k  # size of a patch
+    patch_height, patch_width = (ROWS - 1) * s + k, (COLUMNS - 1) * s + k
     height, width = (tiles_down * ROWS - 1) * s + k, (tiles_across * COLUMNS - 1) * s + k
     top = start * ROWS * s - k // 2
     padded = mx.zeros((B, height, C, width), x.dtype)
-    at = max(-top, 0)
+    row = max(-top, 0)
     for strip in x.between(max(top, 0), top + height):
-        padded[:, at : at + strip.shape[1], :, k // 2 : k // 2 + W] = strip.swapaxes(2, 3)
-        at += strip.shape[1]
+        padded[:, row : row + strip.shape[1], :, k // 2 : k // 2 + W] = strip.swapaxes(2, 3)
+        row += strip.shape[1]
     ordered = mx.as_strided(
         padded,
-        (B, C, height, wide, tiles_across),
+        (B, C, height, patch_width, tiles_across),
         (height * C * width, width, C * width, 1, COLUMNS * s),
     )
-    row = wide * tiles_across  # distance between rows in `ordered`
+    row_stride = patch_width * tiles_across  # in `ordered`
     patches = mx.as_strided(
         ordered,
-        (B, tiles_down, C, tiles_across, tall * wide),
-        (C * height * row, ROWS * s * row, height * row, 1, tiles_across),
+        (B, tiles_down, C, tiles_across, patch_height * patch_width),
+        (C * height * row_stride, ROWS * s * row_stride, height * row_stride, 1, tiles_across),
     )
     y = (patches @ banded).reshape(B, tiles_down, C, tiles_across, -1, ROWS, COLUMNS)
     y = y.transpose(0, 1, 5, 3, 6, 2, 4)
@@ -106,16 +106,16 @@ def _rows_of_tiles(
 
 @cache
 def _taps(kernel_size: int, stride: int) -> NDArray[np.int32]:
-    """Index of the kernel's tap that joins each input of a patch to each output of a tile.
+    """Index of the kernel weight between each input of a patch and each output of a tile.
 
     Returns:
-        (patch, tile); where no tap does, the index is the number of taps.
+        (patch, tile); k * k where there is none.
     """
-    tall, wide = ((n - 1) * stride + kernel_size for n in (ROWS, COLUMNS))
-    tap_index = np.full((tall, wide, ROWS, COLUMNS), kernel_size**2, np.int32)
+    patch_height, patch_width = ((n - 1) * stride + kernel_size for n in (ROWS, COLUMNS))
+    tap_index = np.full((patch_height, patch_width, ROWS, COLUMNS), kernel_size**2, np.int32)
     taps = np.arange(kernel_size**2).reshape(kernel_size, kernel_size)
     for row in range(ROWS):
         for column in range(COLUMNS):
             top, left = row * stride, column * stride
             tap_index[top : top + kernel_size, left : left + kernel_size, row, column] = taps
-    return tap_index.reshape(tall * wide, ROWS * COLUMNS)
+    return tap_index.reshape(patch_height * patch_width, ROWS * COLUMNS)

@@ -1,8 +1,8 @@
-"""GELU and SwiGLU as polynomials, which compilers turn into vector instructions.
+"""GELU and SwiGLU with polynomials, which compilers vectorise.
 
 Unnecessary once MLX's CPU backend vectorises erf and exp; today it computes one element at a time.
 In float32 the results differ from the exact ones by at most 1e-6. Half precision would overflow
-here and keeps the plain forms.
+here and uses the plain functions.
 """
 
 import mlx.core as mx
@@ -20,11 +20,11 @@ E1, E2, E3 = 1.25002677e-01, 7.80694077e-03, 3.29382563e-04
 E4, E5 = 9.03128288e-06, 3.96816417e-07
 
 
-# Compiled for each shape: only then does MLX know that elements are adjacent, without which nothing
-# is vectorised. An added bias would prevent that too, and so would a twelfth operation.
+# Compiled for each shape, so that MLX knows that elements are contiguous; otherwise nothing is
+# vectorised. Adding a bias or a twelfth operation would prevent vectorisation, too.
 @mx.compile
 def gelu(x: mx.array) -> mx.array:
-    """X * (1 + erf(x / sqrt 2)) / 2 of a float32 array."""
+    """Exact GELU, x * (1 + erf(x / sqrt 2)) / 2, of a float32 array."""
     a = mx.abs(x)
     a2 = x * x
     a4 = a2 * a2
@@ -39,7 +39,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up of float32 arrays (B, L, I)."""
 
     def work(start: int, stop: int) -> mx.array:
-        # The two halves of a fused layer's output are not contiguous, and would not be vectorised.
+        # The halves of a fused layer's output are not contiguous and would not be vectorised.
         return _swiglu(*(mx.contiguous(half[:, start:stop]) for half in (gate, up)))
 
     return on_all_cores(work, gate.shape[1], axis=1, work_size=gate.size)

@@ -1,6 +1,6 @@
-"""Divides an operation among the cores of the CPU.
+"""Divide an operation among the cores of the CPU.
 
-Unnecessary once MLX's CPU backend runs one operation on several threads; today each stream has one.
+Unnecessary once MLX's CPU backend runs an operation on several threads; today each stream has one.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 PARALLEL_FROM = 1 << 17  # elements; below this, starting a thread costs more than the work
-LARGEST_PART = 1 << 22  # elements; with a quarter FastViTHD takes 150 MB less, and a ninth longer
+LARGEST_PART = 1 << 22  # elements; for FastViTHD, a quarter saves 150 MB and takes a ninth longer
 WIDENING = 4  # size of the largest array in a block of the towers, relative to the block's input
 Part = TypeVar("Part")
 
@@ -24,12 +24,12 @@ def on_all_cores(
     """Compute a result in parts, one core each, and join them.
 
     Args:
-        work: Computes the part of the result from one index to another. What it divides in turn
-            stays on its core.
+        work: Computes the part of the result from one index to another. Nested calls stay on the
+            same core.
         length: Number of indices.
         axis: Axis along which the parts are joined.
-        work_size: Elements of the largest intermediate array. It decides whether dividing pays;
-            parts are small enough to keep their share of it below LARGEST_PART, if possible.
+        work_size: Elements of the largest intermediate array. It decides whether the work is
+            divided; if possible, the share of each part is below LARGEST_PART.
 
     Returns:
         The value of work(0, length).
@@ -39,7 +39,7 @@ def on_all_cores(
 
 
 def in_parts(work: Callable[[int, int], Part], length: int, work_size: int) -> list[Part]:
-    """The parts that `on_all_cores` would join, in order."""
+    """Like `on_all_cores`, but return the parts in order, without joining them."""
     if work_size < PARALLEL_FROM or length < 2:
         return [work(0, length)]
     workers = 1 if _thread.is_working else cores()
@@ -69,15 +69,15 @@ def by_items(layer: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
     """Apply a layer to a batch, each core taking some items at a time.
 
     Args:
-        layer: Treats the items of a batch independently.
-        x: At least as many items as there are cores.
+        layer: A layer that treats the items of a batch independently.
+        x: Batch with at least as many items as cores.
     """
     done: list[mx.array] = []
 
     def work(start: int, stop: int) -> mx.array:
         part = x[start:stop]
         if len(done) >= cores():
-            # Wait for this core's last part: MLX would start all parts and hold all their memory.
+            # Wait for this core's last part, or MLX would run all parts and use memory for all.
             part = mx.depends([part], [done[-cores()]])[0]
         done.append(layer(part))
         return done[-1]
@@ -109,9 +109,9 @@ _released: list[list[mx.Stream]] = []  # streams of threads that have ended
 
 
 def _streams() -> list[mx.Stream]:
-    """One stream for each core: the thread's default one, and others that only it uses.
+    """One stream for each core: the thread's default stream, and others that only it uses.
 
-    MLX never ends a stream, so a new thread takes over those of one that has ended.
+    MLX never frees a stream, so new threads reuse those of threads that have ended.
     """
     if _thread.streams is None:
         try:

@@ -10,13 +10,13 @@ import mlx.core as mx
 
 from .executor import LARGEST_PART, PARALLEL_FROM, on_all_cores
 
-BLOCKS = (128, 64, 32)  # rows of weights
-UNCOPIED = 1_000_000  # multiplications; OpenBLAS does not copy the operands of smaller products
+BLOCKS = (128, 64, 32)  # sizes to try, in rows of weights
+SMALL_PRODUCT = 1_000_000  # multiplications; below this OpenBLAS does not copy the operands
 DEQUANTIZE_FROM = 6  # rows
 
 
 def linear(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.array:
-    """X W^T plus `added`, each core computing some of the outputs.
+    """Return x W^T + `added`, with the outputs divided among the cores.
 
     Args:
         x: (..., C).
@@ -27,11 +27,11 @@ def linear(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.a
         (..., K).
     """
     outputs, inputs = weight.shape
-    if x.ndim != 2:  # MLX takes time even for a reshape that changes nothing
+    if x.ndim != 2:  # MLX spends time even on a no-op reshape
         y = linear(x.reshape(-1, inputs), weight, added)
         return y.reshape(*x.shape[:-1], outputs)
-    most = UNCOPIED // max(1, x.size)
-    block = next((n for n in BLOCKS if n <= most and outputs % n == 0), None)
+    max_rows = SMALL_PRODUCT // max(1, x.size)
+    block = next((n for n in BLOCKS if n <= max_rows and outputs % n == 0), None)
     if block is None:
         return _in_stripes(x, weight, added)
     y = _in_blocks(x, weight, block)
@@ -39,10 +39,10 @@ def linear(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.a
 
 
 def _in_blocks(x: mx.array, weight: mx.array, block: int) -> mx.array:
-    """X W^T for few rows (N, C), where nearly all the time goes into reading the weights.
+    """Return x W^T for few rows (N, C), where nearly all the time goes into reading the weights.
 
-    OpenBLAS copies weights before it multiplies unless the product is small. In blocks that are
-    small, one row takes half the time, and 25 rows four fifths (AMD EPYC, two cores, MLX 0.32.4,
+    OpenBLAS copies the weights before a product unless it is small. In small blocks, one row takes
+    half the time, and 25 rows four fifths (AMD EPYC, two cores, MLX 0.32.4,
     OpenBLAS 0.3.21, 2026-11-25).
     """
     blocks = weight.reshape(-1, block, weight.shape[1]).swapaxes(1, 2)
@@ -55,17 +55,17 @@ def _in_blocks(x: mx.array, weight: mx.array, block: int) -> mx.array:
 
 
 def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
-    """X W^T plus `added`, (N, C) to (N, K)."""
+    """Return x W^T + `added`, (N, C) to (N, K)."""
 
     def work(start: int, stop: int) -> mx.array:
         part = weight[start:stop].T
         if added is None:
             return x @ part
-        if added.ndim == 1:  # addmm would broadcast it one number at a time
+        if added.ndim == 1:  # addmm would broadcast it element by element
             return x @ part + added[start:stop]
         return mx.addmm(added[:, start:stop], x, part)
 
-    # A product has many operations for each output: 16 of them count as one element.
+    # A product has many multiplications per output; 16 of them count as one element.
     work_size = min(x.size * len(weight) // 16, PARALLEL_FROM)
     return on_all_cores(work, len(weight), axis=-1, work_size=work_size)
 
@@ -73,7 +73,7 @@ def _in_stripes(x: mx.array, weight: mx.array, added: mx.array | None) -> mx.arr
 def quantized_linear(
     x: mx.array, arrays: list[mx.array | None], quantization: dict[str, Any]
 ) -> mx.array:
-    """X W^T with quantised weights.
+    """Return x W^T for quantised weights.
 
     MLX's CPU backend dequantises the weights again for each row, and accumulates in the precision
     of the input. Dequantising once and leaving the product to BLAS takes a fortieth of the time for
@@ -89,14 +89,14 @@ def quantized_linear(
         (..., K).
     """
     inputs, outputs = x.shape[-1], len(arrays[0])  # type: ignore[arg-type]
-    few = x.dtype == mx.float32 and x.size < DEQUANTIZE_FROM * inputs
+    few_rows = x.dtype == mx.float32 and x.size < DEQUANTIZE_FROM * inputs
 
     def work(start: int, stop: int) -> mx.array:
         part: list[Any] = [None if array is None else array[start:stop] for array in arrays]
-        if few:
+        if few_rows:
             return mx.quantized_matmul(x, *part, **quantization)
         return x @ mx.dequantize(*part, **quantization).astype(x.dtype).T
 
     size = outputs * inputs
-    work_size = min(size, LARGEST_PART) if few else size
+    work_size = min(size, LARGEST_PART) if few_rows else size
     return on_all_cores(work, outputs, axis=-1, work_size=work_size)

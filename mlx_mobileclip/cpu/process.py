@@ -1,7 +1,7 @@
-"""Settings of the whole process that speed up MLX's CPU backend.
+"""Process-wide settings that speed up MLX's CPU backend.
 
-Unnecessary once MLX's CPU backend reuses freed memory, as its GPU backends do, and agrees with BLAS
-on who starts threads.
+Unnecessary once MLX's CPU backend reuses freed memory, as its GPU backends do, and shares threads
+with BLAS.
 """
 
 import ctypes
@@ -19,21 +19,20 @@ SWITCH = "MLX_MOBILECLIP_PROCESS_SETTINGS"  # "0" leaves the process as it is
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEPT_BYTES = 1 << 30
 GROWTH_BYTES = 1 << 26
-# Functions of the process if a fast BLAS is preloaded, and where the slow reference BLAS lies: in
-# MLX's wheel, or in Debian's directory for it.
+# Symbols of the process if a fast BLAS is preloaded, and path of the slow reference BLAS: in MLX's
+# wheel, or in Debian's directory for it.
 FAST_BLAS = ("openblas_set_num_threads", "MKL_Set_Num_Threads", "bli_thread_set_num_threads")
 SLOW_BLAS_FILE = re.compile(r"/(mlx\w*\.libs|blas)/libblas[^/]*$", re.MULTILINE)
 
 
 def configure() -> None:
-    """Change how the process allocates memory and multiplies matrices; nothing on a GPU.
+    """Configure memory allocation and BLAS of the process; does nothing on a GPU.
 
     glibc keeps about 1 GiB of freed memory for the next image. By default it returns large arrays
-    to the system and the next ones are mapped and zeroed page by page, which takes a sixth of the
-    time of a pass through FastViTHD (AMD EPYC, two cores, MLX 0.32.4, 2026-11-23).
+    to the system, and mapping and zeroing new pages takes a sixth of the time of a forward pass of
+    FastViTHD (AMD EPYC, two cores, MLX 0.32.4, 2026-11-23).
 
-    OpenBLAS, if it is the process's BLAS, starts no threads of its own: they would compete with
-    those of the executor.
+    OpenBLAS, if used, is limited to one thread, as its threads would compete with the executor's.
 
     Setting $MLX_MOBILECLIP_PROCESS_SETTINGS to 0 turns both off.
     """
@@ -45,7 +44,7 @@ def configure() -> None:
 def _configure_once() -> None:
     library = ctypes.CDLL(None)
     if platform.libc_ver()[0] == "glibc":
-        library.mallopt(MMAP_MAX, 0)  # large arrays too come from the heap
+        library.mallopt(MMAP_MAX, 0)  # large arrays come from the heap, too
         library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
         library.mallopt(TOP_PAD, GROWTH_BYTES)
     set_threads = getattr(library, "openblas_set_num_threads", None)
@@ -54,10 +53,10 @@ def _configure_once() -> None:
 
 
 def slow_blas_remedy() -> str:
-    """What to do if MLX multiplies matrices with a slow BLAS; empty if all is well.
+    """Advice if MLX uses a slow BLAS; empty otherwise.
 
-    That is so on Linux without a GPU, where MLX's wheel brings the reference BLAS, at a tenth of
-    the speed of others; never on a Mac or a GPU.
+    On Linux without a GPU, MLX's wheel includes the reference BLAS, which has a tenth of the
+    speed of others.
     """
     if sys.platform != "linux" or not on_cpu():
         return ""
@@ -69,6 +68,6 @@ def slow_blas_remedy() -> str:
     if any(hasattr(library, name) for name in FAST_BLAS) or not SLOW_BLAS_FILE.search(loaded):
         return ""
     return (
-        "MLX runs here at a tenth of its speed, for want of a fast BLAS; install OpenBLAS "
+        "MLX is running at a tenth of its speed without a fast BLAS; install OpenBLAS "
         "(Debian: libopenblas0-pthread) and set LD_PRELOAD=libopenblas.so.0"
     )

@@ -1,6 +1,6 @@
-"""A feature map in strips of rows, each made by one core and not yet joined to the others.
+"""A feature map in strips of rows, each computed by one core and not yet joined.
 
-Unnecessary once MLX's CPU backend runs one operation on several threads.
+Unnecessary once MLX's CPU backend runs an operation on several threads.
 """
 
 import operator
@@ -17,12 +17,12 @@ from .executor import each
 class Rows:
     """A (B, H, W, C) feature map as strips of rows, from top to bottom.
 
-    An operation on each position by itself goes on strip by strip (see `positionwise`), on the core
-    that made the strip, while the strip is in that core's cache.
+    Position-wise operations (see `positionwise`) run strip by strip, on the core that computed the
+    strip and still has it in its cache.
     """
 
     def __init__(self, strips: list[mx.array]):
-        """Keep the strips, (B, h, W, C) each; core i made strip i."""
+        """Keep the strips, (B, h, W, C) each; core i computed strip i."""
         self.strips = strips
         self.heights = [strip.shape[1] for strip in strips]
 
@@ -38,7 +38,7 @@ class Rows:
         return self.strips[0].dtype
 
     def between(self, first: int, last: int) -> list[mx.array]:
-        """Rows `first` up to `last`, one piece for each strip that holds some of them."""
+        """Rows `first` up to `last`, one piece for each strip that has some of them."""
         pieces, top = [], 0
         for strip in self.strips:
             bottom = top + strip.shape[1]
@@ -61,38 +61,38 @@ def map_rows(function: Callable[..., Any], *arguments: Any) -> Any:
 
     Args:
         function: Returns one feature map or a tuple of several.
-        *arguments: At least one `Rows`; feature maps in arrays are cut like the first of them,
-            everything else is passed on as it is.
+        *arguments: At least one `Rows`; arrays that are feature maps are split like the first one,
+            everything else is passed unchanged.
 
     Returns:
         `Rows`, or a tuple of them.
     """
-    cut = next(a for a in arguments if isinstance(a, Rows))
-    tops = list(accumulate(cut.heights, initial=0))
+    first = next(a for a in arguments if isinstance(a, Rows))
+    tops = list(accumulate(first.heights, initial=0))
 
     def rows(x: Any, i: int) -> Any:
         if isinstance(x, Rows):
-            aligned = x.heights == cut.heights
+            aligned = x.heights == first.heights
             return x.strips[i] if aligned else join(x.between(tops[i], tops[i + 1]))
         is_map = isinstance(x, mx.array) and x.ndim == 4
         return x[:, tops[i] : tops[i + 1]] if is_map else x
 
-    made = each(lambda i: function(*(rows(x, i) for x in arguments)), len(cut.strips))
-    if isinstance(made[0], tuple):
-        return tuple(Rows(list(strips)) for strips in zip(*made, strict=True))
-    return Rows(made)
+    results = each(lambda i: function(*(rows(x, i) for x in arguments)), len(first.strips))
+    if isinstance(results[0], tuple):
+        return tuple(Rows(list(strips)) for strips in zip(*results, strict=True))
+    return Rows(results)
 
 
 def positionwise(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function that treats each position by itself take `Rows` as well as arrays."""
+    """Make a position-wise function accept `Rows` as well as arrays."""
 
     @wraps(function)
-    def either(*arguments: Any) -> Any:
+    def wrapper(*arguments: Any) -> Any:
         if any(isinstance(a, Rows) for a in arguments):
             return map_rows(function, *arguments)
         return function(*arguments)
 
-    return either
+    return wrapper
 
 
 def join(strips: list[mx.array]) -> mx.array:

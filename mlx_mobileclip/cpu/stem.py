@@ -1,6 +1,6 @@
 """The first convolution of a tower, divided among cores by rows.
 
-Unnecessary once MLX's CPU backend convolves on several threads.
+Unnecessary once MLX's CPU backend runs convolutions on several threads.
 """
 
 import mlx.core as mx

@@ -1,6 +1,6 @@
-"""Identify what embeddings depend on besides the input: weights, config and tokenizer.
+"""Hashes of everything that embeddings depend on besides the input: weights, config, tokenizer.
 
-Caches and resume logs store it, so that they are not used with another model.
+Caches and resume logs store them, so that they are not used with another model.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ def image_identity(model: MobileCLIP) -> str:
 
 
 def text_identity(model: MobileCLIP, processor: Processor) -> str:
-    """Hash of the text tower, its config, the tokenizer and this package: 64 hexadecimal digits.
+    """Hash of the text tower, its config, the tokenizer and the package version: 64 hex digits.
 
     Raises:
         ModelError: the model has no text tower.

@@ -1,4 +1,4 @@
-"""Read the lines of a text file, or say which line is not text."""
+"""Read the lines of a text file; an error names the line that is not text."""
 
 import os
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 from ..errors import DataError
 from ..paths import user_path
 
-# A byte order mark and its encoding; UTF-32's first, since it begins like UTF-16's.
-MARKS = (
+# Byte order marks and their encodings; UTF-32 first, because its mark begins like UTF-16's.
+BYTE_ORDER_MARKS = (
     (BOM_UTF32_LE, ""),
     (BOM_UTF32_BE, ""),
     (BOM_UTF8, "utf-8"),
@@ -17,28 +17,28 @@ MARKS = (
     (BOM_UTF16_BE, "utf-16-be"),
 )
 MAX_BYTES = 256 << 20  # 2.5 million paths of 100 characters
-START_BYTES = 1 << 16
+FIRST_BLOCK_BYTES = 1 << 16
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str]:
-    """Read a file of UTF-8, or of UTF-16 with a byte order mark.
+    """Read the lines of a UTF-8 file, or of a UTF-16 file with a byte order mark.
 
     Args:
-        path: The file. Lines end with LF, CRLF or CR.
-        paths: The lines are paths, which need not be UTF-8: bytes that are not become surrogates,
-            as in the names that the system gives.
+        path: Text file. Lines end with LF, CRLF or CR.
+        paths: The lines are paths, which need not be UTF-8: invalid bytes become surrogates, as
+            in `os.fsdecode`.
 
     Raises:
-        DataError: the file cannot be read or is larger than 256 MB, or a line is no text in these
-            encodings.
+        DataError: the file cannot be read or is larger than 256 MB, or a line is not valid text
+            in these encodings.
     """
     try:
         data = _read(user_path(path))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason})") from error
-    mark, encoding = next((m for m in MARKS if data.startswith(m[0])), (b"", "utf-8"))
+    mark, encoding = next((m for m in BYTE_ORDER_MARKS if data.startswith(m[0])), (b"", "utf-8"))
     if not encoding:
         raise DataError(f"{path}: line 1 is UTF-32; save the file as UTF-8")
     data = data[len(mark) :]
@@ -57,8 +57,8 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             raise DataError(
-                f"{path}: line {number} holds a NUL, so it is no text, or UTF-16 without a byte "
-                "order mark; save the file as UTF-8"
+                f"{path}: line {number} contains a NUL, so it is not text, or is UTF-16 without a "
+                "byte order mark; save the file as UTF-8"
             )
     if not lines[-1]:
         lines.pop()
@@ -66,10 +66,10 @@ def read_lines(path: str | os.PathLike[str], *, paths: bool = False) -> list[str
 
 
 def _read(path: Path) -> bytes:
-    """The contents of a text file, or a part of it that shows that it is none."""
+    """Read a text file; stop after the first block if that shows it is not text."""
     with path.open("rb") as file:
-        start = file.read(START_BYTES)
-        if b"\0" in start and not start.startswith(tuple(mark for mark, _ in MARKS)):
+        start = file.read(FIRST_BLOCK_BYTES)
+        if b"\0" in start and not start.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS)):
             return start
         data = start + file.read(MAX_BYTES - len(start) + 1)
     if len(data) > MAX_BYTES:

@@ -1,4 +1,4 @@
-"""Embed images or texts one by one, in order: threads prepare the input while the model runs."""
+"""Embed a stream of images or texts in order; threads prepare inputs while the model runs."""
 
 import os
 from collections import deque
@@ -19,17 +19,17 @@ from ..errors import DataError, ModelError
 from ..models.clip import MobileCLIP
 from ..preprocess.processor import Processor
 
-MAX_WORKERS = 8  # by default; decoders gain little from more
+MAX_WORKERS = 8  # default limit; more threads hardly speed up decoding
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The result for one input: an embedding or an error.
+    """Result for one input: an embedding or an error.
 
     Attributes:
-        name: The image's path or the text, as given.
-        row: Its embedding, float32 (E,) of length 1; None if there is an error.
-        error: The reason why there is no embedding; None if there is one.
+        name: Path of the image, or the text, as given.
+        row: Embedding, float32 (E,) of unit length; None on error.
+        error: Reason why there is no embedding; None on success.
     """
 
     name: str
@@ -60,7 +60,7 @@ def iter_embeddings(
         threads if the generator is not exhausted.
 
     Raises:
-        DataError: batch_size is below 1, or there is no list.
+        DataError: batch_size is below 1, or paths is not a list.
     """
 
     def prepare(path: str) -> NDArray[Any]:
@@ -81,7 +81,7 @@ def iter_text_embeddings(
     """Embed texts in the same way as `iter_embeddings`; a text that is not UTF-8 is an error.
 
     Raises:
-        DataError: batch_size is below 1, or there is no list.
+        DataError: batch_size is below 1, or texts is not a list.
         ModelError: the model has no text tower.
     """
 
@@ -100,7 +100,7 @@ def iter_text_embeddings(
 
 
 def check_sequence(names: Iterable[str], what: str) -> None:
-    """Raise DataError if there is one name, of which each character would be taken for a name."""
+    """Raise DataError for a single string, whose characters would be taken for names."""
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise DataError(f"{what} takes a list, not a {type(names).__name__}")
 
@@ -108,23 +108,23 @@ def check_sequence(names: Iterable[str], what: str) -> None:
 def check_batch_size(batch_size: int) -> None:
     """Raise DataError unless the batch size is an integer of at least 1."""
     if not isinstance(batch_size, Integral) or batch_size < 1:
-        raise DataError(f"a batch size of {batch_size!r:.40} cannot be; it must be at least 1")
+        raise DataError(f"the batch size is {batch_size!r:.40}; it must be at least 1")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no surrogates, which stand for bytes that are not UTF-8."""
+    """Whether a text is free of surrogates, which stand for bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def text_tower(model: MobileCLIP) -> tuple[nn.Module, mx.array]:
-    """The text tower and the logit scale.
+    """Return the text tower and the logit scale.
 
     Raises:
-        ModelError: the model has neither.
+        ModelError: the model has only an image tower.
     """
     if model.text is None or model.logit_scale is None:
         raise ModelError(
-            "this checkpoint holds an image tower only; texts and labels need one with both "
+            "this checkpoint has an image tower only; texts and labels need a checkpoint with both "
             "towers, such as apple/MobileCLIP2-S0"
         )
     return model.text, model.logit_scale
@@ -145,7 +145,7 @@ def _embed(
 def _prepare_ahead(
     names: Iterable[str], prepare: Callable[[str], NDArray[Any]], workers: int, ahead: int
 ) -> Generator[tuple[str, NDArray[Any] | ModelError], None, None]:
-    """Prepare inputs in threads, at most `ahead` before they are needed; yields them in order."""
+    """Prepare up to `ahead` inputs in advance in threads; yields them in order."""
     pool = ThreadPoolExecutor(workers)
     pending: deque[tuple[str, Future[NDArray[Any]]]] = deque()
     try:
@@ -174,7 +174,7 @@ def _encode(
     batch: Sequence[tuple[str, NDArray[Any] | ModelError]],
     encode: Callable[[mx.array], mx.array],
 ) -> list[Embedded]:
-    """Run the model once on the inputs of a batch that could be prepared."""
+    """Run the model once on the inputs of a batch that were prepared without error."""
     inputs = [value for _, value in batch if not isinstance(value, ModelError)]
     rows: Iterable[NDArray[np.float32]] = ()
     if inputs:

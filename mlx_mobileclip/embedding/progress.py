@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..terminal import Bar
 from .pipeline import Embedded
 
-MAX_NAME = 200  # characters of a name in a message
+MAX_NAME = 200  # characters of a name shown in a message
 
 
 def consume(
@@ -19,13 +19,13 @@ def consume(
     bar: Bar,
     store: Callable[[list[str], NDArray[np.float32]], None],
 ) -> dict[str, str]:
-    """Store all embeddings batch by batch; report inputs without one and continue.
+    """Store embeddings batch by batch; inputs that fail are reported and skipped.
 
     Args:
-        results: From `iter_embeddings` or `iter_text_embeddings`; closed in any case.
-        batch_size: The batch size given there.
-        bar: Shows the progress; on Ctrl-C how much was done.
-        store: Called once per batch with its names (N) and their embeddings (N, E), N > 0.
+        results: Generator from `iter_embeddings` or `iter_text_embeddings`; always closed.
+        batch_size: Batch size of that generator.
+        bar: Progress bar; on Ctrl-C it also prints how much was done.
+        store: Called for each batch with N > 0 names and their embeddings (N, E).
 
     Returns:
         Error messages by name.

@@ -1,4 +1,4 @@
-"""Read an output file back, to bring it up to date."""
+"""Read an embeddings file, to update it."""
 
 import json
 import zipfile
@@ -16,69 +16,69 @@ from .resume_log import Key
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What an output file holds.
+    """Contents of an embeddings file.
 
     Attributes:
-        about: Its metadata, such as `kind` and `fingerprint`.
+        metadata: Such as `kind` and `fingerprint`.
         keys: Name and stamp of each row; the stamp is empty in files of earlier versions.
         rows: Embeddings, float32 (N, E).
     """
 
-    about: dict[str, str]
+    metadata: dict[str, str]
     keys: list[Key]
     rows: NDArray[np.float32]
 
 
 def read_embeddings(path: Path) -> Stored:
-    """Read a .safetensors, .npz or .parquet file of `write_embeddings`.
+    """Read a .safetensors, .npz or .parquet file written by `write_embeddings`.
 
     Raises:
-        DataError: it cannot be read, or is no such file.
+        DataError: the file cannot be read or is not an embeddings file.
     """
     read = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(path.suffix, _read_parquet)
     try:
-        about, names, stamps, rows = read(path)
+        metadata, names, stamps, rows = read(path)
         stamps = stamps or [""] * len(names)
         keys = [(name, stamp) for name, stamp in zip(names, stamps, strict=True)]
-        sound = all(isinstance(text, str) for key in keys for text in key)
-        sound = sound and rows.dtype == np.float32 and rows.ndim == 2 and len(rows) == len(keys)
-        if not sound or not np.isfinite(rows).all():
+        valid = all(isinstance(text, str) for key in keys for text in key)
+        valid = valid and rows.dtype == np.float32 and rows.ndim == 2 and len(rows) == len(keys)
+        if not valid or not np.isfinite(rows).all():
             raise ValueError("names and embeddings do not agree")
-    except Exception as error:  # readers raise almost anything on foreign files
+    except Exception as error:  # readers raise many types of errors on foreign files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
             f"{path}: cannot be read as embeddings ({reason}); choose another --output"
         ) from error
-    return Stored(about, keys, rows)
+    return Stored(metadata, keys, rows)
 
 
-Parts = tuple[dict[str, str], list[Any], list[Any], NDArray[Any]]
+Contents = tuple[dict[str, str], list[Any], list[Any], NDArray[Any]]
 
 
-def _read_safetensors(path: Path) -> Parts:
+def _read_safetensors(path: Path) -> Contents:
     with safe_open(path, framework="numpy") as file:
-        about = file.metadata() or {}
+        metadata = file.metadata() or {}
         rows = file.get_tensor("embeddings")
-    names, stamps = json.loads(about.pop("names")), json.loads(about.pop("stamps", "[]"))
-    return about, names, stamps, rows
+    names, stamps = json.loads(metadata.pop("names")), json.loads(metadata.pop("stamps", "[]"))
+    return metadata, names, stamps, rows
 
 
-def _read_npz(path: Path) -> Parts:
-    with zipfile.ZipFile(path) as archive:  # np.savez compresses nothing, so nothing can swell
+def _read_npz(path: Path) -> Contents:
+    with zipfile.ZipFile(path) as archive:  # np.savez does not compress, so entries cannot expand
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed")
     with np.load(path, allow_pickle=False) as file:
-        about = {key: str(file[key]) for key in file.files if file[key].ndim == 0}
+        metadata = {key: str(file[key]) for key in file.files if file[key].ndim == 0}
         stamps = json.loads(file["stamps"].tobytes()) if "stamps" in file.files else []
-        return about, json.loads(file["names"].tobytes()), stamps, file["embeddings"]
+        return metadata, json.loads(file["names"].tobytes()), stamps, file["embeddings"]
 
 
-def _read_parquet(path: Path) -> Parts:
+def _read_parquet(path: Path) -> Contents:
     from pyarrow import parquet
 
     table = parquet.read_table(path)
     stamps = table["stamp"].to_pylist() if "stamp" in table.column_names else []
-    about = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     column = table["embedding"].combine_chunks()
     rows = column.flatten().to_numpy().reshape(len(column), -1)
-    return about, table["name"].to_pylist(), stamps, rows
+    return metadata, table["name"].to_pylist(), stamps, rows

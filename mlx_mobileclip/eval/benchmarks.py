@@ -1,6 +1,6 @@
 """The published zero-shot evaluations: ImageNet-1k, and retrieval on COCO and Flickr30k.
 
-One unreadable image ends an evaluation: a result over fewer images would not be comparable with
+An unreadable image is an error, because a result on fewer images would not be comparable with
 the published one.
 """
 
@@ -31,19 +31,19 @@ def evaluate_imagenet(
     batch_size: int = 32,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Measure zero-shot classification.
+    """Measure the accuracy of zero-shot classification.
 
     Args:
         model: Model with both towers.
         processor: The model's processor.
         paths: N images.
         targets: (N,) class index of each image.
-        texts: (K, E) embeddings of the classes, from `zero_shot.build_zero_shot_classifier`.
+        texts: (K, E) class embeddings from `zero_shot.build_zero_shot_classifier`.
         batch_size: Images per forward pass.
         quiet: Do not show progress.
 
     Returns:
-        `images`, N; `top1` and `top5`, accuracy in percent.
+        `images`: N; `top1` and `top5`: accuracy in percent.
 
     Raises:
         DataError: an image cannot be embedded.
@@ -76,24 +76,24 @@ def evaluate_retrieval(
         quiet: Do not show progress.
 
     Returns:
-        `images`, N; `captions`, T; `image_to_text_r<k>` and `text_to_image_r<k>`, recall at k
-        in percent.
+        `images`: N; `captions`: T; `image_to_text_r<k>` and `text_to_image_r<k>`: recall at k in
+        percent.
 
     Raises:
         DataError: an image or a caption cannot be embedded.
         ModelError: the model has no text tower.
     """
-    text_tower(model)  # checked first, so that no image is embedded in vain
+    text_tower(model)  # raises before any image is embedded
     iterate = partial(iter_embeddings, model, processor, batch_size=batch_size)
     images = _embed_all(iterate, paths, "images", batch_size, quiet)
     iterate = partial(iter_text_embeddings, model, processor, batch_size=batch_size)
     texts = _embed_all(iterate, captions, "texts", batch_size, quiet)
-    found = recall(images, texts, owners)
+    result = recall(images, texts, owners)
     return {
         "images": len(paths),
         "captions": len(captions),
-        **{f"image_to_text_r{k}": 100 * share for k, share in found.image_to_text.items()},
-        **{f"text_to_image_r{k}": 100 * share for k, share in found.text_to_image.items()},
+        **{f"image_to_text_r{k}": 100 * share for k, share in result.image_to_text.items()},
+        **{f"text_to_image_r{k}": 100 * share for k, share in result.text_to_image.items()},
     }
 
 
@@ -104,7 +104,7 @@ def _embed_all(
     batch_size: int,
     quiet: bool,
 ) -> NDArray[np.float32]:
-    """Embeddings of all names, (N, E); equal names are embedded once."""
+    """Embed all names, (N, E); duplicates are embedded once."""
     rows: dict[str, NDArray[np.float32]] = {}
 
     def store(embedded: list[str], embeddings: NDArray[np.float32]) -> None:
@@ -117,7 +117,7 @@ def _embed_all(
         raise DataError(f"none of the {len(names)} {unit} could be embedded")
     if errors:
         raise DataError(
-            f"{len(errors)} of {len(names)} {unit} cannot be used, so the figure "
-            "would not be comparable; mend the files named above"
+            f"{len(errors)} of {len(names)} {unit} cannot be used, so the result "
+            "would not be comparable; fix the files named above"
         )
     return np.stack([rows[name] for name in names])

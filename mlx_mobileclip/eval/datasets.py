@@ -1,4 +1,4 @@
-"""Read the data sets of the published evaluations from the user's own copies."""
+"""Read the data sets of the published evaluations from local copies."""
 
 import json
 from collections.abc import Callable
@@ -17,55 +17,55 @@ def imagenet_images(directory: Path) -> tuple[list[str], list[int]]:
     """List images of ImageNet and their classes.
 
     Args:
-        directory: Has one subdirectory a class, all named by WordNet id, or all by the index of
-            the class, 0 to 999, as in ImageNet-V2. Classes may be missing.
+        directory: One subdirectory per class, all named by WordNet id, or all by class index, 0
+            to 999, as in ImageNet-V2. Classes may be missing.
 
     Returns:
         Paths of the images, and the class index of each, 0 to 999.
 
     Raises:
-        DataError: a subdirectory is named otherwise, or has no image.
+        DataError: a subdirectory has another name, or contains no image.
     """
     folders = _class_folders(directory)
     ids = {name: index for index, name in enumerate(imagenet_wordnet_ids())}
     numbers = {str(index): index for index in range(len(ids))}
-    known = ids if folders[0].name in ids else numbers
-    if unknown := [folder.name for folder in folders if folder.name not in known]:
+    index_by_name = ids if folders[0].name in ids else numbers
+    if unknown := [folder.name for folder in folders if folder.name not in index_by_name]:
         raise DataError(
-            f"{directory}: {name_some(unknown)}: no class of ImageNet; name each directory by its "
-            "WordNet id, such as n01440764, or all by a number from 0 to 999; for classes of your "
-            "own there is --classes-from-folders"
+            f"{directory}: {name_some(unknown)}: not an ImageNet class; name all directories by "
+            "WordNet id, such as n01440764, or all by a number from 0 to 999; for your own classes "
+            "use --classes-from-folders"
         )
-    return _images(sorted(folders, key=lambda p: known[p.name]), lambda p: known[p.name])
+    return _images(
+        sorted(folders, key=lambda p: index_by_name[p.name]), lambda p: index_by_name[p.name]
+    )
 
 
 def folder_classes(directory: Path) -> tuple[list[str], list[int], list[str]]:
-    """List images in one directory a class, whose name is the label.
+    """List images of a directory with one subdirectory per class, named by the label.
 
     Returns:
-        Paths of the images, the class index of each, and the labels, sorted.
+        Paths of the images, the class index of each, and the sorted labels.
 
     Raises:
-        DataError: there is no subdirectory, or one has no image.
+        DataError: there is no subdirectory, or one contains no image.
     """
     folders = _class_folders(directory)
     labels = [folder.name for folder in folders]
-    places = {label: index for index, label in enumerate(labels)}
-    return *_images(folders, lambda p: places[p.name]), labels
+    index_by_label = {label: index for index, label in enumerate(labels)}
+    return *_images(folders, lambda p: index_by_label[p.name]), labels
 
 
 def _class_folders(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; give one with a directory for each class")
+        raise DataError(f"{directory}: no such directory; give one with a subdirectory per class")
     try:
-        found = [p for p in directory.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        folders = [p for p in directory.iterdir() if p.is_dir() and not p.name.startswith(".")]
     except OSError as error:
         raise DataError(f"{directory}: cannot be read ({error.strerror or error})") from error
-    if not found:
-        raise DataError(
-            f"{directory}: holds no directories; sort the images into one for each class"
-        )
-    return sorted(found)
+    if not folders:
+        raise DataError(f"{directory}: contains no directories; sort the images into one per class")
+    return sorted(folders)
 
 
 def _images(folders: list[Path], index_of: Callable[[Path], int]) -> tuple[list[str], list[int]]:
@@ -83,14 +83,15 @@ def karpathy_test(captions: Path, images: Path) -> tuple[list[str], list[str], l
     Args:
         captions: Karpathy's JSON file: `images`, each with `split`, `filename`, optionally
             `filepath`, and `sentences` with `raw` text.
-        images: Directory of the images, in the file's subdirectories or without any.
+        images: Directory of the images, with or without the subdirectories of `filepath`.
 
     Returns:
-        Paths of the images, captions (five per image), and the image index of each caption.
+        Paths of the images, captions (at most five per image), and the image index of each
+        caption.
 
     Raises:
-        ConfigError: the file is no regular file, or larger than 512 MB.
-        DataError: it does not have this form, or an image is missing.
+        ConfigError: the file is not a regular file, or larger than 512 MB.
+        DataError: the file has another format, or an image is missing.
     """
     try:
         data = read_bounded(captions, MAX_CAPTIONS_BYTES, follow_links=True)
@@ -101,7 +102,7 @@ def karpathy_test(captions: Path, images: Path) -> tuple[list[str], list[str], l
         raise DataError(f"{captions}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{captions}: not Karpathy's form ({type(error).__name__}: {error}); expected "
+            f"{captions}: not in Karpathy's format ({type(error).__name__}: {error}); expected "
             "dataset_coco.json or dataset_flickr30k.json"
         ) from error
     if not files:

@@ -1,7 +1,7 @@
 """Zero-shot classification: find the label whose text embedding is nearest to the image.
 
-A label is inserted into every template of a set; the embeddings of the prompts are normalised,
-averaged and normalised again, as in the evaluation behind the published results (open_clip 3.3.0,
+Each label is inserted into every template of a set; the embeddings of its prompts are normalised,
+averaged and normalised again, as in the published evaluation (open_clip 3.3.0,
 zero_shot_classifier.py).
 """
 
@@ -30,17 +30,17 @@ from ..preprocess.processor import Processor
 PLAIN_TEMPLATE = ("a photo of a {}.",)
 TEMPLATE_SETS = ("openai", "simple")
 PROMPTS_PER_BATCH = 128
-MAX_LOGIT_SCALE = 100.0  # as in training
+MAX_LOGIT_SCALE = 100.0  # clipped as in training
 CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One label of an image.
+    """A label predicted for an image.
 
     Attributes:
         label: The label as given.
-        index: Its index in the list of labels, from 0.
+        index: Index in the list of labels, from 0.
         probability: Softmax of the scaled similarities over all labels, 0 to 1.
         similarity: Cosine similarity of image and label, -1 to 1.
     """
@@ -53,16 +53,16 @@ class Prediction:
 
 def imagenet_classes() -> tuple[str, ...]:
     """OpenAI's names of the 1000 ImageNet classes, in the order of the sorted WordNet ids."""
-    return tuple(_data("imagenet_classes.json")["classes"])
+    return tuple(_read_data("imagenet_classes.json")["classes"])
 
 
 def imagenet_wordnet_ids() -> tuple[str, ...]:
     """The WordNet ids of the 1000 ImageNet classes, sorted."""
-    return tuple(_data("imagenet_wordnet_ids.json")["ids"])
+    return tuple(_read_data("imagenet_wordnet_ids.json")["ids"])
 
 
 def template_set(name: str) -> tuple[str, ...]:
-    """A published set of prompt templates, in which `{}` stands for the label.
+    """Return a published set of prompt templates, in which `{}` stands for the label.
 
     Args:
         name: "openai" (80 templates) or "simple" (7).
@@ -71,11 +71,11 @@ def template_set(name: str) -> tuple[str, ...]:
         DataError: there is no such set.
     """
     if name not in TEMPLATE_SETS:
-        raise DataError(f"templates {name!r} are not known; choose {' or '.join(TEMPLATE_SETS)}")
-    return tuple(_data("imagenet_templates.json")[name])
+        raise DataError(f"unknown templates {name!r}; choose {' or '.join(TEMPLATE_SETS)}")
+    return tuple(_read_data("imagenet_templates.json")[name])
 
 
-def _data(name: str) -> dict[str, Any]:
+def _read_data(name: str) -> dict[str, Any]:
     file = resources.files("mlx_mobileclip").joinpath("data", name)
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
@@ -97,8 +97,8 @@ def build_zero_shot_classifier(
         processor: The model's processor.
         labels: K labels.
         templates: Prompts in which `{}` stands for the label.
-        cache: Keep the result on disk, and reuse it for the same text tower, tokenizer, labels
-            and templates.
+        cache: Cache the result on disk, to reuse it for the same text tower, tokenizer, labels and
+            templates.
         on_progress: Called with the number of labels just embedded.
 
     Returns:
@@ -115,12 +115,12 @@ def build_zero_shot_classifier(
             raise DataError(f'template {template!r} has no {{}}; write "a photo of a {{}}."')
     text_tower(model)
     directory = cache_directory() if cache else None
-    store = None if directory is None else DiskCache(directory)
-    key = _cache_key(model, processor, labels, templates) if store else ""
+    disk_cache = None if directory is None else DiskCache(directory)
+    key = _cache_key(model, processor, labels, templates) if disk_cache else ""
     columns = model.config.embed_dim
-    if store and (stored := store.read(key, len(labels), columns, unit=True)) is not None:
-        _warn_of_cuts(processor, labels, templates)
-        return mx.array(stored)
+    if disk_cache and (cached := disk_cache.read(key, len(labels), columns, unit=True)) is not None:
+        _warn_of_truncation(processor, labels, templates)
+        return mx.array(cached)
     step = max(1, PROMPTS_PER_BATCH // len(templates))
     rows = []
     for start in range(0, len(labels), step):
@@ -132,8 +132,8 @@ def build_zero_shot_classifier(
     matrix = mx.concatenate(rows)
     if not mx.isfinite(matrix.sum()).item():
         raise ModelError("the labels' embeddings are not finite; try --dtype float32")
-    if store:
-        store.write(key, np.asarray(matrix))
+    if disk_cache:
+        disk_cache.write(key, np.asarray(matrix))
     return matrix
 
 
@@ -142,19 +142,21 @@ def _check_texts(texts: Sequence[str], what: str) -> None:
         raise DataError(f"there are no {what}; give at least one, as a list")
     for text in texts:
         if not isinstance(text, str) or not is_unicode(text):
-            raise DataError(f"{text!r} among the {what} is no text in UTF-8")
+            raise DataError(f"{text!r} among the {what} is not UTF-8 text")
 
 
-def _warn_of_cuts(processor: Processor, labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Warn again of prompts that are too long, as when they were embedded."""
+def _warn_of_truncation(
+    processor: Processor, labels: Sequence[str], templates: Sequence[str]
+) -> None:
+    """Repeat the warning about truncated prompts, which tokenising would have given."""
     prompts = (prompt for label in labels for prompt in _prompts(label, templates))
-    doubtful = [prompt for prompt in prompts if processor.tokenizer.may_be_cut(prompt)]
-    if doubtful:
-        processor.texts(doubtful)
+    long_prompts = [prompt for prompt in prompts if processor.tokenizer.may_be_cut(prompt)]
+    if long_prompts:
+        processor.texts(long_prompts)
 
 
 def _prompts(label: str, templates: Sequence[str]) -> list[str]:
-    # Not str.format: a label or a template may hold other braces.
+    # Not str.format, because a label or template may contain other braces.
     return [template.replace("{}", label) for template in templates]
 
 
@@ -174,9 +176,9 @@ def _embed_labels(
 
 
 def cache_directory() -> Path | None:
-    """Directory of cached text matrices: $MLX_MOBILECLIP_CACHE, or in the user's cache.
+    """Directory of cached classifiers: $MLX_MOBILECLIP_CACHE, or in the user's cache directory.
 
-    None if the user has no home directory to put it in.
+    None if the user has no home directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     chosen = os.environ.get("MLX_MOBILECLIP_CACHE") or f"{home}/mlx-mobileclip"
@@ -213,14 +215,14 @@ def classify(
         images: Paths, bytes, PIL images or arrays.
         labels: K labels to choose from.
         templates: Prompts in which `{}` stands for the label.
-        classifier: Embeddings of the labels (K, E) from `build_zero_shot_classifier`; computed if
-            not given.
+        classifier: Label embeddings (K, E) from `build_zero_shot_classifier`; computed if not
+            given.
         top_k: Number of labels to return per image, at most K.
         batch_size: Images per forward pass.
-        cache: Keep the labels' embeddings on disk.
+        cache: Cache the label embeddings on disk.
 
     Returns:
-        Per image its best labels, most probable first; ties in the order of the labels.
+        The best labels of each image, most probable first; ties in the order of the labels.
 
     Raises:
         DataError: labels or templates cannot be used, or top_k is below 1.
@@ -233,7 +235,7 @@ def classify(
     if classifier is None:
         classifier = build_zero_shot_classifier(model, processor, labels, templates, cache=cache)
     classifier = check_classifier(classifier, labels)
-    # A set, for one, has no order.
+    # Refuses sets, for example, which have no order.
     if not isinstance(images, (Sequence, np.ndarray, mx.array)):
         raise ImageError(f"images takes a list of images, not a {type(images).__name__}")
     results = []
@@ -245,7 +247,7 @@ def classify(
 
 
 def check_classifier(classifier: mx.array, labels: Sequence[str]) -> mx.array:
-    """An MLX array of a classifier (K, E); raises DataError unless K is the number of labels."""
+    """Convert a classifier (K, E) to an MLX array; DataError unless K is the number of labels."""
     classifier = mx.array(classifier)
     if classifier.ndim != 2 or classifier.shape[0] != len(labels):
         shape = classifier.shape
@@ -260,12 +262,12 @@ def predict(
     labels: Sequence[str],
     top_k: int,
 ) -> list[list[Prediction]]:
-    """The best labels of images, as `classify` returns them.
+    """Return the best labels of each image, as `classify` does.
 
     Args:
         model: Model with a text tower.
-        embeddings: Of N images, (N, E), unit rows.
-        classifier: Embeddings of K labels, (K, E), unit rows.
+        embeddings: Image embeddings (N, E), unit rows.
+        classifier: Label embeddings (K, E), unit rows.
         labels: The K labels.
         top_k: Number of labels to return per image.
 
@@ -277,13 +279,18 @@ def predict(
     similarities = embeddings.astype(mx.float32) @ classifier.T
     probabilities = mx.softmax(scale * similarities, axis=-1)
     rows = zip(np.asarray(similarities), np.asarray(probabilities), strict=True)
-    return [_best(labels, cosines, chances, top_k) for cosines, chances in rows]
+    return [
+        _top_labels(labels, row_similarities, row_probabilities, top_k)
+        for row_similarities, row_probabilities in rows
+    ]
 
 
-def _best(
-    labels: Sequence[str], cosines: NDArray[Any], chances: NDArray[Any], top_k: int
+def _top_labels(
+    labels: Sequence[str], similarities: NDArray[Any], probabilities: NDArray[Any], top_k: int
 ) -> list[Prediction]:
-    if not np.isfinite(chances).all():
+    if not np.isfinite(probabilities).all():
         raise ModelError("an image's embedding is not finite; try --dtype float32")
-    best = np.argsort(-cosines, kind="stable")[:top_k]
-    return [Prediction(labels[i], int(i), float(chances[i]), float(cosines[i])) for i in best]
+    best = np.argsort(-similarities, kind="stable")[:top_k]
+    return [
+        Prediction(labels[i], int(i), float(probabilities[i]), float(similarities[i])) for i in best
+    ]

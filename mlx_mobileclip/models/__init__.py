@@ -1,1 +1,1 @@
-"""The towers of MobileCLIP and FastVLM, stated as in their papers."""
+"""Image and text towers of MobileCLIP; FastVLM shares the image tower."""

@@ -10,7 +10,7 @@ import numpy as np
 from ..concurrency import enter
 from ..errors import ImageError, ModelError, PromptError
 from ..json_fields import Fields
-from ..layers import mean_of_positions
+from ..layers import global_average_pool
 from ..quantization import (
     QuantizedLayers,
     quantization_entry,
@@ -24,18 +24,18 @@ from .vit import ViT, ViTConfig
 MODEL_TYPE = "mlx_mobileclip"
 FORMAT_VERSION = 1
 INTERPOLATIONS = ("bilinear", "bicubic")
-PARTS = {"image": "image.", "text": "text."}  # what can be quantised apart, by where it lies
+PARTS = {"image": "image.", "text": "text."}  # prefix of the parameters in each part
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessConfig:
-    """How an image becomes pixels: shorter side to `image_size`, central square, (x - mean) / std.
+    """Image preprocessing: resize the shorter side to `image_size`, centre-crop, normalise.
 
     Attributes:
         image_size: Side in pixels.
         interpolation: "bilinear" or "bicubic", both antialiased.
-        mean: Of each channel, for values in [0, 1].
-        std: Of each channel.
+        mean: Per-channel mean, for values in [0, 1].
+        std: Per-channel standard deviation.
     """
 
     image_size: int
@@ -56,16 +56,16 @@ class PreprocessConfig:
 
 @dataclass(frozen=True, slots=True)
 class MobileCLIPConfig:
-    """Everything about a MobileCLIP checkpoint that its tensors cannot tell.
+    """Configuration of a MobileCLIP checkpoint.
 
     Attributes:
-        variant: Name of the published model it is built like.
-        embed_dim: Width of the common space.
-        image: The image tower.
-        text: The text tower; None for a checkpoint of the image tower alone.
-        preprocess: How images are prepared.
-        quantization: Quantisation of each quantised layer by its path in the model.
-        source: Where the checkpoint came from: model, revision, layout.
+        variant: Published model that has this architecture.
+        embed_dim: Width of the embeddings.
+        image: Architecture of the image tower.
+        text: Architecture of the text tower; None if the checkpoint has only an image tower.
+        preprocess: Image preprocessing.
+        quantization: Quantisation of each quantised layer, by its path in the model.
+        source: Origin of the checkpoint: model, revision, layout.
     """
 
     variant: str
@@ -77,7 +77,7 @@ class MobileCLIPConfig:
     source: dict[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The canonical config.json."""
+        """Return the contents of the canonical config.json."""
         tower = "vit" if isinstance(self.image, ViTConfig) else "fastvit"
         result = {
             "model_type": MODEL_TYPE,
@@ -114,12 +114,12 @@ class MobileCLIPConfig:
         )
         size = config.preprocess.image_size
         if isinstance(config.image, ViTConfig) and config.image.image_size != size:
-            raise fields.error("preprocess_config", f"image_size {size} is not the tower's")
+            raise fields.error("preprocess_config", f"image_size {size} is not image_config's")
         return config
 
 
 class ImageTower(nn.Module):
-    """A trunk and its projection into the common space."""
+    """An image trunk and its projection into the embedding space."""
 
     def __init__(self, config: FastViTConfig | ViTConfig, embed_dim: int):
         super().__init__()
@@ -131,21 +131,21 @@ class ImageTower(nn.Module):
         return self.project(self.trunk(pixels))
 
     def project(self, x: mx.array) -> mx.array:
-        """The trunk's output, a map or vectors, to (B, E)."""
+        """Project the trunk's output, (B, H, W, C) or (B, C), to (B, E)."""
         if x.ndim == 4:
-            x = mean_of_positions(x)  # (B, features)
+            x = global_average_pool(x)  # (B, features)
         return self.projection(x)
 
 
 class MobileCLIP(nn.Module):
-    """Both towers. The image tower alone is a model too; its `text` and `logit_scale` are None.
+    """Image tower and text tower; `text` and `logit_scale` are None without a text tower.
 
     Attributes:
-        config: What it was built from.
+        config: Its configuration.
         image: The image tower.
         text: The text tower.
-        logit_scale: Natural logarithm of the factor on cosine similarities, as trained; take
-            `exp` of it, at most 100, before the softmax over labels.
+        logit_scale: Natural logarithm of the trained temperature: multiply cosine similarities by
+            min(exp(logit_scale), 100) before the softmax over labels.
     """
 
     def __init__(self, config: MobileCLIPConfig):
@@ -161,14 +161,14 @@ class MobileCLIP(nn.Module):
         """Embed images.
 
         Args:
-            pixels: From `Processor.images`, (B, S, S, 3).
+            pixels: (B, S, S, 3), from `Processor.images`.
             normalize: Scale each embedding to length 1.
 
         Returns:
             float32 (B, E).
 
         Raises:
-            ImageError: the shape is not one that the tower takes.
+            ImageError: the shape or dtype is not what the tower takes.
         """
         enter()
         pixels = as_pixels(pixels)
@@ -180,7 +180,7 @@ class MobileCLIP(nn.Module):
         """Embed texts.
 
         Args:
-            ids: From `Processor.texts`, (B, L).
+            ids: (B, L), from `Processor.texts`.
             normalize: Scale each embedding to length 1.
 
         Returns:
@@ -188,13 +188,13 @@ class MobileCLIP(nn.Module):
 
         Raises:
             ModelError: the checkpoint has no text tower.
-            PromptError: the shape is not (B, L), or an id is outside the vocabulary.
+            PromptError: the shape or dtype is wrong, or an id is outside the vocabulary.
         """
         enter()
         if self.text is None or self.config.text is None:
             raise ModelError(
-                "this checkpoint holds an image tower only; texts need one with both towers, "
-                "such as apple/MobileCLIP2-S0"
+                "this checkpoint has an image tower only; to embed texts, load one with both, such "
+                "as apple/MobileCLIP2-S0"
             )
         ids = _as_ids(ids)
         length, vocab_size = self.config.text.context_length, self.config.text.vocab_size
@@ -207,26 +207,26 @@ class MobileCLIP(nn.Module):
 
 
 def embedding(x: mx.array, normalize: bool) -> mx.array:
-    """A tower's output as it is given out, float32 (B, E)."""
+    """Convert a tower's output to float32 embeddings (B, E)."""
     x = x.astype(mx.float32)  # the sum of squares can exceed float16
     return x / mx.linalg.norm(x, axis=-1, keepdims=True) if normalize else x
 
 
 def as_pixels(pixels: mx.array) -> mx.array:
-    """Pixels in an MLX array of floats; raises ImageError if they are neither that nor NumPy's."""
+    """Convert pixels to an MLX array; raises ImageError unless they are an array of floats."""
     if isinstance(pixels, np.ndarray) and np.issubdtype(pixels.dtype, np.floating):
         pixels = mx.array(pixels.astype(np.float32))
     if not isinstance(pixels, mx.array) or not mx.issubdtype(pixels.dtype, mx.floating):
         kind = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ImageError(f"pixels cannot be {kind}; give what the processor makes of an image")
+        raise ImageError(f"pixels cannot be {kind}; pass what the processor returns for an image")
     return pixels
 
 
 def _as_ids(ids: mx.array) -> mx.array:
-    """Ids in an MLX array of integers; raises PromptError if they are neither that nor NumPy's."""
+    """Convert ids to an MLX array; raises PromptError unless they are an array of integers."""
     if isinstance(ids, np.ndarray) and np.issubdtype(ids.dtype, np.integer):
         ids = mx.array(ids)
     if not isinstance(ids, mx.array) or not mx.issubdtype(ids.dtype, mx.integer):
         kind = getattr(ids, "dtype", type(ids).__name__)
-        raise PromptError(f"ids cannot be {kind}; give what Processor.texts returns")
+        raise PromptError(f"ids cannot be {kind}; pass what Processor.texts returns")
     return ids

@@ -1,9 +1,8 @@
 """FastViT image towers in inference form: MCi0 to MCi4 (MobileCLIP) and FastViTHD (FastVLM).
 
-Everything linear that training keeps apart is already folded into the weights: parallel branches,
-BatchNorm, layer scale, and each depthwise bias that a 1x1 layer follows. Feature maps are NHWC and
-every 1x1 convolution is a `Linear`. On a CPU a feature map may come in strips, which only layers
-that need all positions at once have to join (`whole`).
+Parallel branches, BatchNorm, layer scale and each depthwise bias directly before a 1x1 layer are
+already folded into the weights. Feature maps are NHWC and every 1x1 convolution is a `Linear`. On a
+CPU a feature map may be split into strips (`Rows`); layers that need all positions call `whole`.
 
 Papers: FastViT (arXiv:2303.14189), MobileCLIP (arXiv:2311.17049, section 4), FastVLM
 (arXiv:2412.13303, section 3). Reference code: apple/ml-fastvlm 592b4ad
@@ -26,7 +25,7 @@ from ..layers import (
     StemConv,
     add_biases,
     add_product,
-    mean_of_positions,
+    global_average_pool,
     run,
     self_attention,
     whole,
@@ -40,14 +39,14 @@ SE_RATIO_FINAL = 16
 
 @dataclass(frozen=True, slots=True)
 class FastViTConfig:
-    """Shape of a FastViT tower; one entry per stage in each tuple.
+    """Architecture of a FastViT tower; each tuple has one entry per stage.
 
     Attributes:
         layers: Blocks in the stage.
         embed_dims: Channels of the stage.
         mlp_ratios: Hidden width of the stage's ConvFFN divided by its channels.
         token_mixers: "repmixer" or "attention".
-        se_downsamples: Whether squeeze-and-excitation sits in the downsampling before the stage.
+        se_downsamples: Whether the downsampling before the stage has squeeze-and-excitation.
         attention_norm: "layer" (runs before attention) or "batch" (folded into its qkv layer).
     """
 
@@ -69,7 +68,7 @@ class FastViTConfig:
         return 2 * self.embed_dims[-1]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `vision_config` of a canonical config.json holds them."""
+        """Return the `vision_config` of a canonical config.json."""
         return asdict(self)
 
     @classmethod
@@ -86,26 +85,26 @@ class FastViTConfig:
             attention_norm=fields.choice("attention_norm", ("layer", "batch")),
         )
         if config.features < SE_RATIO_FINAL:
-            raise fields.error("embed_dims", f"the last is below {SE_RATIO_FINAL // 2}")
+            raise fields.error("embed_dims", f"the last is less than {SE_RATIO_FINAL // 2}")
         for i, (dim, mixer) in enumerate(zip(config.embed_dims, config.token_mixers, strict=True)):
             if mixer == "attention" and dim % HEAD_DIM:
                 raise fields.error(f"embed_dims[{i}]", f"{dim} is not a multiple of {HEAD_DIM}")
             if i and dim != 2 * config.embed_dims[i - 1]:
-                raise fields.error(f"embed_dims[{i}]", f"{dim} is not twice the stage before")
+                raise fields.error(f"embed_dims[{i}]", f"{dim} is not twice the previous entry")
         return config
 
 
 def _mci(layers: tuple[int, ...], width: int, mlp_ratio: float) -> FastViTConfig:
     stages = len(layers)
-    five = stages == 5  # MCi3 and MCi4 differ from the smaller ones in more than size
-    attention = 2 if five else 1
+    large = stages == 5  # MCi3 and MCi4, which also differ in SE and attention norm
+    attention = 2 if large else 1
     return FastViTConfig(
         layers=layers,
         embed_dims=tuple(width * 2**i for i in range(stages)),
         mlp_ratios=(float(mlp_ratio),) * stages,
         token_mixers=("repmixer",) * (stages - attention) + ("attention",) * attention,
-        se_downsamples=(False,) * 5 if five else (False, False, True, True),
-        attention_norm="layer" if five else "batch",
+        se_downsamples=(False,) * 5 if large else (False, False, True, True),
+        attention_norm="layer" if large else "batch",
     )
 
 
@@ -130,13 +129,13 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: FeatureMap) -> mx.array:
         """(B, H, W, C) to the same shape."""
         x = whole(x)
-        gate = mean_of_positions(x)  # (B, C)
+        gate = global_average_pool(x)  # (B, C)
         gate = mx.sigmoid(self.fc2(nn.relu(self.fc1(gate))))
         return x * gate[:, None, None]
 
 
 class Stem(nn.Module):
-    """3x3 stride 2, depthwise 3x3 stride 2, 1x1; GELU after each."""
+    """3x3 and depthwise 3x3 convolutions of stride 2, then 1x1; GELU after each."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -176,7 +175,7 @@ class Downsample(nn.Module):
 
 
 class RepMixer(nn.Module):
-    """Token mixing by one 3x3 depthwise convolution; the residual is inside the kernel."""
+    """Token mixing by a 3x3 depthwise convolution, with the residual folded into the kernel."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -189,7 +188,7 @@ class RepMixer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with the residual: y = x + proj(attend(norm(x)))."""
+    """Self-attention over all positions, with residual: y = x + proj(attend(norm(x)))."""
 
     def __init__(self, channels: int, norm: str):
         super().__init__()
@@ -225,7 +224,7 @@ class ConvFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """x = mix(x), then y = x + ConvFFN(x); six kernels when the mixer is a RepMixer."""
+    """x = mix(x), then y = x + ConvFFN(x); six GPU kernels if the mixer is a RepMixer."""
 
     def __init__(self, channels: int, mlp_ratio: float, token_mixer: str, norm: str):
         super().__init__()
@@ -240,7 +239,7 @@ class Block(nn.Module):
 
 
 class PositionEncoding(nn.Module):
-    """Conditional position encoding: y = x + dw7x7(x) + bias, the identity inside the kernel."""
+    """Conditional position encoding: y = x + dw7x7(x) + bias, with x folded into the kernel."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -267,7 +266,7 @@ class Stage(nn.Module):
         ]
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        """The stage before's (B, H, W, C) to this one's, half as large and twice as wide."""
+        """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up; the first stage keeps the shape."""
         if self.downsample is not None:
             x = self.downsample(x)
         if self.pos_emb is not None:
@@ -278,7 +277,7 @@ class Stage(nn.Module):
 
 
 class FinalConv(nn.Module):
-    """Double the channels once more: 3x3 (two outputs per channel), SE, GELU."""
+    """Double the channels: depthwise 3x3 (two outputs per channel), SE, GELU."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -301,10 +300,10 @@ class FastViT(nn.Module):
         self.final_conv = FinalConv(config.embed_dims[-1])
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """Turn images into a feature map.
+        """Compute the feature map of images.
 
         Args:
-            pixels: RGB in [0, 1] (or normalised as the checkpoint asks), (B, S, S, 3).
+            pixels: (B, S, S, 3), RGB in [0, 1], or normalised as the checkpoint requires.
 
         Returns:
             (B, S/stride, S/stride, features); sizes round up.

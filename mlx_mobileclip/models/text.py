@@ -1,7 +1,7 @@
 """Text towers: the plain transformer of thirteen variants, and MobileCLIP-S0's hybrid.
 
-There is no padding mask: the towers that are not causal were trained to see the zeros after the
-text, so ids always come as exactly the context length, 77.
+There is no padding mask: non-causal towers were trained to attend to the padding after the text,
+so ids are always padded to the context length, 77.
 
 Source: apple/ml-mobileclip 4144bb1 `mobileclip/text_encoder.py`,
 `mobileclip/modules/text/repmixer.py`; open_clip 3.3.0 `transformer.py` (TextTransformer);
@@ -25,16 +25,16 @@ KERNEL_SIZE = 11  # of the hybrid's convolutions along the text
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Shape of a text tower.
+    """Architecture of a text tower.
 
     Attributes:
         width: Channels.
         layers: Transformer layers.
         heads: Attention heads.
-        vocab_size: Rows of the embedding.
-        context_length: Ids of a text, padding included.
-        causal: Whether a position sees only those before it.
-        rep_mixers: Whether a RepMixer block stands before and after the transformer layers.
+        vocab_size: Rows of the token embedding.
+        context_length: Ids per text, including padding.
+        causal: Whether attention is causal.
+        rep_mixers: Whether there is a RepMixer block before and after the transformer layers.
     """
 
     width: int
@@ -46,7 +46,7 @@ class TextConfig:
     rep_mixers: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `text_config` of a canonical config.json holds them."""
+        """Return the `text_config` of a canonical config.json."""
         return asdict(self)
 
     @classmethod
@@ -62,12 +62,12 @@ class TextConfig:
             rep_mixers=fields.boolean("rep_mixers"),
         )
         if config.width % config.heads:
-            raise fields.error("width", f"does not divide into {config.heads} heads")
+            raise fields.error("width", f"is not a multiple of heads, {config.heads}")
         return config
 
 
 class DepthwiseText(nn.Module):
-    """Depthwise convolution of 11 along the text, "same" padding, no bias."""
+    """Depthwise 1D convolution of size 11, "same" padding, no bias."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -75,7 +75,7 @@ class DepthwiseText(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, C) to the same shape."""
-        # Padded by hand: MLX's fast kernel for this convolution takes none.
+        # Explicit padding: MLX's fast kernel for this convolution does not pad.
         margin = KERNEL_SIZE // 2
         x = mx.pad(x, [(0, 0), (margin, margin), (0, 0)])
         return mx.conv1d(x, self.weight, groups=x.shape[-1])
@@ -84,7 +84,7 @@ class DepthwiseText(nn.Module):
 class RepMixerBlock(nn.Module):
     """x = mixer(x) + bias, then y = x + fc2(gelu(fc1(conv(x)))).
 
-    The mixer's residual is inside its kernel; BatchNorm and layer scales are folded away.
+    The mixer's residual, BatchNorm and layer scales are folded into the weights.
     """
 
     def __init__(self, channels: int):
@@ -97,14 +97,14 @@ class RepMixerBlock(nn.Module):
         self.act = GELU()
 
     def __call__(self, x: mx.array, causal: bool = False) -> mx.array:
-        """(B, L, C) to the same shape; convolutions see both sides, so `causal` must be false."""
+        """(B, L, C) to the same shape; convolutions are not causal, so `causal` must be False."""
         assert not causal
         x = self.mixer(x) + self.bias
         return x + self.fc2(self.act(self.fc1(self.conv(x))))
 
 
 class TextTower(nn.Module):
-    """Embedding, positions, layers, final norm at the end token, projection."""
+    """Token and position embeddings, layers, LayerNorm of the end token, projection."""
 
     def __init__(self, config: TextConfig, embed_dim: int):
         super().__init__()
@@ -122,7 +122,7 @@ class TextTower(nn.Module):
         self.causal = config.causal
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Turn texts into vectors.
+        """Embed texts.
 
         Args:
             ids: (B, L), padded with 0; the end token is the largest id.
@@ -135,11 +135,11 @@ class TextTower(nn.Module):
         return self.pool(x, ids)
 
     def embed(self, ids: mx.array) -> mx.array:
-        """What the first layer is given of texts, (B, L, D)."""
-        # A quantised embedding can come as bfloat16, beside which float16 would become float32.
+        """Return the input of the first layer, (B, L, D)."""
+        # Quantised embeddings may be bfloat16, and bfloat16 + float16 would be float32.
         return self.embedding(ids).astype(self.positions.dtype) + self.positions
 
     def pool(self, x: mx.array, ids: mx.array) -> mx.array:
-        """The last layer's output at the end tokens to vectors (B, E)."""
+        """Project the last layer's output at the end tokens to (B, E)."""
         ends = mx.argmax(ids, axis=-1)
         return self.projection(self.norm(x[mx.arange(len(ids)), ends]))

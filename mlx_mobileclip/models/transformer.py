@@ -25,7 +25,7 @@ class TransformerLayer(nn.Module):
         self._heads = heads
 
     def __call__(self, x: mx.array, causal: bool = False) -> mx.array:
-        """(B, L, D) to the same shape; `causal` hides from each position those after it."""
+        """(B, L, D) to the same shape; `causal` masks later positions."""
         B, L, D = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(B, L, 3, self._heads, D // self._heads)
         x = x + self.proj(self_attention(qkv, causal=causal, training=self.training))

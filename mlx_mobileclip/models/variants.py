@@ -1,8 +1,9 @@
 """The fourteen published models: towers and preprocessing.
 
-Causality, preprocessing, stem padding and epsilon leave no trace in the tensors; they are
-written down here, from apple/ml-mobileclip 4144bb1 `mobileclip/configs`,
-`mobileclip2/model_configs`, open_clip 3.3.0 `pretrained.py`, and the model cards.
+Causality, preprocessing, stem padding and epsilon cannot be inferred from the tensors.
+
+Source: apple/ml-mobileclip 4144bb1 `mobileclip/configs`, `mobileclip2/model_configs`, open_clip
+3.3.0 `pretrained.py`, and the model cards.
 """
 
 import re
@@ -81,13 +82,13 @@ VARIANTS = {
         _variant("MobileCLIP2-S3", PRESETS["mci3"], TEXT_768, OPENAI),
         _variant("MobileCLIP2-S4", PRESETS["mci4"], TEXT_768, OPENAI),
         _variant("MobileCLIP2-L-14", VIT_L, TEXT_768, OPENAI, "bicubic"),
-        # Apple's B as open_clip and timm run it, which is not how it was trained.
+        # Apple's B as open_clip and timm run it, which differs from how it was trained.
         _variant("MobileCLIP-B:open_clip", VIT_B_TIMM, TEXT_512_CAUSAL),
         _variant("MobileCLIP-B-LT:open_clip", VIT_B_TIMM, TEXT_512_CAUSAL),
     )
 }
 
-# What timm and Apple's code call an image tower: the variant it stands for. Others share it.
+# Name of an image tower in timm or Apple's code: a variant that has it. Others may share it.
 TOWERS = {
     "fastvit_mci0": "MobileCLIP2-S0",
     "fastvit_mci1": "MobileCLIP-S1",
@@ -103,14 +104,14 @@ TOWERS = {
 }
 
 
-def plain(name: str) -> str:
-    """A name in lower case, without separators."""
+def _normalized(name: str) -> str:
+    """Convert a name to lower case and remove separators."""
     return re.sub(r"[^a-z0-9:]", "", name.lower())
 
 
-_BY_PLAIN_NAME = {plain(name): name for name in VARIANTS}
+_BY_NORMALIZED_NAME = {_normalized(name): name for name in VARIANTS}
 
 
 def variant_named(name: str) -> str | None:
-    """The variant that a name spells, whatever its case and separators; None if none does."""
-    return _BY_PLAIN_NAME.get(plain(name))
+    """Find a variant by name, ignoring case and separators; None if there is none."""
+    return _BY_NORMALIZED_NAME.get(_normalized(name))

@@ -1,8 +1,7 @@
 """Vision transformers: MobileCLIP-B's with a convolutional stem, and CLIP's ViT-L/14.
 
-The two published implementations of B disagree in the padding of the first convolution and in
-LayerNorm's epsilon; a checkpoint works as trained only with those of the code it was trained in,
-so both stand in the config.
+The two published implementations of B differ in the padding of the first convolution and in
+LayerNorm's epsilon. A checkpoint needs those that it was trained with, so both are config fields.
 
 Source: apple/ml-mobileclip 4144bb1 `mobileclip/models/vit.py`; timm 1.0.31
 `timm/models/vision_transformer.py` (vit_base_mci_224, vit_large_patch14_clip_224).
@@ -25,19 +24,19 @@ STEM_SIZES = (4, 2, 2)  # kernel and stride of the convolutional stem's layers
 
 @dataclass(frozen=True, slots=True)
 class ViTConfig:
-    """Shape of a vision transformer.
+    """Architecture of a vision transformer.
 
     Attributes:
         stem: "convolutional" (positions are added to patches only) or "patch" (one convolution,
             positions of patches and class token, LayerNorm before the first layer).
-        image_size: Side in pixels; the table of positions fixes it.
+        image_size: Side in pixels, fixed by the position embeddings.
         patch_size: Pixels per patch.
         width: Channels.
         layers: Transformer layers.
         heads: Attention heads.
         stem_padding: Padding of the convolutional stem's first layer: 1 in Apple's code, 0 in
             timm's.
-        eps: Of every LayerNorm: 1e-5 in Apple's code, 1e-6 in timm's B.
+        eps: Epsilon of every LayerNorm: 1e-5 in Apple's code, 1e-6 in timm's B.
     """
 
     stem: str
@@ -51,7 +50,7 @@ class ViTConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches per image."""
         return int((self.image_size // self.patch_size) ** 2)
 
     @property
@@ -70,7 +69,7 @@ class ViTConfig:
         return self.width // 4
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as `image_config` of a canonical config.json holds them."""
+        """Return the `image_config` of a canonical config.json."""
         return asdict(self)
 
     @classmethod
@@ -87,16 +86,16 @@ class ViTConfig:
             eps=fields.number("eps", 1e-12, 0.1),
         )
         if config.image_size % config.patch_size:
-            raise fields.error("image_size", f"is no multiple of {config.patch_size}")
+            raise fields.error("image_size", f"is not a multiple of {config.patch_size}")
         if config.width % config.heads or config.width % 4:
-            raise fields.error("width", f"does not divide into {config.heads} heads, or by 4")
+            raise fields.error("width", f"is not a multiple of 4 and of heads, {config.heads}")
         if config.stem == "convolutional" and config.patch_size != 16:
-            raise fields.error("patch_size", "is not 16, as the convolutional stem has it")
+            raise fields.error("patch_size", "is not 16, which the convolutional stem requires")
         return config
 
 
 class ConvolutionalStem(nn.Module):
-    """4x4, 2x2 and 2x2 convolutions, each stepping by its size; GELU between them."""
+    """4x4, 2x2 and 2x2 convolutions with strides of the same size; GELU between them."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -117,7 +116,7 @@ class ConvolutionalStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution without bias that steps by its size."""
+    """One convolution without bias; its stride is its size."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -130,7 +129,7 @@ class PatchStem(nn.Module):
 
 
 class ViT(nn.Module):
-    """The tower: stem, class token, positions, transformer; the class token is its output."""
+    """The tower: stem, class token, positions, transformer; it returns the class token."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -147,21 +146,21 @@ class ViT(nn.Module):
         self._image_size = config.image_size
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """Turn images into vectors.
+        """Compute the features of images.
 
         Args:
-            pixels: As the checkpoint's preprocessing leaves them, (B, S, S, 3).
+            pixels: (B, S, S, 3), preprocessed.
 
         Returns:
             (B, D).
 
         Raises:
-            ImageError: S is not the size that the positions were trained for.
+            ImageError: S is not the config's image_size.
         """
         return self.pool(run(self.layers, self.embed(pixels), self.training))
 
     def embed(self, pixels: mx.array) -> mx.array:
-        """What the first layer is given of images: class token and patches (B, 1 + P, D)."""
+        """Return the input of the first layer: class token and patches, (B, 1 + P, D)."""
         size = self._image_size
         if pixels.shape[1:3] != (size, size):
             raise ImageError(f"pixels have shape {pixels.shape}; this tower takes {size} x {size}")
@@ -174,5 +173,5 @@ class ViT(nn.Module):
         return self.norm_pre(mx.concatenate([first, patches], axis=1) + self.positions)
 
     def pool(self, x: mx.array) -> mx.array:
-        """The last layer's output to vectors (B, D)."""
+        """Return the normalised class token of the last layer's output, (B, D)."""
         return self.norm(x[:, 0])

@@ -1,1 +1,1 @@
-"""From images and texts to the arrays that the models read."""
+"""Image preprocessing and tokenization."""

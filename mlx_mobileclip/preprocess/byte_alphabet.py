@@ -5,9 +5,9 @@ Source: openai/gpt-2 `src/encoder.py` bytes_to_unicode.
 
 
 def byte_alphabet() -> dict[str, int]:
-    """By its printable character, each byte: visible Latin-1 as is, then the rest from U+0100 on.
+    """Map characters to bytes: visible Latin-1 to itself, U+0100 and up to the other bytes.
 
-    The order is that of CLIP's first 256 ids.
+    In the order of CLIP's first 256 ids.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]

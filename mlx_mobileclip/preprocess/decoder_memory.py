@@ -8,10 +8,10 @@ MAX_DECODER_BYTES = 850_000_000  # leaves room for a model on a Mac of 8 GB
 
 
 class MemoryBudget:
-    """Bytes that threads reserve and release; a reservation waits until enough are free.
+    """Memory that threads reserve and release; a reservation waits until enough is free.
 
     Attributes:
-        left: Bytes that are free.
+        left: Free bytes.
     """
 
     def __init__(self, total: int):
@@ -20,10 +20,10 @@ class MemoryBudget:
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
-        """Reserve bytes for the length of a block. A thread must not nest reservations.
+        """Reserve memory for the duration of a `with` block; a thread must not nest reservations.
 
         Args:
-            count: Bytes, at most the total.
+            count: Number of bytes, at most the total.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.left >= count)

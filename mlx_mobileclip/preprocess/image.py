@@ -1,7 +1,7 @@
 """Open images as hostile input and resize them exactly as the reference pipelines do.
 
-Resizing is Pillow's, antialiased and on uint8, as in the reference pipelines: for FastVLM the
-CLIPImageProcessor of transformers 4.48 that Apple's code runs on. Results are equal bit for bit.
+Images are resized by Pillow, antialiased and as uint8. Results are bit-identical to the reference
+pipelines: for FastVLM the CLIPImageProcessor of transformers 4.48, which Apple's code uses.
 """
 
 import base64
@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG covers MPO
 MAX_IMAGE_BYTES = 512 << 20
 STRIP_PIXELS = 1 << 20  # fits a processor's cache
 ORIENTATION = 0x0112  # EXIF tag
-UPRIGHT = {  # by EXIF orientation
+UPRIGHT = {  # EXIF orientation: transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,25 +41,25 @@ UPRIGHT = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-# Without a handler its remarks on damaged files would go to stderr, beside our one line.
+# Without a handler, Pillow's log messages on damaged files would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def open_image(source: ImageSource, name: str = "image") -> Image.Image:
-    """Open an image upright and in RGB.
+    """Open an image as RGB, upright.
 
     Args:
         source: Path, data URI, encoded bytes, file object, PIL image, or uint8 array (H, W),
-            (H, W, 3) or (H, W, 4) of NumPy, MLX or whatever NumPy can convert.
-        name: What errors call it, unless it is a path.
+            (H, W, 3) or (H, W, 4) of NumPy, MLX or anything that NumPy can convert.
+        name: Name in error messages, unless the source is a path.
 
     Returns:
         RGB image: first frame, EXIF orientation applied, 16-bit grey reduced to 8 bits, alpha
-        dropped as the reference does (`convert("RGB")`).
+        dropped as in the reference (`convert("RGB")`).
 
     Raises:
         ImageError: not an image of an accepted format, damaged, or beyond the limits: 16384 px a
-            side, 89 megapixels, and what `image_bounds` says of time and memory.
+            side, 89 megapixels, and those of `image_bounds` on time and memory.
     """
     return open_resized(source, lambda image: image, name)
 
@@ -69,12 +69,12 @@ def open_resized(
 ) -> Image.Image:
     """Open an image as `open_image` does, and resize it.
 
-    The memory of the decoded image stays reserved until then. Threads that open large images
-    wait here until enough is free.
+    The memory of the decoded image stays reserved until it is resized. Threads that open large
+    images wait until enough is free.
 
     Args:
         source: As for `open_image`.
-        resize: Makes a smaller image of it; must not open images.
+        resize: Function that returns the resized image; it must not open images.
         name: As for `open_image`.
     """
     with ExitStack() as reserved:
@@ -84,7 +84,7 @@ def open_resized(
 def _open(source: ImageSource, name: str, reserved: ExitStack) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if hasattr(source, "__array__"):  # of MLX, PyTorch, JAX
+    if hasattr(source, "__array__"):  # MLX, PyTorch, JAX
         return _from_array(_as_numpy(source))
     if isinstance(source, Image.Image):
         return _decode(source, name, reserved)
@@ -101,13 +101,13 @@ def _open(source: ImageSource, name: str, reserved: ExitStack) -> Image.Image:
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO) -> bytes:
-    """The bytes of an encoded image, not decoded.
+    """Read an encoded image as bytes, without decoding it.
 
     Args:
-        source: Path, data URI, or file object; a file object that can seek is left where it was.
+        source: Path, data URI, or file object; the position of a seekable file object is kept.
 
     Raises:
-        ImageError: it cannot be read, or as `find_image`.
+        ImageError: it cannot be read; see also `find_image`.
     """
     try:
         if isinstance(source, (str, os.PathLike)):
@@ -116,13 +116,13 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> bytes:
             with find_image(source).open("rb") as file:
                 return file.read(MAX_IMAGE_BYTES)
         return _read_file(source)
-    except (OSError, ValueError) as error:  # ValueError: a file object that is closed
+    except (OSError, ValueError) as error:  # ValueError: a closed file object
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{source}: cannot be read ({reason})") from error
 
 
 def is_data_uri(source: object) -> bool:
-    """Whether a text holds an image itself: `data:image/png;base64,...`."""
+    """Whether this is a data URI, such as `data:image/png;base64,...`."""
     return isinstance(source, str) and source[:5].lower() == "data:"
 
 
@@ -145,10 +145,10 @@ def _read_file(source: Any) -> bytes:
             "give a path, a data URI, bytes, a file object, a PIL image or a uint8 array"
         )
     seekable = hasattr(source, "seekable") and source.seekable()
-    place = source.tell() if seekable else 0
+    position = source.tell() if seekable else 0
     data = source.read(MAX_IMAGE_BYTES + 1)
     if seekable:
-        source.seek(place)
+        source.seek(position)
     if not isinstance(data, bytes):
         raise ImageError("an image's file object must be opened in binary mode, with 'rb'")
     if len(data) > MAX_IMAGE_BYTES:
@@ -160,7 +160,7 @@ def find_image(source: str | os.PathLike[str]) -> Path:
     """The path of an image file, without opening it.
 
     Raises:
-        ImageError: it is a URL, no file, or larger than 512 MB.
+        ImageError: it is a URL, not a file, or larger than 512 MB.
     """
     name = os.fspath(source)
     if "://" in name:
@@ -179,17 +179,17 @@ def find_image(source: str | os.PathLike[str]) -> Path:
 
 
 def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
-    """RGB from a file, or from a PIL image that may not be read yet."""
+    """Decode a file, or a PIL image that may not be loaded yet, to RGB."""
     try:
-        opened = isinstance(source, Image.Image)
-        on_opening = 0 if opened else check_file(source, name)
-        reserved.enter_context(DECODERS.reserve(on_opening))
-        image = source if opened else Image.open(source, formats=FORMATS)
-        file = getattr(image, "fp", None) if opened else source
+        is_pil_image = isinstance(source, Image.Image)
+        opening_bytes = 0 if is_pil_image else check_file(source, name)
+        reserved.enter_context(DECODERS.reserve(opening_bytes))
+        image = source if is_pil_image else Image.open(source, formats=FORMATS)
+        file = getattr(image, "fp", None) if is_pil_image else source
         if file is None and getattr(image, "tile", None):
             raise ImageError(f"{name}: the file of this PIL image is closed; open it again")
         needed = check_image(image, file, name)
-        if not on_opening:  # a second reservation could deadlock with other threads
+        if not opening_bytes:  # a second reservation could deadlock with other threads
             reserved.enter_context(DECODERS.reserve(needed))
         if image.format == "TIFF":
             _silence_libtiff()
@@ -207,12 +207,12 @@ def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
     except UnidentifiedImageError as error:
         hint = ""
         if source.seek(0) == 0 and source.read(len(LFS_POINTER)) == LFS_POINTER:
-            hint = ", but a Git LFS pointer in its place; run git lfs pull"
+            hint = ", but a Git LFS pointer; run git lfs pull in its directory"
         if name.lower().endswith((".heic", ".heif")):
             hint = f"; on a Mac: sips -s format jpeg {name} --out photo.jpg"
         raise ImageError(f"{name}: not an image in {', '.join(FORMATS)}{hint}") from error
     except Exception as error:
-        if opened and "closed image" in str(error):  # Pillow's words
+        if is_pil_image and "closed image" in str(error):  # Pillow's message
             raise ImageError(f"{name}: this PIL image is closed; open it again") from error
         # Decoders raise almost anything on damaged files.
         raise ImageError(f"{name}: damaged image ({str(error)[:120]}); save it again") from error
@@ -268,12 +268,12 @@ def _high_bytes(image: Image.Image) -> Image.Image:
 
 
 def resize_pad(image: Image.Image, size: int) -> Image.Image:
-    """Pad to a black, centred square and resize it to (size, size), without ever building it.
+    """Pad to a square with black bars and resize it to (size, size), without building the square.
 
     Equal to apple/ml-fastvlm 592b4ad `llava/mm_utils.py` expand2square followed by a bicubic
-    resize. Pillow resizes along rows first, then along columns; each row and then each column is
-    on its own, so strips of them are resized side by side in threads, and bars above and below
-    the image are only added between the two passes.
+    resize. Pillow resizes horizontally, then vertically. Rows, then columns, are independent, so
+    strips of them are resized in parallel, and the bars above and below the image are added
+    between the two passes.
     """
     width, height = image.size
     side = max(width, height)
@@ -284,7 +284,7 @@ def resize_pad(image: Image.Image, size: int) -> Image.Image:
 
     def resize_rows(start: int) -> None:
         end = min(start + strip, height)
-        rows = image.crop((-left, start, side - left, end))  # black outside of the image
+        rows = image.crop((-left, start, side - left, end))  # black outside the image
         narrow.paste(rows.resize((size, end - start), Image.Resampling.BICUBIC), (0, top + start))
 
     def resize_columns(start: int) -> None:
@@ -299,7 +299,7 @@ def resize_pad(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Resize so that the shorter side is `size`; the longer one is rounded down.
+    """Resize the shorter side to `size`; the longer one is rounded down.
 
     Raises:
         ImageError: the image is so elongated that its longer side would exceed 16384 px.
@@ -308,13 +308,13 @@ def resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) ->
     longer = size * max(width, height) // min(width, height)
     if longer > MAX_IMAGE_SIDE:
         raise ImageError(
-            f"an image of {width} x {height} px is too elongated to cut a square from; crop it"
+            f"an image of {width} x {height} px is too elongated for a central square; crop it"
         )
     return image.resize((size, longer) if width <= height else (longer, size), resample)
 
 
 def resize_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size`, then cut the central (size, size) out.
+    """Resize the shorter side to `size`, then centre-crop to (size, size).
 
     Source: transformers 4.48 `image_transforms.py` center_crop, which rounds offsets down.
     """
@@ -324,10 +324,10 @@ def resize_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> NDArray[np.float32]:
-    """RGB image to float32 (H, W, 3) in [0, 1].
+    """Convert an RGB image to float32 (H, W, 3) in [0, 1].
 
-    Divided in float32, each of the 256 values is the same as multiplied by 1 / 255 in float64 and
-    then rounded, as the reference has it; multiplied in float32, every other is not.
+    The reference multiplies by 1 / 255 in float64 and rounds. Division in float32 gives the same
+    256 values; multiplication in float32 would not.
     """
     values = np.asarray(image).astype(np.float32)
     values /= 255

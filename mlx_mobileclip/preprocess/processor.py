@@ -1,4 +1,4 @@
-"""From images and texts to the arrays the model reads."""
+"""Preprocess images and tokenize texts for a model."""
 
 from collections.abc import Sequence
 
@@ -19,24 +19,24 @@ class Processor:
     """Image preprocessing and tokenizer of one model.
 
     Attributes:
-        preprocess: How images are prepared.
-        tokenizer: What turns text into ids.
+        preprocess: Image preprocessing.
+        tokenizer: Tokenizer of the text tower.
     """
 
     def __init__(self, preprocess: PreprocessConfig, tokenizer: Tokenizer | None = None):
-        """Keep how images are prepared; the tokenizer is CLIP's unless another is given."""
+        """Create a processor, by default with CLIP's tokenizer."""
         self.preprocess = preprocess
         self._tokenizer = tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Built on first use: images do without."""
+        """The tokenizer, built on first use."""
         if self._tokenizer is None:
             self._tokenizer = clip_tokenizer()
         return self._tokenizer
 
     def images(self, sources: Sequence[ImageSource]) -> mx.array:
-        """Prepare images.
+        """Preprocess images.
 
         Args:
             sources: Paths, encoded bytes, PIL images or uint8 arrays; at least one.
@@ -45,7 +45,7 @@ class Processor:
             float32 (B, S, S, 3).
 
         Raises:
-            ImageError: naming the image that cannot be used.
+            ImageError: an image cannot be used, or `sources` is not a list.
         """
         is_list = isinstance(sources, (Sequence, np.ndarray, mx.array)) and not isinstance(
             sources, (str, bytes, bytearray)
@@ -55,13 +55,13 @@ class Processor:
         return mx.array(np.stack([self.pixels(source) for source in sources]))
 
     def pixels(self, source: ImageSource) -> NDArray[np.float32]:
-        """Prepare one image, without MLX, so that any thread can do it.
+        """Preprocess one image, without MLX, so that any thread can do it.
 
         Returns:
             float32 (S, S, 3).
         """
         size, resample = self.preprocess.image_size, RESAMPLING[self.preprocess.interpolation]
-        image = open_resized(source, lambda whole: _resize_crop(whole, size, resample))
+        image = open_resized(source, lambda image: _resize_crop(image, size, resample))
         pixels = to_array(image)
         # In place and in float32, as torchvision's ToTensor and Normalize compute it.
         pixels -= np.array(self.preprocess.mean, np.float32)
@@ -69,7 +69,7 @@ class Processor:
         return pixels
 
     def texts(self, texts: Sequence[str]) -> mx.array:
-        """Turn texts into ids; one that is too long is cut, with a warning.
+        """Tokenize texts; one that is too long is truncated with a warning.
 
         Args:
             texts: At least one text.
@@ -78,13 +78,13 @@ class Processor:
             int32 (B, L), padded with 0.
 
         Raises:
-            PromptError: no list of texts.
+            PromptError: `texts` is not a list of texts.
         """
         return mx.array(self.tokenizer(texts))
 
 
 def _resize_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Shorter side to `size`, then the central square, to the pixel as torchvision cuts it.
+    """Resize the shorter side to `size`, then centre-crop at the same pixels as torchvision.
 
     Source: torchvision 0.25 `transforms/functional.py` center_crop, which rounds an offset of
     half a pixel to even.

@@ -1,1 +1,1 @@
-"""Multi-modal reinforced training: the loss and a reader for its data."""
+"""Multi-modal reinforced training: the loss and a reader of its data."""

@@ -1,7 +1,7 @@
 """Read reinforced data: stored augmentations, synthetic captions and teachers' embeddings.
 
 A shard is a tar file, read as hostile input: nothing is unpacked to disk or unpickled, and every
-size is checked before memory is taken. Source of the format: apple/ml-mobileclip e15d36e,
+size is checked before memory is allocated. Source of the format: apple/ml-mobileclip e15d36e,
 `training/open_clip_v2.patch` and `training/dr/transforms.py`.
 """
 
@@ -32,7 +32,7 @@ MAX_SAMPLE_BYTES = {
     "npz": 16 << 20,
     "torch": 16 << 20,
 }
-MAX_HEADER_BYTES = 16 << 10  # of a member, with the extended headers before it
+MAX_HEADER_BYTES = 16 << 10  # header of a member, including extended headers
 MAX_AUGMENTATIONS = 1024
 MAX_CAPTIONS = 1024
 MAX_WIDTH = 65536
@@ -45,7 +45,7 @@ MEMBERS = {  # suffix to kind
     "pth.gz": "torch",
 }
 MAX_MAGNITUDE = 1e6
-# Raised by zipfile and numpy on damaged files: RuntimeError on encrypted ones, the last four on
+# Raised by zipfile and numpy for damaged files: RuntimeError for encrypted ones, the last four for
 # headers that Python's parser rejects.
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -79,11 +79,11 @@ OPERATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """The augmentation of an image as shown to the teachers: a crop, then operations.
+    """Augmentation of an image before it was shown to the teachers: a crop, then operations.
 
     Attributes:
-        crop: (top, left, height, width) in pixels of the original, then resized to the model's
-            size; None for no crop.
+        crop: (top, left, height, width) in pixels of the original, which is then resized to the
+            input size of the model; None for no crop.
         operations: Names from `OPERATIONS` with their magnitudes, in order.
     """
 
@@ -96,15 +96,15 @@ class Reinforced:
     """One sample of a reinforced data set.
 
     Attributes:
-        key: Its name in the shard.
-        image: The encoded image; None in the published shards, which hold only its URL.
+        key: Name of the sample in the shard.
+        image: Encoded image; None in the published shards, which contain only its URL.
         url: URL of the image; None if the shard has none.
-        caption: The true caption.
+        caption: Ground-truth caption.
         synthetic: Synthetic captions by the name of their set.
-        augmentations: A augmentations.
-        image_embeddings: The teachers' embedding of each augmented image, float32 (A, D).
-        caption_embeddings: Their embedding of the true caption, float32 (D,).
-        synthetic_embeddings: Their embeddings of the n captions of each set, float32 (n, D).
+        augmentations: A augmentations of the image.
+        image_embeddings: Teacher embeddings of the augmented images, float32 (A, D).
+        caption_embeddings: Teacher embedding of the ground-truth caption, float32 (D,).
+        synthetic_embeddings: Teacher embeddings of the n captions of each set, float32 (n, D).
     """
 
     key: str
@@ -119,29 +119,29 @@ class Reinforced:
 
 
 def read_shard(path: Path) -> Iterator[Reinforced]:
-    """Read the samples of one shard, in its order; nothing is unpacked to disk or unpickled.
+    """Read the samples of one shard in order; nothing is unpacked to disk or unpickled.
 
     Args:
-        path: Uncompressed tar file whose members are named `<key>.<kind>`, those of a sample in
-            succession: .txt, .url.txt, .syn.json, .paug.json, .npz or .pth.gz (the former if there
-            are both), and .jpg, .png or .webp.
+        path: Uncompressed tar file with members `<key>.<kind>`, those of a sample consecutive:
+            .txt, .url.txt, .syn.json, .paug.json, .npz or .pth.gz (.npz is preferred), and .jpg,
+            .png or .webp.
 
     Yields:
         One sample at a time.
 
     Raises:
-        DataError: the file, or a member by name, is damaged, too large or not of this form.
+        DataError: the file or a named member is damaged, too large or in another format.
     """
     if path.exists() and not path.is_file():  # a pipe would block
-        raise DataError(f"{path}: is no file; give the path of a shard")
+        raise DataError(f"{path}: is not a file; give the path of a shard")
     try:
-        with path.open("rb") as opened, _tar(reader := _Metered(opened, path)) as tar:
+        with path.open("rb") as opened, _open_tar(reader := _LimitedReader(opened, path)) as tar:
             key, last, members = "", 0, dict[str, bytes]()
-            while (member := _next(tar, reader)) is not None:
+            while (member := _next_member(tar, reader)) is not None:
                 name, _, suffix = Path(member.name).name.partition(".")
                 kind = MEMBERS.get(suffix.lower())
                 if member.size < 0 or member.offset < last:
-                    raise DataError(f"{path}: its members overlap; download it again")
+                    raise DataError(f"{path}: members overlap; download it again")
                 last = member.offset_data
                 if kind is None or not member.isreg():
                     continue
@@ -154,9 +154,9 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
                 if member.size > limit:
                     raise DataError(
                         f"{path}: {member.name[:200]} has {member.size} bytes; "
-                        f"at most {limit >> 20} MB are read"
+                        f"the limit is {limit >> 20} MB"
                     )
-                reader.left = limit + tarfile.RECORDSIZE
+                reader.remaining = limit + tarfile.RECORDSIZE
                 file = tar.extractfile(member)
                 members[suffix.lower()] = file.read() if file else b""
             if members:
@@ -168,16 +168,16 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
         ) from error
 
 
-class _Metered(io.BufferedIOBase):
-    """A file of which so many bytes are read and no more, since tarfile sets no bound itself."""
+class _LimitedReader(io.BufferedIOBase):
+    """A file with a limit on the bytes read from it, because tarfile has none."""
 
     def __init__(self, file: BinaryIO, path: Path):
-        self._file, self._path, self.left = file, path, 0
+        self._file, self._path, self.remaining = file, path, 0
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= self.left:
+        if size is None or not 0 <= size <= self.remaining:
             raise DataError(f"{self._path}: a header is too large; download it again")
-        self.left -= size
+        self.remaining -= size
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -187,14 +187,14 @@ class _Metered(io.BufferedIOBase):
         return self._file.tell()
 
 
-def _tar(reader: _Metered) -> tarfile.TarFile:
-    reader.left = MAX_HEADER_BYTES  # of the first member, which is read at once
+def _open_tar(reader: _LimitedReader) -> tarfile.TarFile:
+    reader.remaining = MAX_HEADER_BYTES  # `open` reads the first header
     return tarfile.open(fileobj=reader, mode="r:")
 
 
-def _next(tar: tarfile.TarFile, reader: _Metered) -> tarfile.TarInfo | None:
-    """The next member; those before it are forgotten, for a shard may have millions."""
-    reader.left = MAX_HEADER_BYTES
+def _next_member(tar: tarfile.TarFile, reader: _LimitedReader) -> tarfile.TarInfo | None:
+    """Next member; drops earlier ones from memory, because a shard may have millions."""
+    reader.remaining = MAX_HEADER_BYTES
     tar.members = []  # type: ignore[attr-defined]
     return tar.next()
 
@@ -203,7 +203,7 @@ def _sample(where: str, key: str, members: Mapping[str, bytes]) -> Reinforced:
     embeddings = "pth.gz" if "pth.gz" in members and "npz" not in members else "npz"
     for needed in ("txt", "syn.json", "paug.json", embeddings):
         if needed not in members:
-            raise DataError(f"{where}: has no .{needed}; the shard is not a reinforced one")
+            raise DataError(f"{where}: has no .{needed}; this is not a shard of reinforced data")
     read = _read_npz if embeddings == "npz" else _read_torch_gz
     arrays = read(members[embeddings], where)
     synthetic = _synthetic(_json(members["syn.json"], where), where)
@@ -213,7 +213,7 @@ def _sample(where: str, key: str, members: Mapping[str, bytes]) -> Reinforced:
         raise DataError(f"{where}: {len(augmentations)} augmentations, {len(images)} embeddings")
     synthetic_embeddings = {}
     for name, captions in synthetic.items():
-        # Older shards store the rows of the synthetic captions after that of the true one.
+        # Older shards store the rows of the synthetic captions after the ground-truth one.
         rows = texts[1:] if len(texts) > 1 else _embeddings(arrays, f"{name}_emb", where)
         if len(rows) != len(captions) or rows.shape[1] != images.shape[1]:
             raise DataError(
@@ -250,32 +250,32 @@ def _json(data: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({str(error)[:100]})") from error
     if not isinstance(value, dict):
-        raise DataError(f"{where}: holds no JSON object")
+        raise DataError(f"{where}: is not a JSON object")
     return value
 
 
 def _synthetic(values: dict[str, Any], where: str) -> dict[str, tuple[str, ...]]:
-    found = {name: texts for name, texts in values.items() if re.match(r"syn_text", name)}
-    if not found or len(found) > MAX_CAPTIONS:
-        raise DataError(f"{where}: .syn.json has {len(found)} sets named syn_text*")
-    for name, texts in found.items():
+    sets = {name: texts for name, texts in values.items() if re.match(r"syn_text", name)}
+    if not sets or len(sets) > MAX_CAPTIONS:
+        raise DataError(f"{where}: .syn.json has {len(sets)} sets named syn_text*")
+    for name, texts in sets.items():
         if (
             not isinstance(texts, list)
             or not 1 <= len(texts) <= MAX_CAPTIONS
             or not all(isinstance(text, str) for text in texts)
         ):
-            raise DataError(f"{where}: {name[:80]} is no list of 1 to {MAX_CAPTIONS} texts")
-    return {name: tuple(texts) for name, texts in found.items()}
+            raise DataError(f"{where}: {name[:80]} is not a list of 1 to {MAX_CAPTIONS} texts")
+    return {name: tuple(texts) for name, texts in sets.items()}
 
 
 def _augmentations(values: dict[str, Any], where: str) -> tuple[Augmentation, ...]:
     entries = values.get("param_aug")
-    if isinstance(entries, str):  # the published shards hold JSON within JSON
+    if isinstance(entries, str):  # the published shards nest JSON in JSON
         entries = _json(b'{"param_aug":' + entries.encode("utf-8", "replace") + b"}", where)[
             "param_aug"
         ]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_AUGMENTATIONS:
-        raise DataError(f"{where}: param_aug is no list of 1 to {MAX_AUGMENTATIONS} entries")
+        raise DataError(f"{where}: param_aug is not a list of 1 to {MAX_AUGMENTATIONS} entries")
     return tuple(_augmentation(entry, where) for entry in entries)
 
 
@@ -290,11 +290,11 @@ def _augmentation(entry: Any, where: str) -> Augmentation:
         and crop[2] > 0
         and crop[3] > 0
     ):
-        raise DataError(f"{where}: {str(crop)[:80]} is no crop (top, left, height, width)")
+        raise DataError(f"{where}: {str(crop)[:80]} is not a crop (top, left, height, width)")
     if operations is None:
         operations = []
     if not isinstance(operations, list) or len(operations) > len(OPERATIONS):
-        raise DataError(f"{where}: {str(operations)[:80]} is no list of operations")
+        raise DataError(f"{where}: {str(operations)[:80]} is not a list of operations")
     return Augmentation(
         None if crop is None else (crop[0], crop[1], crop[2], crop[3]),
         tuple(_operation(operation, where) for operation in operations),
@@ -311,7 +311,8 @@ def _operation(entry: Any, where: str) -> tuple[str, float]:
         or not abs(entry[1]) <= MAX_MAGNITUDE  # refuses NaN too
     ):
         raise DataError(
-            f"{where}: {str(entry)[:80]} is no operation (0 to {len(OPERATIONS) - 1}, magnitude)"
+            f"{where}: {str(entry)[:80]} is not an operation (0 to {len(OPERATIONS) - 1}, "
+            "magnitude)"
         )
     return OPERATIONS[entry[0]], float(entry[1])
 
@@ -325,7 +326,7 @@ def _embeddings(
 
 
 def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
-    """Arrays of embeddings by name, checked: float, 2-D, finite, and of the declared size."""
+    """Read arrays of embeddings by name; checked to be float, 2-D, finite, of the declared size."""
     arrays: dict[str, NDArray[np.float32]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -336,9 +337,9 @@ def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
                 if entry.file_size > MAX_SAMPLE_BYTES["npz"]:
                     raise DataError(f"{where}: {name} unpacks to {entry.file_size} bytes")
                 if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise DataError(f"{where}: {name} is compressed in an unusual way")
+                    raise DataError(f"{where}: {name} uses an unsupported compression")
                 with archive.open(entry) as file:
-                    # One more byte than declared, to detect a wrong size.
+                    # One byte more than declared, to detect a wrong size.
                     arrays[name] = _read_npy(file.read(entry.file_size + 1), f"{where}: {name}")
     except UNREADABLE as error:
         raise DataError(
@@ -348,7 +349,7 @@ def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
 
 
 def _read_torch_gz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
-    """The same arrays from a compressed PyTorch file, the format of the bfloat16 data sets."""
+    """Read the same arrays from a gzipped PyTorch file, as in the bfloat16 data sets."""
     limit = MAX_SAMPLE_BYTES["torch"]
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
@@ -366,7 +367,7 @@ def _read_torch_gz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
             raise DataError(f"{where}: {name[:80]} has shape {str(tensor.shape)[:80]}")
         arrays[name] = np.array(tensor.astype(mx.float32))
         if not np.isfinite(arrays[name]).all():
-            raise DataError(f"{where}: {name[:80]} holds values that are not finite")
+            raise DataError(f"{where}: {name[:80]} contains values that are not finite")
     return arrays
 
 
@@ -374,7 +375,7 @@ def _read_npy(data: bytes, where: str) -> NDArray[np.float32]:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise DataError(f"{where}: .npy version {version} is not read")
+        raise DataError(f"{where}: .npy version {version} is not supported")
     read_header = (
         np.lib.format.read_array_header_1_0
         if version == (1, 0)
@@ -382,13 +383,13 @@ def _read_npy(data: bytes, where: str) -> NDArray[np.float32]:
     )
     shape, fortran, dtype = read_header(file)
     if dtype not in (np.float16, np.float32, np.float64) or fortran:
-        raise DataError(f"{where}: holds {dtype}, not floats in C order")
+        raise DataError(f"{where}: contains {dtype}; expected floats in C order")
     if len(shape) != 2 or not all(0 < n <= MAX_WIDTH for n in shape):
         raise DataError(f"{where}: has shape {str(shape)[:80]}; expected (rows, width)")
     body = data[file.tell() :]
     if len(body) != shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(f"{where}: shape {shape} does not fit its {len(body)} bytes")
+        raise DataError(f"{where}: shape {shape} does not match its {len(body)} bytes")
     values = np.frombuffer(body, dtype).reshape(shape).astype(np.float32)
     if not np.isfinite(values).all():
-        raise DataError(f"{where}: holds values that are not finite")
+        raise DataError(f"{where}: contains values that are not finite")
     return values

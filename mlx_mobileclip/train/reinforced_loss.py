@@ -15,11 +15,11 @@ from ..errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """One caption for each image of a batch: the true ones, or one draw of the synthetic ones.
+    """One caption per image of a batch: the ground-truth ones, or one sample of synthetic ones.
 
     Attributes:
-        texts: The student's embeddings, unit rows (B, E).
-        teacher_texts: The teachers' stored embeddings, concatenated (B, D).
+        texts: Student embeddings, unit rows (B, E).
+        teacher_texts: Stored teacher embeddings, concatenated (B, D).
     """
 
     texts: mx.array
@@ -28,10 +28,10 @@ class Captions:
 
 @dataclass(frozen=True, slots=True)
 class Teachers:
-    """The ensemble of teachers, whose embeddings are concatenated in each stored row.
+    """The ensemble of teachers, whose embeddings are concatenated in stored rows.
 
     Attributes:
-        widths: Embedding width of each teacher, D in total; each embedding has length 1.
+        widths: Embedding width of each teacher, D in total; each embedding has unit length.
         scales: Factor on each teacher's cosine similarities before its softmax: 100 and 100 for
             the teachers of MobileCLIP, 70 and 60 for those of MobileCLIP2.
     """
@@ -51,20 +51,20 @@ def reinforced_loss(
 ) -> mx.array:
     """Contrastive loss and distillation from the teachers' similarities, summed over captions.
 
-    For each set of captions the loss is the mean, over images to texts and texts to images, of
+    For each set of captions the loss is the mean, over image-to-text and text-to-image, of
     `w0 * CE(identity, S) + w1 * CE(P, S)`. `S` is the student's log-softmax over the batch, `P`
     the mean of the teachers' softmaxes, `CE(P, S) = -sum(P * S)` averaged over the batch.
 
     Args:
-        images: The student's embeddings, unit rows (B, E).
-        captions: The true captions, the synthetic ones, or both; they share the images.
-        teacher_images: The teachers' embeddings of the images as augmented, (B, D).
+        images: Student embeddings, unit rows (B, E).
+        captions: Ground-truth captions, synthetic ones, or both, for the same images.
+        teacher_images: Teacher embeddings of the augmented images, (B, D).
         logit_scale: Natural logarithm of the student's factor, as `MobileCLIP.logit_scale`.
-        teachers: How the teachers' rows are split; by default two of 768 at a scale of 100.
+        teachers: Widths and scales of the teachers; by default two of width 768 and scale 100.
         weights: (w0, w1): (0, 1) for the small models and all 12M runs, (0.25, 0.75) for B on 1B.
 
     Returns:
-        The loss, float32 scalar; differentiable in `images`, `texts` and `logit_scale`.
+        Loss, float32 scalar; differentiable in `images`, `texts` and `logit_scale`.
 
     Raises:
         DataError: shapes disagree.
@@ -80,23 +80,23 @@ def reinforced_loss(
             (logits, (teacher_images, pair.teacher_texts)),
             (logits.T, (pair.teacher_texts, teacher_images)),
         ):
-            log_share = student - mx.logsumexp(student, axis=1, keepdims=True)
-            target = mx.stop_gradient(_teacher_shares(queries, keys, teachers))
-            contrastive = -mx.mean(mx.diagonal(log_share))
-            distilled = -mx.mean(mx.sum(target * log_share, axis=1))
-            loss = loss + (weights[0] * contrastive + weights[1] * distilled) / 2
+            log_probabilities = student - mx.logsumexp(student, axis=1, keepdims=True)
+            target = mx.stop_gradient(_teacher_probabilities(queries, keys, teachers))
+            contrastive = -mx.mean(mx.diagonal(log_probabilities))
+            distillation = -mx.mean(mx.sum(target * log_probabilities, axis=1))
+            loss = loss + (weights[0] * contrastive + weights[1] * distillation) / 2
     return loss
 
 
-def _teacher_shares(queries: mx.array, keys: mx.array, teachers: Teachers) -> mx.array:
-    """Mean over the teachers of the softmax of their similarities, (B, B)."""
-    shares, start = [], 0
+def _teacher_probabilities(queries: mx.array, keys: mx.array, teachers: Teachers) -> mx.array:
+    """Softmax of the similarities, averaged over the teachers, (B, B)."""
+    probabilities, start = [], 0
     for width, scale in zip(teachers.widths, teachers.scales, strict=True):
         part = slice(start, start + width)
         similarities = queries[:, part].astype(mx.float32) @ keys[:, part].astype(mx.float32).T
-        shares.append(mx.softmax(scale * similarities, axis=1))
+        probabilities.append(mx.softmax(scale * similarities, axis=1))
         start += width
-    return sum(shares[1:], shares[0]) / len(shares)
+    return sum(probabilities[1:], probabilities[0]) / len(probabilities)
 
 
 def _check(
@@ -108,7 +108,7 @@ def _check(
             "give each teacher its own"
         )
     if not captions:
-        raise DataError("there are no captions; give the true ones, the synthetic ones, or both")
+        raise DataError("no captions; give the ground-truth ones, synthetic ones, or both")
     stored = (images.shape[0], sum(teachers.widths))
     for name, array, shape in [
         ("teacher_images", teacher_images, stored),

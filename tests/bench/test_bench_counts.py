@@ -1,4 +1,4 @@
-"""What each step costs on an Apple GPU, counted from MLX's graphs at full size without running."""
+"""Kernels and memory traffic of each step on an Apple GPU, counted without running it."""
 
 import io
 import re
@@ -16,8 +16,8 @@ from bench.chips import CHIPS
 from bench.graph import VIEWS, Graphs, gpu_graphs, leaf
 from mlx_mobileclip import layers
 
-# Of the 0.5B: primitives, and MB of elements read and written. Lower a figure when it falls. The
-# first three have an aim of 6, of 440 and 2500 MB, of 390; mlx-vlm 0.7.10: 16, 855 and 7047, 487.
+# For the 0.5B: primitives, and MB read and written. Lower a figure when it falls. The first three
+# have targets: 6; 440 and 2500 MB; 390. mlx-vlm 0.7.10 has 16; 855 and 7047 MB; 487.
 PINNED = {
     counts.BLOCK: (6, 34.6),
     counts.VISION: (341, 2385),  # two of them cast the mean of squeeze-and-excitation
@@ -43,8 +43,8 @@ def test_counts_of_the_05b(graphs: Graphs) -> None:
         assert counts.elements(counted[step]) == pytest.approx(megabytes, rel=0.01), step
 
 
-def test_roofline(graphs: Graphs) -> None:
-    """FLOPs as worked out by hand; no expectation beats the chip, and larger chips are faster."""
+def test_roofline_is_plausible(graphs: Graphs) -> None:
+    """FLOPs equal hand counts, times stay above the floor, and larger chips are faster."""
     stages = roofline.read_stages(graphs, "0.5b", 512)
     flops = {stage: sum(kernel.flops for kernel in kernels) for stage, kernels in stages.items()}
     tower = sum(flops[stage] for stage in list(stages)[:7])
@@ -52,13 +52,13 @@ def test_roofline(graphs: Graphs) -> None:
     assert flops["projector"] == 2 * 64 * (3072 * 896 + 896 * 896)
     assert flops["prefill of 108 tokens"] == pytest.approx(2 * (108 * 357.8e6 + 136.1e6), rel=0.02)
     for kernels in stages.values():
-        seconds = {name: roofline.figures_of(kernels, chip) for name, chip in CHIPS.items()}
+        seconds = {name: roofline.stage_figures(kernels, chip) for name, chip in CHIPS.items()}
         assert all(row["floor_ms"] < row["expected_ms"] for row in seconds.values())
         assert seconds["m1"]["floor_ms"] > seconds["m1-max"]["floor_ms"]
         assert seconds["m1"]["expected_ms"] > seconds["m5-max"]["expected_ms"]
 
 
-def test_views_cost_nothing_and_show_what_they_show(graphs: Graphs) -> None:
+def test_views_cost_nothing(graphs: Graphs) -> None:
     x, w, bias = leaf(mx.zeros((2, 3, 4))), leaf(mx.zeros((5, 4))), leaf(mx.zeros((5,)))
     kernels = graphs.kernels(lambda: ((x.reshape(6, 4) @ w.T) + bias)[None].transpose(0, 2, 1))
     assert {kernel.name: kernel.bytes for kernel in kernels} == {
@@ -67,7 +67,7 @@ def test_views_cost_nothing_and_show_what_they_show(graphs: Graphs) -> None:
     }
 
 
-def test_one_kernel_is_one(graphs: Graphs) -> None:
+def test_fused_operations_count_as_one_kernel(graphs: Graphs) -> None:
     """Compiled functions within others too; attention where Metal has a kernel for the width."""
     x = leaf(mx.zeros((1, 2, 8, 64), mx.float16))
 
@@ -83,13 +83,13 @@ def test_one_kernel_is_one(graphs: Graphs) -> None:
     assert {"Matmul", "Softmax"} <= set(names(lambda: attend(32)))
 
 
-def test_all_is_as_before_afterwards() -> None:
+def test_reading_graphs_changes_no_state() -> None:
     """A compiled function first traced while graphs are read computes what it should."""
     x = mx.linspace(-4, 4, 24)
     mx.eval(x)
     silu, compiled = nn.silu, mx.compile(lambda x: nn.silu(x) * x, shapeless=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn, "traced", compiled, raising=False)  # where it will be found
+        patch.setattr(nn, "traced", compiled, raising=False)  # where gpu_graphs finds it
         with gpu_graphs() as graphs:
             assert len(graphs.kernels(lambda: vars(nn)["traced"](x))) == 1
             assert mx.default_device().type == mx.DeviceType.gpu
@@ -106,7 +106,7 @@ def test_all_is_as_before_afterwards() -> None:
     [(nn.gelu, 1), (layers._bias_gelu, 2), (layers._fused_add_biases, 3), (layers._swiglu, 2)],
 )
 def test_compiled_functions_become_one_kernel(function: Callable[..., object], arrays: int) -> None:
-    """As MLX itself lists them; `gpu_graphs` takes it for granted."""
+    """In MLX's own graphs; `gpu_graphs` relies on it."""
     listing = io.StringIO()
     shapes = [(2, 3, 4)] + [(4,) if function is not layers._swiglu else (2, 3, 4)] * (arrays - 1)
     result = function(*(mx.ones(shape) for shape in shapes))

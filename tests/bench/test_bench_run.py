@@ -1,4 +1,4 @@
-"""`python -m bench` at tiny sizes: that it measures and records, not what."""
+"""`python -m bench` at tiny sizes: it measures and records; figures are not checked."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from bench.__main__ import main
 from bench.cases import Case
 from bench.power import Power
 
-# Left out: a process of its own (buffers), mlx-lm (decode; see below), full size only (mobileclip).
+# Left out: buffers (own process), decode (mlx-lm; see below), mobileclip (full size only).
 MEASURED = (
     *("pointwise", "depthwise", "attention", "half-precision", "prefill", "matrix-units"),
     *("tower", "answer"),
@@ -34,14 +34,12 @@ def test_contenders_take_turns(tmp_path: Path) -> None:
         assert len(row) == 7
 
 
-def test_nothing_is_compared_with_ours_failing(tmp_path: Path) -> None:
+def test_failure_of_ours_ends_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="here: failed"):
         compare.measure(Case("here", "vision", ("ours",), "tiny"), tmp_path / "nothing", 1, {})
 
 
-def test_what_was_compared_before_ctrl_c_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_before_ctrl_c_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([{"ours": compare.Measured([1.0], 1)}])
 
     def measure(*_: object) -> dict[str, compare.Measured]:
@@ -62,13 +60,13 @@ def test_what_was_compared_before_ctrl_c_is_kept(
 
 
 def test_unknown_case_is_refused() -> None:
-    with pytest.raises(SystemExit, match="no case begins with x; there are vision, first-token"):
+    with pytest.raises(SystemExit, match="no case starts with x; choose from vision, first-token"):
         main(["compare", "--size", "tiny", "--only", "x"])
 
 
 @pytest.mark.parametrize("size", ["tiny", "0.5b"])
 def test_cases_have_contenders_and_names(size: str) -> None:
-    found = cases.usual(size), cases.scaling(size)
+    found = cases.standard(size), cases.scaling(size)
     for several in found:
         assert len({case.name for case in several}) == len(several)
         for case in several:
@@ -92,11 +90,11 @@ def test_mac_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert table.count("\n| ") == len(written["figures"]) + 1
 
 
-def test_power_is_the_mean_of_what_is_reported() -> None:
+def test_power_is_the_mean_of_reported_values() -> None:
     combined = "Combined Power (CPU + GPU + ANE):"
     lines = f"GPU Power: 9 mW\n{combined} 1500 mW\n\nidle\n{combined} 2500 mW"
     report = [sys.executable, "-c", f"print({lines!r})"]
-    with Power(wanted=True, command=report) as power:
+    with Power(enabled=True, command=report) as power:
         started, until = 0.0, time.monotonic() + 20
         while power.mean(started) != 2 and time.monotonic() < until:
             time.sleep(0.01)
@@ -104,9 +102,9 @@ def test_power_is_the_mean_of_what_is_reported() -> None:
         assert power.mean(time.monotonic()) is None
 
 
-def test_power_is_unknown_where_nothing_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with Power(wanted=True, command=["/nowhere/powermetrics"]) as power:
+def test_power_is_unknown_without_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
+    with Power(enabled=True, command=["/nowhere/powermetrics"]) as power:
         assert power.mean(0) is None
     assert "power is not measured" in capsys.readouterr().err
-    with Power(wanted=False) as power:
+    with Power(enabled=False) as power:
         assert power.mean(0) is None

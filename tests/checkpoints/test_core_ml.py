@@ -1,4 +1,4 @@
-"""Towers out of Core ML packages: the same weights as from the checkpoint they were made of."""
+"""Towers read from Core ML packages have the weights of the original checkpoint."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tolerances import relative_error
 
 import mlx_fastvlm
 import mlx_mobileclip
-from convert import __main__ as command
+from convert import __main__ as converter
 from mlx_fastvlm import CheckpointError
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_mobileclip import ConfigError
@@ -29,7 +29,7 @@ ROUNDING = 1e-6  # folded twice, and rounded to float32 between
 
 
 def write_export(directory: Path, dtype: str = "float32") -> Path:
-    """An app export with the image tower beside it, as Apple publishes them."""
+    """Write an app export with its image tower in a package, as Apple publishes them."""
     synthetic.write_layout(directory, "app export")
     fastvithd_program(tiny_fastvithd(), TINY_LAYERS, dtype).write(directory / "fastvithd.mlpackage")
     return directory
@@ -42,7 +42,7 @@ def assert_same(found: dict[str, mx.array], expected: dict[str, mx.array], limit
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", ROUNDING), ("float16", 2e-3)])
-def test_fastvlm_takes_its_tower_from_the_package(dtype: str, limit: float, tmp_path: Path) -> None:
+def test_fastvlm_tower_is_read_from_the_package(dtype: str, limit: float, tmp_path: Path) -> None:
     export = write_export(tmp_path / "export", dtype)
     original = synthetic.write_layout(tmp_path / "original", "llava_qwen2")
     config, found = read_canonical(find_checkpoint(export))
@@ -59,10 +59,10 @@ def test_fastvlm_takes_its_tower_from_the_package(dtype: str, limit: float, tmp_
     assert relative_error(features[0], features[1]) < limit
 
 
-def test_another_checkpoint_can_lend_its_package(tmp_path: Path) -> None:
+def test_vision_from_may_be_an_export_with_a_package(tmp_path: Path) -> None:
     export = write_export(tmp_path / "export")
     alone = synthetic.write_layout(tmp_path / "alone", "app export")
-    with pytest.raises(CheckpointError, match=r"no image tower, nor fastvithd\.mlpackage"):
+    with pytest.raises(CheckpointError, match=r"no image tower and no fastvithd\.mlpackage"):
         mlx_fastvlm.load(alone)
     with pytest.raises(CheckpointError, match="has no image tower"):
         mlx_fastvlm.load(alone, vision_from=alone)
@@ -70,10 +70,10 @@ def test_another_checkpoint_can_lend_its_package(tmp_path: Path) -> None:
     assert_same(read_canonical(find_checkpoint(alone), export)[1], expected, 1e-9)
 
 
-def test_convert_writes_canonical(tmp_path: Path) -> None:
+def test_conversion_includes_the_tower(tmp_path: Path) -> None:
     export = write_export(tmp_path / "export")
     target = tmp_path / "converted"
-    assert command.main(["--model", str(export), "--mlx-path", str(target)]) == 0
+    assert converter.main(["--model", str(export), "--mlx-path", str(target)]) == 0
     config = json.loads((target / "config.json").read_text())
     assert config["model_type"] == "mlx_fastvlm"
     assert "Image tower taken from: fastvithd.mlpackage" in (target / "NOTICE").read_text()
@@ -95,7 +95,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_clip_names(apple: dict[str, np.ndarray]) -> dict[str, Any]:
-    """As open_clip would name Apple's tensors, S0's text tower too, which it has not."""
+    """Apple's tensors with open_clip's names, also for S0's text tower, which it lacks."""
     result = {}
     for key, value in synthetic_clip.open_clip_tensors(apple).items():
         if key.startswith("text."):
@@ -105,7 +105,7 @@ def open_clip_names(apple: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def write_variant(directory: Path, size: str) -> tuple[str, dict[str, np.ndarray]]:
-    """The packages of a variant; returns its name and the tensors in Apple's names."""
+    """Write the packages of a variant; returns its name and its tensors with Apple's names."""
     variant = f"MobileCLIP-{size}"
     apple = values(tiny_shapes(variant, "apple", fused=True))
     named = open_clip_names(apple)
@@ -115,7 +115,7 @@ def write_variant(directory: Path, size: str) -> tuple[str, dict[str, np.ndarray
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("size", STEMS)
-def test_mobileclip_takes_both_towers(size: str, tmp_path: Path) -> None:
+def test_mobileclip_towers_equal_the_original(size: str, tmp_path: Path) -> None:
     variant, apple = write_variant(tmp_path, size)
     path = synthetic_clip.write(tmp_path / "original" / "weights.safetensors", apple)
     models = [
@@ -126,18 +126,18 @@ def test_mobileclip_takes_both_towers(size: str, tmp_path: Path) -> None:
         side = model.config.preprocess.image_size
         pixels = np.random.default_rng(1).random((2, side, side, 3), dtype=np.float32)
         image = model.encode_image(mx.array(pixels), normalize=True)
-        words = model.encode_text(processor.texts(["a cat", "two dogs"]), normalize=True)
-        embeddings.append((np.asarray(image), np.asarray(words)))
+        text = model.encode_text(processor.texts(["a cat", "two dogs"]), normalize=True)
+        embeddings.append((np.asarray(image), np.asarray(text)))
     for found, expected in zip(*embeddings, strict=True):
         assert relative_error(found, expected) < 1e-5
     assert models[0][0].config.source["layout"] == "Core ML"
     assert abs(float(models[0][0].logit_scale) - np.log(100)) < 1e-6
-    alone = mlx_mobileclip.load(tmp_path, dtype="float32")[0]  # the only one there is
+    alone = mlx_mobileclip.load(tmp_path, dtype="float32")[0]  # the only variant there
     assert alone.config.variant == variant
 
 
 @pytest.mark.usefixtures("tiny")
-def test_several_variants_must_be_told_apart(tmp_path: Path) -> None:
+def test_several_variants_require_a_choice(tmp_path: Path) -> None:
     for size in ("S2", "B-LT"):
         write_variant(tmp_path, size)
     with pytest.raises(ConfigError) as several:
@@ -151,43 +151,43 @@ def test_several_variants_must_be_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_mobileclip_is_converted(tmp_path: Path) -> None:
+def test_mobileclip_packages_are_converted(tmp_path: Path) -> None:
     write_variant(tmp_path, "S0")
     target = tmp_path / "converted"
     given = ["--model", str(tmp_path), "--variant", "MobileCLIP-S0", "--mlx-path", str(target)]
-    assert command.main(given) == 0
+    assert converter.main(given) == 0
     assert mlx_mobileclip.load(target)[0].config.variant == "MobileCLIP-S0"
 
 
 @pytest.mark.parametrize("load", [mlx_fastvlm.load, mlx_mobileclip.load])
-def test_captioners_are_named_as_such(load: Any) -> None:
+def test_captioners_are_refused(load: Any) -> None:
     name = "apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context77"
     with pytest.raises(CheckpointError, match=r"is a captioner \(CoCa\), which is not supported"):
         load(name)
 
 
-# Other models
+# Other towers
 
 Change = tuple[str, Any, str]
 
 
-class Spoiled(core_ml_towers.TowerProgram):
+class ChangedTower(core_ml_towers.TowerProgram):
     """Changes one parameter of the n-th operation of a kind."""
 
     def __init__(self, tensors: Tensors, kind: str, number: int, change: dict[str, Any]):
         super().__init__(tensors)
-        self.left, self.kind_, self.change = number, kind, change
+        self.remaining, self.kind_, self.change = number, kind, change
 
     def layer(self, kind: str, **parameters: Any) -> None:
         if kind == self.kind_:
-            self.left -= 1
-            if self.left == -1:
+            self.remaining -= 1
+            if self.remaining == -1:
                 kind = self.change.get("kind", kind)
                 parameters |= {k: v for k, v in self.change.items() if k != "kind"}
         super().layer(kind, **parameters)
 
 
-SPOILED = {
+CHANGED_TOWERS = {
     "stride": ("conv", 0, {"strides": [1, 1]}, "has strides (1, 1) and padding (1, 1, 1, 1)"),
     "padding": ("conv", 3, {"pad": [0, 0, 0, 0]}, "and padding (0, 0, 0, 0) instead of"),
     "padding at one side": ("conv", 0, {"pad_type": "same"}, "and padding () instead of"),
@@ -195,7 +195,7 @@ SPOILED = {
     "dilations": ("conv", 4, {"dilations": [2, 2]}, "or dilations"),
     "shape": ("conv", 4, {"weight": np.ones((8, 1, 5, 5))}, "shape (8, 1, 5, 5) instead of"),
     "bias of another size": ("conv", 4, {"bias": np.ones(9)}, "shape (9,) instead of (8,)"),
-    "no GELU": ("gelu", 2, {"kind": "relu", "mode": "EXACT"}, "stands where the tower has gelu"),
+    "no GELU": ("gelu", 2, {"kind": "relu", "mode": "EXACT"}, "is where the tower has gelu"),
     "another GELU": ("gelu", 2, {"mode": "TANH_APPROXIMATION"}, "not the exact GELU"),
     "unknown operation": ("gelu", 2, {"kind": "silu"}, "of a kind that no known tower has"),
     "bias of qkv": ("linear", 0, {"bias": np.ones(192)}, "has a bias, unlike"),
@@ -205,13 +205,13 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_another_tower_is_refused_by_its_operation(case: str, tmp_path: Path) -> None:
-    kind, number, change, message = SPOILED[case]
+@pytest.mark.parametrize("case", CHANGED_TOWERS)
+def test_changed_operation_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    kind, number, change, message = CHANGED_TOWERS[case]
     change = {
         k: v.astype(np.float32) if isinstance(v, np.ndarray) else v for k, v in change.items()
     }
-    program = Spoiled(tiny_fastvithd(), kind, number, change)
+    program = ChangedTower(tiny_fastvithd(), kind, number, change)
     program.x = program.input("images", (1, 3, 256, 256))
     core_ml_towers.fastvit(program, TINY_LAYERS, "layer", se=False)
     export = synthetic.write_layout(tmp_path, "app export")
@@ -223,9 +223,11 @@ def test_another_tower_is_refused_by_its_operation(case: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [((1, 2, 1, 1, 1), "stands where the tower has"), ((1, 2, 1, 1, 3), "stands where")],
+    [((1, 2, 1, 1, 1), "is where the tower has"), ((1, 2, 1, 1, 3), "is where")],
 )
-def test_a_tower_of_another_depth(layers: tuple[int, ...], message: str, tmp_path: Path) -> None:
+def test_tower_of_another_depth_is_refused(
+    layers: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
     tensors = tiny_fastvithd()
     last = {k: v for k, v in tensors.items() if k.startswith("stages.4.blocks.1.")}
     tensors |= {k.replace("blocks.1", "blocks.2"): v for k, v in last.items()}
@@ -236,7 +238,7 @@ def test_a_tower_of_another_depth(layers: tuple[int, ...], message: str, tmp_pat
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_what_stands_around_the_tower(where: str, tmp_path: Path) -> None:
+def test_operations_around_the_tower_are_refused(where: str, tmp_path: Path) -> None:
     program = core_ml_towers.TowerProgram(tiny_fastvithd())
     program.x = program.input("images", (1, 3, 256, 256))
     if where == "before":
@@ -246,12 +248,12 @@ def test_what_stands_around_the_tower(where: str, tmp_path: Path) -> None:
         program.conv(np.ones((4, 256, 1, 1), np.float32), np.ones(4, np.float32))
     export = synthetic.write_layout(tmp_path, "app export")
     program.write(export / "fastvithd.mlpackage")
-    message = "prepares pixels with" if where == "before" else "goes on where the tower ends"
+    message = "prepares pixels with" if where == "before" else "continues after the end"
     with pytest.raises(CheckpointError, match=message):
         mlx_fastvlm.load(export)
 
 
-def test_what_nothing_uses_is_named(tmp_path: Path) -> None:
+def test_unused_constants_are_named_in_a_warning(tmp_path: Path) -> None:
     program = fastvithd_program(tiny_fastvithd(), TINY_LAYERS)
     program.const(np.ones(5, np.float32), name="left_over")
     export = synthetic.write_layout(tmp_path, "app export")

@@ -1,4 +1,4 @@
-"""Every form in which Core ML packages keep a weight, written here and read back."""
+"""Round trips of every form in which Core ML packages store weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ def read(tmp_path: Path, program: Program, name: str) -> np.ndarray:
     return np.asarray(read_program(path, "case").constants[name].read())
 
 
-def expanded(
+def read_operation(
     tmp_path: Path, kind: str, dtype: str, attributes: dict[str, Any], **inputs: Any
 ) -> np.ndarray:
-    """A constant made by an operation, of values and of types that NumPy has not: (array, code)."""
+    """Read the result of a constant operation; (array, code) has a type that NumPy lacks."""
     program = Program(dtype)
 
     def stored(value: Any) -> Any:
@@ -37,7 +37,7 @@ def expanded(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_plain(dtype: str, tmp_path: Path) -> None:
+def test_plain_weights(dtype: str, tmp_path: Path) -> None:
     value = RNG.standard_normal(SHAPE).astype(dtype)
     program = Program(dtype)
     name = program.const(value)
@@ -51,23 +51,23 @@ def test_palette_of_ios_16(bits: int, tmp_path: Path) -> None:
     indices = RNG.integers(0, 1 << bits, SHAPE)
     packed = np.frombuffer(packed_bits(indices, bits), np.uint8)
     given = {"indices": packed, "lut": table, "shape": np.array(SHAPE, np.uint32)}
-    found = expanded(tmp_path, "constexpr_lut_to_dense", "float16", given)
+    found = read_operation(tmp_path, "constexpr_lut_to_dense", "float16", given)
     assert found.dtype == np.float16 and np.array_equal(found, table[indices])
 
 
 @pytest.mark.parametrize(("bits", "code"), [(1, 37), (2, 36), (3, 39), (4, 35), (6, 38), (8, 31)])
 @pytest.mark.parametrize("groups", [(1, 1), (3, 1), (1, 2)], ids=str)
 def test_palettes_of_ios_18(bits: int, code: int, groups: tuple[int, int], tmp_path: Path) -> None:
-    """A table for all, for two outputs each, or for two inputs each."""
+    """One table for all weights, per two outputs, or per two inputs."""
     table = RNG.standard_normal((*groups, 1, 1, 1 << bits, 1)).astype(np.float32)
     indices = RNG.integers(0, 1 << bits, SHAPE).astype(np.uint8)
-    found = expanded(
+    found = read_operation(
         tmp_path, "constexpr_lut_to_dense", "float32", {}, indices=(indices, code), lut=table
     )
     expected = np.empty(SHAPE, np.float32)
-    for place in np.ndindex(SHAPE):
-        row = place[0] * groups[0] // SHAPE[0], place[1] * groups[1] // SHAPE[1]
-        expected[place] = table[(*row, 0, 0, indices[place], 0)]
+    for index in np.ndindex(SHAPE):
+        row = index[0] * groups[0] // SHAPE[0], index[1] * groups[1] // SHAPE[1]
+        expected[index] = table[(*row, 0, 0, indices[index], 0)]
     assert np.array_equal(found, expected)
 
 
@@ -82,7 +82,7 @@ def test_int8_of_ios_16(kind: Any, each: bool, tmp_path: Path) -> None:
     if not each:
         zero, scale = zero[:1], scale[:1]
         given |= {"zero_point": int(zero[0]), "scale": float(scale[0])}
-    found = expanded(tmp_path, "constexpr_affine_dequantize", "float32", given | {"axis": 0})
+    found = read_operation(tmp_path, "constexpr_affine_dequantize", "float32", given | {"axis": 0})
     wide = zero.astype(np.float32)[:, None, None, None], scale[:, None, None, None]
     assert np.array_equal(found, (values.astype(np.float32) - wide[0]) * wide[1])
 
@@ -98,14 +98,14 @@ def test_blocks_of_ios_18(
     scale = RNG.random((6, 2, 1, 1)).astype(dtype)
     zeros = RNG.integers(low, high + 1, (6, 2, 1, 1)).astype(kind)
     given = {"data": (values, code), "scale": scale} | ({"offset": (zeros, code)} if offset else {})
-    found = expanded(tmp_path, "constexpr_blockwise_shift_scale", dtype, {}, **given)
+    found = read_operation(tmp_path, "constexpr_blockwise_shift_scale", dtype, {}, **given)
     shifted = values.astype(np.float32) - (np.repeat(zeros, 2, 1) if offset else 0)
     expected = (shifted * np.repeat(scale, 2, 1).astype(np.float32)).astype(dtype)
     assert found.dtype == expected.dtype and np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("form", ["iOS 16", "iOS 18"])
-def test_sparse(form: str, tmp_path: Path) -> None:
+def test_sparse_weights(form: str, tmp_path: Path) -> None:
     mask = RNG.random(SHAPE) < 0.3
     values = RNG.standard_normal(int(mask.sum())).astype(np.float32)
     expected = np.zeros(SHAPE, np.float32)
@@ -114,14 +114,14 @@ def test_sparse(form: str, tmp_path: Path) -> None:
     if form == "iOS 16":
         bits = np.frombuffer(packed_bits(mask, 1), np.uint8)
         given = {"nonzero_data": values, "mask": bits, "shape": np.array(SHAPE, np.uint32)}
-        found = expanded(tmp_path, kind, "float32", given)
+        found = read_operation(tmp_path, kind, "float32", given)
     else:
-        found = expanded(tmp_path, kind, "float32", {}, nonzero_data=values, mask=(mask, 37))
+        found = read_operation(tmp_path, kind, "float32", {}, nonzero_data=values, mask=(mask, 37))
     assert np.array_equal(found, expected)
 
 
-def test_constants_of_constants(tmp_path: Path) -> None:
-    """A quantised table of a palette."""
+def test_nested_constants(tmp_path: Path) -> None:
+    """A palette whose table is quantised."""
     program = Program("float32")
     table = RNG.integers(-128, 128, (1, 1, 1, 1, 4, 1)).astype(np.int8)
     scale = np.full((1,) * 6, 0.5, np.float32)
@@ -137,5 +137,5 @@ def test_constants_of_constants(tmp_path: Path) -> None:
 
 def test_float16_cast(tmp_path: Path) -> None:
     value = RNG.standard_normal(SHAPE).astype(np.float16)
-    found = expanded(tmp_path, "constexpr_cast", "float32", {"source_val": value})
+    found = read_operation(tmp_path, "constexpr_cast", "float32", {"source_val": value})
     assert found.dtype == np.float32 and np.array_equal(found, value.astype(np.float32))

@@ -1,4 +1,4 @@
-"""What is fetched of repositories with Core ML packages, from a stand-in of the Hub."""
+"""Downloads of repositories with Core ML packages, from a local Hub server."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 def run(hub: HubServer, cache: Path, code: str, *, offline: bool = False) -> str:
-    """What the code prints, or the error it ends in."""
+    """Run code in a subprocess; returns its output or its error."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": str(int(offline))}
     code = f"""
@@ -40,12 +40,12 @@ try:
 except ModelError as error:
     print(f"{{type(error).__name__}}: {{error}}")
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 ASK = (
@@ -58,7 +58,7 @@ def package_files(name: str) -> set[str]:
     return {f"{name}/{part}" for part in PARTS}
 
 
-def test_the_tower_of_an_app_export_is_fetched(hub: HubServer, tmp_path: Path) -> None:
+def test_package_of_an_app_export_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
     path, cache = hub.directory, tmp_path / "cache"
     write_app_export(path)
     for name in ("fastvithd.mlpackage/run.py", "other.mlpackage/Manifest.json", "a/b.json"):
@@ -75,7 +75,7 @@ def test_the_tower_of_an_app_export_is_fetched(hub: HubServer, tmp_path: Path) -
     assert hub.fetched == []
 
 
-def test_no_package_is_fetched_that_is_not_needed(hub: HubServer, tmp_path: Path) -> None:
+def test_unneeded_package_is_not_downloaded(hub: HubServer, tmp_path: Path) -> None:
     path, cache = hub.directory, tmp_path / "cache"
     synthetic.write_layout(path, "app export")
     (path / "fastvithd.mlpackage").mkdir()
@@ -90,13 +90,13 @@ def test_no_package_is_fetched_that_is_not_needed(hub: HubServer, tmp_path: Path
     assert f"{REPOSITORY}/fastvithd.mlpackage: not in the cache" in out
 
 
-def test_an_export_without_a_package(hub: HubServer, tmp_path: Path) -> None:
+def test_export_without_a_package_is_refused(hub: HubServer, tmp_path: Path) -> None:
     synthetic.write_layout(hub.directory, "app export")
     out = run(hub, tmp_path / "cache", ASK)
-    assert "no image tower, nor fastvithd.mlpackage" in out and "--vision-from" in out
+    assert "no image tower and no fastvithd.mlpackage" in out and "--vision-from" in out
 
 
-def test_a_package_that_is_not_whole(hub: HubServer, tmp_path: Path) -> None:
+def test_incomplete_package_is_refused_until_completed(hub: HubServer, tmp_path: Path) -> None:
     path = hub.directory
     write_app_export(path)
     hub.broken = {f"fastvithd.mlpackage/{WEIGHTS}"}
@@ -108,7 +108,7 @@ def test_a_package_that_is_not_whole(hub: HubServer, tmp_path: Path) -> None:
 
 
 def load_variant(variant: str | None) -> str:
-    """Code that loads a variant with the tiny registry, and prints which it is."""
+    """Code that loads a variant from a registry of tiny models and prints its name."""
     return f"""
     import sys; sys.path.insert(0, "tests/support")
     from synthetic_clip import tiny_config
@@ -118,7 +118,7 @@ def load_variant(variant: str | None) -> str:
     print(load({REPOSITORY!r}, variant={variant!r})[0].config.variant)"""
 
 
-def test_one_variant_is_fetched(hub: HubServer, tmp_path: Path) -> None:
+def test_only_the_chosen_variant_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for variant, stem in (("MobileCLIP-S2", "s2"), ("MobileCLIP-B-LT", "blt")):
         tensors = open_clip_tensors(values(tiny_shapes(variant, "apple", fused=True)))
@@ -129,8 +129,8 @@ def test_one_variant_is_fetched(hub: HubServer, tmp_path: Path) -> None:
     assert several.count("\n") == 1
     assert set(hub.fetched) == {"LICENSE"}
     assert run(hub, cache, load_variant("MobileCLIP-S2")) == "MobileCLIP-S2\n"
-    wanted = {f"mobileclip_s2_{tower}.mlpackage" for tower in ("image", "text")}
-    assert set(hub.fetched) == {"LICENSE"}.union(*map(package_files, wanted))
+    packages = {f"mobileclip_s2_{tower}.mlpackage" for tower in ("image", "text")}
+    assert set(hub.fetched) == {"LICENSE"}.union(*map(package_files, packages))
     assert hub.revisions == {COMMIT}
     hub.fetched.clear()
     assert run(hub, cache, load_variant("MobileCLIP-S2"), offline=True) == "MobileCLIP-S2\n"

@@ -1,4 +1,4 @@
-"""What a terminal shows while a model is downloaded for the first time."""
+"""Download progress in a terminal."""
 
 import fcntl
 import os
@@ -15,40 +15,40 @@ from hub_server import REPOSITORY, HubServer
 ROOT = Path(__file__).parents[2]
 
 
-def in_a_terminal(command_line: list[str], environment: dict[str, str]) -> bytes:
-    """What a command writes to a terminal of 80 columns."""
+def run_in_terminal(command_line: list[str], environment: dict[str, str]) -> bytes:
+    """Run a command in a terminal of 80 columns; returns its output."""
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
         os.execve(command_line[0], command_line, environment)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    written = b""
+    output = b""
     while True:
         try:
-            piece = os.read(terminal, 4096)
+            chunk = os.read(terminal, 4096)
         except OSError:  # the command has ended
-            piece = b""
-        if not piece:
+            chunk = b""
+        if not chunk:
             os.close(terminal)
-            assert os.waitpid(child, 0)[1] == 0, written
-            return written
-        written += piece
+            assert os.waitpid(child, 0)[1] == 0, output
+            return output
+        output += chunk
 
 
-def test_size_and_progress_are_shown_before_the_answer_and_not_again(tmp_path: Path) -> None:
+def test_size_and_progress_are_shown_before_the_answer_only(tmp_path: Path) -> None:
     server = HubServer(synthetic.write_layout(tmp_path / "repository", "llava_qwen2"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    unset = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS")  # by other tests
+    unset = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS")  # may be set by other tests
     environment = {k: v for k, v in os.environ.items() if k not in unset}
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache")}
     command_line = [sys.executable, "-m", "mlx_fastvlm.generate", "--model", REPOSITORY]
     command_line += ["--image", "examples/scene.png", "--prompt", "Hi", "--max-tokens", "3"]
     try:
-        written = in_a_terminal(command_line, environment)
+        output = run_in_terminal(command_line, environment)
     finally:
         server.shutdown()
         server.server_close()
-    download, answer = written.split(b"loading someone/FastVLM-tiny")
+    download, answer = output.split(b"loading someone/FastVLM-tiny")
     size = sum(file.stat().st_size for file in server.directory.iterdir())
     assert f"{size / 1e6:.2f}MB".encode() in download and b"100%" in download
     assert b"%" not in answer and b"ownload" not in answer

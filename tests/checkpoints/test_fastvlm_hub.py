@@ -1,4 +1,4 @@
-"""Fetching from the Hub, against a small server on this machine that speaks its protocol."""
+"""Downloads from the Hub, against a local server with its API."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def generate(hub: HubServer, cache: Path, *options: str, offline: bool = False) 
 
 
 def test_download_then_offline(hub: HubServer, tmp_path: Path) -> None:
-    """Only the files needed, all of one commit, which is named; then without any network."""
+    """Only needed files of one commit, which is reported, are downloaded; then none."""
     cache = tmp_path / "cache"
     first = generate(hub, cache)
     assert first.returncode == 0, first.stderr
@@ -61,12 +61,17 @@ def test_download_then_offline(hub: HubServer, tmp_path: Path) -> None:
     assert hub.fetched == []
 
 
-def test_half_a_download_is_told_and_can_be_completed(hub: HubServer, tmp_path: Path) -> None:
+def test_incomplete_download_is_reported_and_can_be_completed(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.broken = {"model-00002-of-00002.safetensors"}
-    cut = generate(hub, tmp_path / "cache", "--quiet")
-    assert cut.returncode == 1 and "Traceback" not in cut.stderr
-    assert cut.stderr.startswith(f"error: {REPOSITORY}: ") and cut.stderr.count("\n") == 1
-    assert "connect and run the command again" in cut.stderr
+    incomplete = generate(hub, tmp_path / "cache", "--quiet")
+    assert incomplete.returncode == 1 and "Traceback" not in incomplete.stderr
+    assert (
+        incomplete.stderr.startswith(f"error: {REPOSITORY}: ")
+        and incomplete.stderr.count("\n") == 1
+    )
+    assert "connect and run the command again" in incomplete.stderr
     offline = generate(hub, tmp_path / "cache", "--quiet", offline=True)
     assert offline.returncode == 1
     assert "connect and run the command again" in offline.stderr
@@ -74,7 +79,7 @@ def test_half_a_download_is_told_and_can_be_completed(hub: HubServer, tmp_path: 
     assert generate(hub, tmp_path / "cache", "--quiet").returncode == 0
 
 
-def test_unknown_revision(hub: HubServer, tmp_path: Path) -> None:
+def test_unknown_revision_is_refused(hub: HubServer, tmp_path: Path) -> None:
     result = generate(hub, tmp_path / "cache", "--revision", "missing")
     assert result.returncode == 1
     assert result.stderr == f"error: {REPOSITORY}: has no revision 'missing'\n"
@@ -94,7 +99,7 @@ def test_conversion_records_the_commit(hub: HubServer, tmp_path: Path) -> None:
     assert (target / "LICENSE").is_file()
 
 
-def test_a_directory_of_the_repository_s_name_is_not_taken(hub: HubServer, tmp_path: Path) -> None:
+def test_directory_named_like_a_repository_is_not_used(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / REPOSITORY).mkdir(parents=True)
     env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     code = f"from mlx_fastvlm.loader import find_checkpoint as f; f({REPOSITORY!r})"
@@ -105,8 +110,8 @@ def test_a_directory_of_the_repository_s_name_is_not_taken(hub: HubServer, tmp_p
     assert f"or write ./{REPOSITORY} for the directory here" in result.stderr
 
 
-def test_the_image_processor_is_fetched(hub: HubServer, tmp_path: Path) -> None:
-    """As transformers 5 writes it, nested, and as it did before."""
+def test_image_processor_config_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
+    """In the nested form of transformers 5 and in the earlier one."""
     path = hub.directory
     synthetic.write_layout(path, "fast_vlm")
     for name in path.glob("model-*"):

@@ -1,4 +1,4 @@
-"""Every checkpoint layout, by its tensors and by its full-size key listing."""
+"""Every layout of FastVLM checkpoints, by its tensors and by its full-size key listing."""
 
 import json
 from contextlib import nullcontext
@@ -51,7 +51,7 @@ def test_layouts_hold_the_same_model(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision_files(
+def test_half_precision_files_hold_the_same_model(
     layout: str, dtype: str, expected: dict[str, mx.array], tmp_path: Path
 ) -> None:
     _, tensors = canonical(synthetic.write_layout(tmp_path, layout, dtype=getattr(mx, dtype)))
@@ -61,15 +61,15 @@ def test_half_precision_files(
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_lie_row_by_row(layout: str, dtype: str, tmp_path: Path) -> None:
-    """By their strides, those of axes of one included, by which cuDNN chooses its algorithm."""
+def test_weights_are_row_contiguous(layout: str, dtype: str, tmp_path: Path) -> None:
+    """Strides of axes of size one count too: cuDNN chooses its algorithm by them."""
     model, _ = load(synthetic.write_layout(tmp_path, layout), dtype=dtype)
     for name, value in named_parameters(model).items():
-        rest = [value.itemsize * prod(value.shape[i + 1 :]) for i in range(value.ndim)]
-        assert list(memoryview(value).strides or ()) == rest, name
+        strides = [value.itemsize * prod(value.shape[i + 1 :]) for i in range(value.ndim)]
+        assert list(memoryview(value).strides or ()) == strides, name
 
 
-def test_transformers_4_names(expected: dict[str, mx.array], tmp_path: Path) -> None:
+def test_transformers_4_names_are_read(expected: dict[str, mx.array], tmp_path: Path) -> None:
     tensors = synthetic.renamed(synthetic.apple_tensors(), synthetic.transformers_name)
     old = {
         key.replace("model.language_model.", "language_model.model.")
@@ -82,15 +82,13 @@ def test_transformers_4_names(expected: dict[str, mx.array], tmp_path: Path) -> 
     assert_same(canonical(tmp_path)[1], expected)
 
 
-def test_peft_prefix(expected: dict[str, mx.array], tmp_path: Path) -> None:
+def test_peft_prefix_is_removed(expected: dict[str, mx.array], tmp_path: Path) -> None:
     wrapped = {f"base_model.model.{k}": v for k, v in synthetic.apple_tensors().items()}
     synthetic.write(tmp_path, wrapped, synthetic.apple_config())
     assert_same(canonical(tmp_path)[1], expected)
 
 
-def test_app_export_needs_a_tower_from_elsewhere(
-    expected: dict[str, mx.array], tmp_path: Path
-) -> None:
+def test_app_export_needs_vision_from(expected: dict[str, mx.array], tmp_path: Path) -> None:
     export = synthetic.write_layout(tmp_path / "export", "app export")
     with pytest.raises(CheckpointError, match=r"no image tower.*--vision-from"):
         load(export)
@@ -103,15 +101,15 @@ def test_app_export_needs_a_tower_from_elsewhere(
         assert_same(tensors, expected)
         assert head.shape == expected["language_model.embed_tokens.weight"].shape
         assert config.source["vision_from"] == str(original)
-    with pytest.raises(CheckpointError, match="an image tower of its own"):
+    with pytest.raises(CheckpointError, match="already has an image tower"):
         load(original, vision_from=original)
 
 
-# Full size, by names and shapes: nothing is missing and nothing is left over.
+# Full-size listings: no name is missing or left over, and all shapes match.
 
 
 def listing(name: str, dtype: mx.Dtype = mx.bfloat16) -> dict[str, mx.array]:
-    """Lazy zeros for a listing; quantised matrices are those whose module has scales."""
+    """Lazy zeros for a listing; a module with scales has quantised weights."""
     shapes = synthetic.read_keys(name)
     zero = mx.array(0.0, dtype)
     return {
@@ -130,7 +128,7 @@ def convert_listing(
     return fastvlm.read_foreign(Checkpoint(Path("listing"), "listing"), config)
 
 
-def assert_fits(config: FastVLMConfig, tensors: dict[str, mx.array]) -> None:
+def assert_matches_model(config: FastVLMConfig, tensors: dict[str, mx.array]) -> None:
     model = named_parameters(FastVLM(config))
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in model.items()}
 
@@ -147,7 +145,7 @@ def test_full_size_listings(monkeypatch: pytest.MonkeyPatch, layout: str, size: 
     else:
         config = synthetic.apple_config(size, image_size=1024, vision_config={})
     result, converted = convert_listing(monkeypatch, tensors, config)
-    assert_fits(result, converted)
+    assert_matches_model(result, converted)
     assert result.text.vocab_size == (152064 if size == "7b" else 151936)
     assert result.text.tie_word_embeddings is (size != "7b")
 
@@ -156,7 +154,9 @@ def test_unfused_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = listing("apple_llava_qwen2_0.5b")
     tensors = {k: v for k, v in tensors.items() if not k.startswith(synthetic.TOWER)}
     tensors |= {synthetic.TOWER + k: v for k, v in listing("fastvithd_apple_unfused").items()}
-    assert_fits(*convert_listing(monkeypatch, tensors, synthetic.apple_config("0.5b", 1024)))
+    assert_matches_model(
+        *convert_listing(monkeypatch, tensors, synthetic.apple_config("0.5b", 1024))
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_unfused_listing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_app_export_listings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, size: str, bits: int | None
 ) -> None:
-    """With the tower of the original grafted on."""
+    """With the image tower of the original checkpoint."""
     config = synthetic.apple_config(size, 1024, tie_word_embeddings=False, vision_config={})
     if bits:
         config["quantization"] = {"group_size": 64, "bits": bits}
@@ -184,17 +184,17 @@ def test_app_export_listings(
     monkeypatch.setattr(fastvlm, "read_tensors", lambda path: dict(files[path.name]))
     export = Checkpoint(Path("export"), "export")
     result, tensors = fastvlm.read_foreign(export, config, Checkpoint(original, "original"))
-    assert_fits(result, tensors)
+    assert_matches_model(result, tensors)
     assert len(result.quantization) == (0 if bits is None else 28 * 4 + 2 + 2)
 
 
-# What is wrong is named.
+# Errors name the tensor or field.
 
 
 def write_changed(path: Path, change: dict[str, Any], **config: Any) -> Path:
     tensors = synthetic.apple_tensors() | change
-    kept = {k: v for k, v in tensors.items() if v is not None}
-    return synthetic.write(path, kept, synthetic.apple_config(**config))
+    tensors = {k: v for k, v in tensors.items() if v is not None}
+    return synthetic.write(path, tensors, synthetic.apple_config(**config))
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,12 @@ def write_changed(path: Path, change: dict[str, Any], **config: Any) -> Path:
         ({"model.mm_projector.0.bias": None, "x": np.zeros(1)}, "1 missing.*1 with no place"),
     ],
 )
-def test_every_misfit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_wrong_tensors_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(write_changed(tmp_path, change))
 
 
-def test_step_counters_and_clip_head_are_dropped_by_name(tmp_path: Path) -> None:
+def test_step_counters_and_clip_head_are_ignored(tmp_path: Path) -> None:
     extra = {
         synthetic.TOWER + "network.0.0.convffn.conv.bn.num_batches_tracked": mx.array(7, mx.int64)
     }
@@ -223,9 +223,9 @@ def test_step_counters_and_clip_head_are_dropped_by_name(tmp_path: Path) -> None
     assert any(key.endswith("head.proj") for key in synthetic.apple_tensors())
 
 
-def test_unknown_names(tmp_path: Path) -> None:
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
     synthetic.write(tmp_path, {"a.b": np.zeros(2)}, synthetic.apple_config())
-    with pytest.raises(CheckpointError, match="named like no known FastVLM; known are llava_qwen2"):
+    with pytest.raises(CheckpointError, match="no known FastVLM layout; known are llava_qwen2"):
         load(tmp_path)
 
 
@@ -239,16 +239,16 @@ def test_the_config_decides_whether_lm_head_is_used(tied: bool, tmp_path: Path) 
     assert ("lm_head" in model.language_model.children()) is (not tied)
 
 
-def test_a_tied_copy_of_lm_head_is_dropped_silently(tmp_path: Path) -> None:
+def test_tied_copy_of_lm_head_is_dropped_silently(tmp_path: Path) -> None:
     load(synthetic.write_layout(tmp_path, "llava_qwen2"))  # warnings are errors in the tests
 
 
-def test_untied_without_lm_head(tmp_path: Path) -> None:
+def test_untied_without_lm_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 missing: lm_head\.weight"):
         load(write_changed(tmp_path, {"lm_head.weight": None}, tie_word_embeddings=False))
 
 
-def test_padding_of_the_vocabulary_is_cut(
+def test_vocabulary_padding_is_removed(
     monkeypatch: pytest.MonkeyPatch, expected: dict[str, mx.array], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fastvlm, "PADDED_VOCABULARIES", {448: 384})
@@ -263,17 +263,17 @@ def test_padding_of_the_vocabulary_is_cut(
 
 # Quantised weights.
 
-PACKED = {"group_size": 32, "bits": 8}
+QUANTIZATION = {"group_size": 32, "bits": 8}
 
 
-def dequantized(tensors: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Float weights that hold exactly what the quantised ones stand for."""
+def dequantized(tensors: dict[str, Any], settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Float weights with exactly the values of the quantised ones."""
     result = {}
     for key, value in tensors.items():
         base = key.removesuffix(".weight")
         if f"{base}.scales" in tensors and key.endswith(".weight"):
             parts = value, tensors[f"{base}.scales"], tensors.get(f"{base}.biases")
-            result[key] = np.array(mx.dequantize(*parts, **how[base]))
+            result[key] = np.array(mx.dequantize(*parts, **settings[base]))
         elif not key.endswith((".scales", ".biases")):
             result[key] = value
     return result
@@ -281,27 +281,27 @@ def dequantized(tensors: dict[str, Any], how: dict[str, dict[str, Any]]) -> dict
 
 @pytest.mark.parametrize("layout", ["mlx-vlm", "app export"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_quantized_checkpoints_answer_as_their_float_values(
+def test_quantized_checkpoints_equal_their_float_values(
     layout: str, mixed: bool, tmp_path: Path
 ) -> None:
-    """Also with v_proj quantised otherwise than q and k, as mlx-lm's mixed recipes do."""
+    """Also with v_proj quantised differently from q and k, as in mlx-lm's mixed recipes."""
     name = synthetic.mlx_vlm_name if layout == "mlx-vlm" else synthetic.app_export_name
     floats = synthetic.renamed(synthetic.apple_tensors(), name)
     floats = {k: synthetic.mlx_layout(k, v) for k, v in floats.items()}
     if layout == "mlx-vlm":
         del floats["language_model.lm_head.weight"]
-    how: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
 
     def quantize(key: str) -> dict[str, Any] | None:
         if not key.startswith(("language_model", "mm_projector", "multi_modal_projector")):
             return None
         bits = 4 if mixed and "v_proj" in key else 8
-        how[key.removesuffix(".weight")] = {"group_size": 32, "bits": bits}
-        return how[key.removesuffix(".weight")]
+        settings[key.removesuffix(".weight")] = {"group_size": 32, "bits": bits}
+        return settings[key.removesuffix(".weight")]
 
     tensors = synthetic.quantized(floats, quantize)
-    overrides = {k: v for k, v in how.items() if v != PACKED}
-    quantization = {**PACKED, "mode": "affine", **overrides, "vision_tower": False}
+    overrides = {k: v for k, v in settings.items() if v != QUANTIZATION}
+    quantization = {**QUANTIZATION, "mode": "affine", **overrides, "vision_tower": False}
     config = synthetic.apple_config(
         tie_word_embeddings=layout == "mlx-vlm",
         quantization=quantization,
@@ -312,7 +312,7 @@ def test_quantized_checkpoints_answer_as_their_float_values(
         vision_from = synthetic.write_layout(tmp_path / "original", "llava_qwen2")
     path = synthetic.write(tmp_path / "quantized", tensors, config)
     model, processor = load(path, vision_from=vision_from)
-    plain = dequantized(tensors, how)
+    plain = dequantized(tensors, settings)
     plain_config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     path = synthetic.write(tmp_path / "plain", plain, plain_config)
     reference, _ = load(path, vision_from=vision_from)
@@ -326,9 +326,9 @@ def test_quantized_checkpoints_answer_as_their_float_values(
     assert (fused in model.config.quantization) is (not mixed)
 
 
-def test_scales_without_a_quantization_entry(tmp_path: Path) -> None:
+def test_scales_without_a_quantization_entry_are_refused(tmp_path: Path) -> None:
     floats = synthetic.renamed(synthetic.apple_tensors(), synthetic.app_export_name)
-    tensors = synthetic.quantized(floats, lambda key: PACKED)
+    tensors = synthetic.quantized(floats, lambda key: QUANTIZATION)
     path = synthetic.write(tmp_path / "x", tensors, synthetic.apple_config())
     original = synthetic.write_layout(tmp_path / "original", "llava_qwen2")
     with pytest.raises(CheckpointError, match="does not say how it is quantised"):
@@ -346,16 +346,18 @@ def test_scales_without_a_quantization_entry(tmp_path: Path) -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"num_attention_heads": 7}, "hidden_size: does not divide"),
+        ({"num_attention_heads": 7}, "hidden_size: cannot be split"),
         ({"vocab_size": 100}, "has shape"),
     ],
 )
-def test_configs_that_cannot_be_run(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_configs_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ConfigError, CheckpointError), match=message):
         load(write_changed(tmp_path, {}, **changes))
 
 
-def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     path = synthetic.write_layout(tmp_path, "llava_qwen2")
     synthetic.write_tokenizer(path, size=1000)
     with pytest.raises(ConfigError, match="its files belong to different models"):

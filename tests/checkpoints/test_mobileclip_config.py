@@ -1,4 +1,4 @@
-"""Which model a checkpoint is, and what its own files say of it."""
+"""Variant and config of a MobileCLIP checkpoint, by its name and its files."""
 
 import json
 from pathlib import Path
@@ -25,23 +25,23 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("./models/MobileCLIP2-S0", "MobileCLIP2-S0"),  # a directory
         ("~/models/MobileCLIP2-S0", "MobileCLIP2-S0"),
-        ("models/MobileCLIP2-S0", None),  # the form of a repository, and not a known owner's
+        ("models/MobileCLIP2-S0", None),  # like a repository of an unknown owner
         ("models/mobileclip2_s0.pt", "MobileCLIP2-S0"),
     ],
 )
-def test_only_repositories_have_owners(name: str, variant: str | None) -> None:
+def test_variant_of_paths_and_repositories(name: str, variant: str | None) -> None:
     assert published_variant(name) == variant
 
 
 @pytest.mark.usefixtures("tiny")
-def test_hidden_files_of_macos_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_of_macos_are_ignored(tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP2-S0", "open_clip"))
     path = synthetic_clip.write(tmp_path / "mobileclip2_s0.pt", tensors)
     path.with_name("._mobileclip2_s0.pt").write_bytes(b"\x00\x05\x16\x07")
     assert load(tmp_path)[0].config.variant == "MobileCLIP2-S0"
 
 
-def stated(tmp_path: Path, variant: str, image_size: int) -> Any:
+def load_with_image_size(tmp_path: Path, variant: str, image_size: int) -> Any:
     tensors = values(tiny_shapes(variant, "open_clip"))
     folder = tmp_path / variant
     synthetic_clip.write(folder / "open_clip_model.safetensors", tensors)
@@ -51,15 +51,15 @@ def stated(tmp_path: Path, variant: str, image_size: int) -> Any:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_stated_image_size_is_used(tmp_path: Path) -> None:
-    _, processor = stated(tmp_path, "MobileCLIP2-S0", 128)
+def test_stated_image_size_is_used(tmp_path: Path) -> None:
+    _, processor = load_with_image_size(tmp_path, "MobileCLIP2-S0", 128)
     assert processor.preprocess.image_size == 128
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_vit_has_one_image_size(tmp_path: Path) -> None:
+def test_vit_refuses_other_image_sizes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="image_size: 1000 is not the"):
-        stated(tmp_path, "MobileCLIP2-B", 1000)
+        load_with_image_size(tmp_path, "MobileCLIP2-B", 1000)
 
 
 @pytest.mark.usefixtures("tiny")

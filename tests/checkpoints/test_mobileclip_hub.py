@@ -1,4 +1,4 @@
-"""What is fetched of a MobileCLIP repository, from a stand-in of the Hub."""
+"""Downloads of MobileCLIP repositories, from a local Hub server."""
 
 import os
 import subprocess
@@ -52,19 +52,19 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("weights", "wanted"),
+    ("weights", "count"),
     [
         (("open_clip_model.safetensors", "open_clip_pytorch_model.bin"), 1),
         (("mobileclip2_s0.pt",), 1),
         (("pytorch_model.bin",), 1),
     ],
 )
-def test_weights_are_fetched_once(
-    weights: tuple[str, ...], wanted: int, repository: HubServer, tmp_path: Path
+def test_one_weights_file_is_downloaded_once(
+    weights: tuple[str, ...], count: int, repository: HubServer, tmp_path: Path
 ) -> None:
     for name in weights:
         (repository.directory / name).write_bytes(b"weights")
-    expected = sorted([*OTHERS[:4], *weights[:wanted]])
+    expected = sorted([*OTHERS[:4], *weights[:count]])
     found = resolve(repository, tmp_path / "cache").stdout.split()
     assert found[1:] == expected
     assert sorted(set(repository.fetched)) == expected
@@ -74,7 +74,7 @@ def test_weights_are_fetched_once(
     assert repository.fetched == []
 
 
-def test_a_repository_without_weights(repository: HubServer, tmp_path: Path) -> None:
+def test_repository_without_weights_is_refused(repository: HubServer, tmp_path: Path) -> None:
     found = resolve(repository, tmp_path / "cache").stdout
-    assert found.startswith("CheckpointError") and "holds no weights" in found
+    assert found.startswith("CheckpointError") and "has no weights" in found
     assert found.count("\n") == 1

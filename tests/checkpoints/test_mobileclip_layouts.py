@@ -1,4 +1,4 @@
-"""Every variant in every layout: by its full-size key listing, and as the same tiny model."""
+"""Every MobileCLIP variant in every layout, by its full-size key listing and as a tiny model."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import synthetic_clip
 import torch_file
 from synthetic_clip import PUBLISHED, layouts_of, listing, tiny_config, tiny_shapes, values
 
-from convert import __main__ as command
+from convert import __main__ as converter
 from mlx_mobileclip import CheckpointError, ConfigError, MobileCLIP, ModelError, load
 from mlx_mobileclip.checkpoints import mobileclip
 from mlx_mobileclip.checkpoints.published_names import published_variant
@@ -29,7 +29,7 @@ CASES = [(v, layout, fused) for v in PUBLISHED for layout in layouts_of(v) for f
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registry with narrow towers, so that whole checkpoints load in no time."""
+    """Shrink the registered variants, so that whole checkpoints load quickly."""
     small = {name: tiny_config(name) for name in VARIANTS}
     monkeypatch.setattr(mobileclip, "VARIANTS", small)
 
@@ -42,7 +42,7 @@ def canonical(
 
 
 @pytest.mark.parametrize(("variant", "layout", "fused"), CASES)
-def test_nothing_is_missing_or_left_over(variant: str, layout: str, fused: int) -> None:
+def test_full_size_listings_match_the_model(variant: str, layout: str, fused: int) -> None:
     tensors = {key: mx.zeros(shape) for key, shape in listing(variant, layout, bool(fused)).items()}
     config = VARIANTS[variant]
     if layout == "timm":
@@ -65,7 +65,7 @@ def test_tiny_towers_differ_where_the_published_do() -> None:
     ("variant", "other"),
     [("S0", "2-S0"), ("S1", "2-S0"), ("S1", "2-S2"), ("2-S3", "2-S4"), ("2-S4", "2-S3")],
 )
-def test_no_variant_passes_for_its_neighbour(variant: str, other: str, tmp_path: Path) -> None:
+def test_weights_of_another_variant_are_refused(variant: str, other: str, tmp_path: Path) -> None:
     variant, other = (f"MobileCLIP{n if n[0] == '2' else '-' + n}" for n in (variant, other))
     tensors = values(tiny_shapes(variant, layouts_of(variant)[0]))
     path = synthetic_clip.write(tmp_path / "weights.safetensors", tensors)
@@ -96,7 +96,7 @@ def test_every_variant_runs_at_tiny_width(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-B", "MobileCLIP2-B", "MobileCLIP2-S0"])
-def test_only_causal_towers_ignore_what_follows_the_end(variant: str) -> None:
+def test_only_causal_towers_ignore_ids_after_the_end(variant: str) -> None:
     config = tiny_config(variant)
     model = MobileCLIP(config)
     tensors = values(tiny_shapes(variant, "open_clip"))
@@ -109,8 +109,8 @@ def test_only_causal_towers_ignore_what_follows_the_end(variant: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_s0s_image_tower_is_the_same_in_timms_layout(fused: bool) -> None:
-    """Its text tower exists in Apple's layout alone."""
+def test_s0_image_tower_is_the_same_in_timm_layout(fused: bool) -> None:
+    """Its text tower exists in Apple's layout only."""
     config = tiny_config("MobileCLIP-S0")
     apple = values(tiny_shapes("MobileCLIP-S0", "apple", fused))
     expected = canonical(apple, config, "apple")
@@ -147,7 +147,7 @@ FILES = ("model.safetensors", "pytorch_model.bin", "mobileclip_s0.pt")
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_files_and_types(file: str, dtype: str, tmp_path: Path) -> None:
+def test_every_file_format_and_dtype(file: str, dtype: str, tmp_path: Path) -> None:
     variant = "MobileCLIP-S0"
     tensors = values(tiny_shapes(variant, "apple"))
     path = synthetic_clip.write(tmp_path / file, tensors, getattr(mx, dtype))
@@ -163,9 +163,9 @@ def test_files_and_types(file: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
-def test_wrappers(wrapper: str, tmp_path: Path) -> None:
+def test_wrapped_state_dicts_are_read(wrapper: str, tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP2-S0", "open_clip"))
-    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # as open_clip can be told to
+    tensors["logit_scale"] = tensors["logit_scale"].reshape(1)  # an option of open_clip
     named = {f"module.{key}": value for key, value in tensors.items()}
     path = torch_file.write_torch(tmp_path / "mobileclip2_s0.pt", named, wrapper=wrapper)
     model, _ = load(path)
@@ -174,7 +174,7 @@ def test_wrappers(wrapper: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_trunk_embeds_images_only(tmp_path: Path) -> None:
+def test_timm_trunk_embeds_images_only(tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP2-S0", "timm"))
     folder = tmp_path / "fastvit_mci0.apple_mclip2_dfndr2b"
     synthetic_clip.write(folder / "model.safetensors", tensors)
@@ -188,7 +188,7 @@ def test_a_trunk_embeds_images_only(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("fused", [False, True])
-def test_converted_is_the_same_model(
+def test_converted_checkpoint_is_the_same_model(
     fused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = synthetic_clip.write(
@@ -196,7 +196,7 @@ def test_converted_is_the_same_model(
     )
     target = tmp_path / "out"
     options = ["--model", str(source), "--mlx-path", str(target), "--dtype", "float32"]
-    assert command.main(options) == 0, capsys.readouterr().err
+    assert converter.main(options) == 0, capsys.readouterr().err
     assert sorted(p.name for p in target.iterdir()) == [
         "NOTICE",
         "README.md",
@@ -211,7 +211,7 @@ def test_converted_is_the_same_model(
     assert a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
     again = tmp_path / "again"
     options = ["--model", str(target), "--mlx-path", str(again), "--dtype", "float32"]
-    assert command.main(options) == 0
+    assert converter.main(options) == 0
     for file in ("model.safetensors", "config.json"):
         assert (again / file).read_bytes() == (target / file).read_bytes()
     with pytest.raises(ConfigError, match="leave out variant"):
@@ -241,17 +241,17 @@ def test_config_survives_json(variant: str) -> None:
         (("preprocess_config", "image_size"), 256),
     ],
 )
-def test_a_config_that_is_wrong_is_refused(path: tuple[str, ...], value: Any) -> None:
+def test_wrong_configs_are_refused(path: tuple[str, ...], value: Any) -> None:
     values = json.loads(json.dumps(VARIANTS["MobileCLIP2-B"].to_json()))
-    place = values
+    section = values
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        section = section[key]
+    section[path[-1]] = value
     with pytest.raises(ConfigError, match=path[-1]):
         MobileCLIPConfig.from_json(values, "config.json")
 
 
-def test_the_registry_is_as_published() -> None:
+def test_registry_matches_published_variants() -> None:
     assert len(PUBLISHED) == 14
     facts = {
         name: (c.embed_dim, c.preprocess.image_size, c.preprocess.interpolation, c.text.causal)
@@ -315,7 +315,7 @@ def test_variant_names_are_forgiving() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_an_unknown_name_asks_for_the_variant(tmp_path: Path) -> None:
+def test_unknown_name_requires_variant(tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP2-B", "open_clip"))
     path = synthetic_clip.write(tmp_path / "finetuned.safetensors", tensors)
     with pytest.raises(ConfigError, match="--variant"):
@@ -328,7 +328,7 @@ def test_an_unknown_name_asks_for_the_variant(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_what_the_checkpoint_states_is_honoured(tmp_path: Path) -> None:
+def test_open_clip_config_is_honoured(tmp_path: Path) -> None:
     folder = tmp_path / "MobileCLIP2-B"
     tensors = values(tiny_shapes("MobileCLIP2-B", "open_clip"))
     synthetic_clip.write(folder / "open_clip_model.safetensors", tensors)
@@ -353,29 +353,29 @@ def test_what_the_checkpoint_states_is_honoured(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_wrong_tensors_are_named(tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP-S0", "apple"))
-    gone, bent = "text_encoder.final_layer_norm.weight", "image_encoder.model.head.proj"
-    del tensors[gone]
-    tensors[bent] = tensors[bent].T.copy()
+    missing, transposed = "text_encoder.final_layer_norm.weight", "image_encoder.model.head.proj"
+    del tensors[missing]
+    tensors[transposed] = tensors[transposed].T.copy()
     tensors["text_encoder.surprise"] = np.zeros(1, np.float32)
     path = synthetic_clip.write(tmp_path / "mobileclip_s0.pt", tensors)
     with pytest.raises(CheckpointError) as caught:
         load(path)
-    for word in (gone, bent, "text_encoder.surprise"):
+    for word in (missing, transposed, "text_encoder.surprise"):
         assert word in str(caught.value)
 
 
-def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_paths_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    for path, words in (
+    for path, message in (
         (tmp_path / "none.pt", "no such file"),
-        (tmp_path / "a.txt", "is no .safetensors"),
+        (tmp_path / "a.txt", "is not a .safetensors"),
     ):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=message):
             load(path)
-    with pytest.raises(CheckpointError, match=r"holds no .safetensors, .bin or .pt"):
+    with pytest.raises(CheckpointError, match=r"has no .safetensors, .bin or .pt"):
         load(tmp_path / "empty", variant="MobileCLIP-S0")
     for name in ("a.pt", "b.pt"):
         (tmp_path / "empty" / name).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What users type for a checkpoint or a path: the right thing is found, or suggested."""
+"""Names of checkpoints and paths as users type them: found, or corrected by a suggestion."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory and home, and no network."""
+def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use an empty working directory and home, and no network."""
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "work").mkdir()
@@ -38,7 +38,7 @@ def refusal(model: str, package: Any = mlx_fastvlm, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_a_path_in_a_directory_here_is_no_repository() -> None:
+def test_path_in_an_existing_directory_is_not_a_repository() -> None:
     Path("checkpoints").mkdir()
     Path("apple").mkdir()
     for package in (mlx_fastvlm, mlx_mobileclip):
@@ -60,18 +60,18 @@ def test_a_path_in_a_directory_here_is_no_repository() -> None:
         (mlx_mobileclip, "MobileCLIP2-S4", "apple/MobileCLIP2-S4"),
     ],
 )
-def test_misspelled_names_are_suggested(package: Any, typed: str, meant: str) -> None:
+def test_misspelled_names_get_a_suggestion(package: Any, typed: str, meant: str) -> None:
     assert refusal(typed, package).endswith(f"did you mean {meant}?")
 
 
-def test_other_names_are_not() -> None:
+def test_other_names_get_no_suggestion() -> None:
     for name in ("apple/FastVLM-0.5B", "someone/else", "./weights", "photo.jpg"):
         assert "did you mean" not in refusal(name)
     assert "is empty" in refusal("")
 
 
-def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell leaves them: `--option=~/x` is not expanded by it."""
+def test_home_directories_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells do not expand `--option=~/x`."""
     home, work = tmp_path / "home", tmp_path / "work"
     assert user_path("~/x") == named_path("~/x") == home / "x"
     assert user_path("~") == home
@@ -87,52 +87,52 @@ def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copytree(mlx_fastvlm.loader.DEMO_DIRECTORY, home / "model")
     mlx_fastvlm.load("~/model")
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr("os.getuid", lambda: 987654)  # a user without an entry
+    monkeypatch.setattr("os.getuid", lambda: 987654)  # a user without a passwd entry
     assert user_path("~/x") == Path("~/x")
 
 
-def test_adapters_without_their_model() -> None:
+def test_adapters_without_their_model_are_refused() -> None:
     for name in ("adapter_config.json", "adapter_model.bin"):
         directory = Path(name).stem
         Path(directory).mkdir()
         Path(directory, name).write_text("{}")
         for package in (mlx_fastvlm, mlx_mobileclip):
-            assert "is a LoRA adapter without its model" in refusal(f"./{directory}", package)
+            assert "is a LoRA adapter without its base model" in refusal(f"./{directory}", package)
     mx.save_safetensors("adapter_config/adapter_model.safetensors", {"a.lora_A": mx.ones(2)})
-    Path("adapter_config/config.json").write_text("{}")  # as LLaVA's code leaves it
+    Path("adapter_config/config.json").write_text("{}")  # as LLaVA's code writes it
     assert "is a LoRA adapter" in refusal("./adapter_config")
     merged = synthetic.write_layout(Path("merged"), "llava_qwen2")
     (merged / "adapter_config.json").write_text("{}")
     mlx_fastvlm.load("./merged")
 
 
-def test_weights_of_pytorch_alone() -> None:
+def test_fastvlm_with_pytorch_weights_only_is_refused() -> None:
     path = synthetic.write_layout(Path("bin"), "llava_qwen2")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    assert "only as pytorch_model.bin, which is not read here; save them" in refusal("./bin")
+    assert "only as pytorch_model.bin, which is not supported here; save them" in refusal("./bin")
     (path / "pytorch_model.bin").unlink()
-    assert "holds no .safetensors file" in refusal("./bin")
+    assert "has no .safetensors file" in refusal("./bin")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_pointers_of_git_lfs(name: str) -> None:
+def test_git_lfs_pointers_of_fastvlm_are_refused(name: str) -> None:
     path = synthetic.write_layout(Path("clone"), "llava_qwen2")
     (path / name).write_bytes(POINTER)
-    assert f"clone/{name}: is a Git LFS pointer in place of the file" in refusal("./clone")
+    assert f"clone/{name}: is a Git LFS pointer, not the file itself" in refusal("./clone")
 
 
-def test_pointers_of_git_lfs_elsewhere() -> None:
+def test_git_lfs_pointers_of_mobileclip_and_images_are_refused() -> None:
     for suffix in (".pt", ".safetensors"):
         Path(f"m{suffix}").write_bytes(POINTER)
         refused = refusal(f"./m{suffix}", mlx_mobileclip, variant="MobileCLIP-S0")
         assert "is a Git LFS pointer" in refused
     Path("a.png").write_bytes(POINTER)
-    with pytest.raises(mlx_mobileclip.ImageError, match="a Git LFS pointer in its place"):
+    with pytest.raises(mlx_mobileclip.ImageError, match="a Git LFS pointer; run git lfs pull"):
         mlx_mobileclip.load("demo")[1].pixels("a.png")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite(value: float) -> None:
+def test_non_finite_weights_are_refused(value: float) -> None:
     path = synthetic.write_layout(Path("bad"), "llava_qwen2")
     tensors = dict(mx.load(str(path / "model.safetensors")))
     tensors["model.norm.weight"] = mx.full((64,), value)

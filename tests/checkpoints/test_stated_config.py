@@ -1,4 +1,4 @@
-"""What the JSON files of a source say: honoured or refused by name, beside a file too."""
+"""Fields in the JSON files of a MobileCLIP source are honoured, or refused by name."""
 
 import json
 import socket
@@ -30,8 +30,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def described(variant: str, tower: str) -> dict[str, Any]:
-    """open_clip's whole file for the tiny model."""
+def open_clip_config(variant: str, tower: str) -> dict[str, Any]:
+    """open_clip's complete config for the tiny model."""
     config = tiny_config(variant)
     text = config.text
     assert text is not None
@@ -66,7 +66,7 @@ def described(variant: str, tower: str) -> dict[str, Any]:
     }
 
 
-def source(folder: Path, config: dict[str, Any], variant: str = S0, **files: Any) -> Path:
+def write_source(folder: Path, config: dict[str, Any], variant: str = S0, **files: Any) -> Path:
     name = files.get("name", "open_clip_model.safetensors")
     tensors = files.get("tensors") or values(tiny_shapes(variant, "open_clip"))
     synthetic_clip.write(folder / name, tensors)
@@ -83,24 +83,24 @@ def text_of(config: Any) -> TextConfig:
 @pytest.mark.parametrize(
     "tower", [tower for tower in TOWERS if "_" in tower and tower != "vit_b16"]
 )
-def test_a_whole_file_needs_no_variant(tower: str, tmp_path: Path) -> None:
+def test_complete_config_needs_no_variant(tower: str, tmp_path: Path) -> None:
     variant = TOWERS[tower]
-    folder = source(tmp_path / "ft", described(variant, tower), variant)
+    folder = write_source(tmp_path / "ft", open_clip_config(variant, tower), variant)
     found = load(folder)[0].config
     assert replace(found, source={}) == tiny_config(variant)
     single = load(folder / "open_clip_model.safetensors")[0].config
     assert replace(single, source={}) == tiny_config(variant)
 
 
-def test_sizes_are_honoured(tmp_path: Path) -> None:
-    config = described(S0, "fastvit_mci0")
+def test_stated_sizes_are_honoured(tmp_path: Path) -> None:
+    config = open_clip_config(S0, "fastvit_mci0")
     tensors = values(tiny_shapes(S0, "open_clip"))
     tensors["text.positional_embedding"] = tensors["text.positional_embedding"][:20].copy()
     embedding = tensors["text.token_embedding.weight"]
     tensors["text.token_embedding.weight"] = np.concatenate([embedding, embedding[:8]])
     config["model_cfg"]["text_cfg"] |= {"context_length": 20, "vocab_size": 49416, "heads": 4}
     config["model_cfg"]["vision_cfg"]["image_size"] = [96, 96]
-    folder = source(tmp_path / "ft", config, tensors=tensors)
+    folder = write_source(tmp_path / "ft", config, tensors=tensors)
     (folder / "merges.txt").write_text("#version: 0.2\ni n\n")  # as Hugging Face writes CLIP's
     model, processor = load(folder)
     text = text_of(model.config)
@@ -109,20 +109,20 @@ def test_sizes_are_honoured(tmp_path: Path) -> None:
     assert model.encode_text(processor.texts(["a cat"])).shape == (1, 32)
 
 
-def test_text_at_the_root(tmp_path: Path) -> None:
-    config = described(S0, "fastvit_mci0")
+def test_text_tower_at_the_root_is_read(tmp_path: Path) -> None:
+    config = open_clip_config(S0, "fastvit_mci0")
     config["model_cfg"]["custom_text"] = False
     tensors = values(tiny_shapes(S0, "open_clip"))
     root = {key.removeprefix("text."): value for key, value in tensors.items()}
-    a = load(source(tmp_path / "a", described(S0, "fastvit_mci0"), tensors=tensors))
-    b = load(source(tmp_path / "b", config, tensors=root))
+    a = load(write_source(tmp_path / "a", open_clip_config(S0, "fastvit_mci0"), tensors=tensors))
+    b = load(write_source(tmp_path / "b", config, tensors=root))
     ids = a[1].texts(["a cat"])
     assert np.array_equal(a[0].encode_text(ids), b[0].encode_text(ids))
 
 
 @pytest.mark.parametrize("prefix", ["clip.", "student.", "base_model.model.", "module._orig_mod."])
 @pytest.mark.parametrize("layout", ["apple", "open_clip", "timm"])
-def test_the_prefix_that_all_share_is_passed_over(prefix: str, layout: str, tmp_path: Path) -> None:
+def test_common_prefix_is_removed(prefix: str, layout: str, tmp_path: Path) -> None:
     variant = "MobileCLIP-S1"
     tensors = {prefix + k: v for k, v in values(tiny_shapes(variant, layout)).items()}
     tensors["n_averaged"] = np.array(7, np.int64)
@@ -162,44 +162,44 @@ def test_the_prefix_that_all_share_is_passed_over(prefix: str, layout: str, tmp_
         ("preprocess_cfg", "surprise", 1),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(
+def test_unsupported_fields_are_refused_by_name(
     section: str, key: str, value: Any, tmp_path: Path
 ) -> None:
-    config = described(S0, "fastvit_mci0")
-    place = config if section == "preprocess_cfg" else config["model_cfg"]
-    (place[section] if section else place)[key] = value
+    config = open_clip_config(S0, "fastvit_mci0")
+    parent = config if section == "preprocess_cfg" else config["model_cfg"]
+    (parent[section] if section else parent)[key] = value
     with pytest.raises(ConfigError) as caught:
-        load(source(tmp_path / "ft", config), variant=S0)
+        load(write_source(tmp_path / "ft", config), variant=S0)
     assert key.strip() in str(caught.value) and section in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_apples_b_and_its_port_are_told_apart(tmp_path: Path) -> None:
-    config = described("MobileCLIP2-B", "vit_base_mci_224")
-    folder = source(tmp_path / "ft", config, "MobileCLIP-B")
+def test_apple_b_and_its_open_clip_port_are_distinguished(tmp_path: Path) -> None:
+    config = open_clip_config("MobileCLIP2-B", "vit_base_mci_224")
+    folder = write_source(tmp_path / "ft", config, "MobileCLIP-B")
     with pytest.raises(ConfigError, match=r"timm_model_name.*MobileCLIP-B:open_clip"):
         load(folder, variant="MobileCLIP-B")
     assert load(folder, variant="MobileCLIP-B:open_clip")[0].config.image.stem_padding == 0
-    published = source(tmp_path / "MobileCLIP-B-OpenCLIP", config, "MobileCLIP-B")
+    published = write_source(tmp_path / "MobileCLIP-B-OpenCLIP", config, "MobileCLIP-B")
     for path in (published, published / "open_clip_model.safetensors"):
         found = load(path)[0].config
         assert (found.variant, found.image.stem_padding) == ("MobileCLIP-B", 1)
 
 
-def test_what_open_clip_takes_without_a_field(tmp_path: Path) -> None:
-    config = described(S0, "fastvit_mci0")
+def test_missing_fields_have_the_defaults_of_open_clip(tmp_path: Path) -> None:
+    config = open_clip_config(S0, "fastvit_mci0")
     del config["preprocess_cfg"]["interpolation"]
-    found = load(source(tmp_path / "a", config))[1].preprocess
+    found = load(write_source(tmp_path / "a", config))[1].preprocess
     assert (found.interpolation, found.mean) == ("bicubic", PLAIN[0])
     del config["preprocess_cfg"]
-    found = load(source(tmp_path / "b", config))[1].preprocess
+    found = load(write_source(tmp_path / "b", config))[1].preprocess
     assert (found.interpolation, found.mean) == ("bicubic", OPENAI[0])
     bare = config["model_cfg"]  # as Apple's repositories have it: nothing about preprocessing
-    found = load(source(tmp_path / "c", bare, config_name="config.json"))[1].preprocess
+    found = load(write_source(tmp_path / "c", bare, config_name="config.json"))[1].preprocess
     assert (found.interpolation, found.mean) == ("bilinear", PLAIN[0])
 
 
-def apples() -> dict[str, Any]:
+def apple_config() -> dict[str, Any]:
     text = {"context_length": 77, "vocab_size": 49408, "dim": 32, "ffn_multiplier_per_layer": 4.0}
     text |= {
         "n_heads_per_layer": [2, 2],
@@ -211,10 +211,10 @@ def apples() -> dict[str, Any]:
     return {"embed_dim": 32, "image_cfg": image, "text_cfg": text}
 
 
-def test_apples_file(tmp_path: Path) -> None:
+def test_apple_config_is_honoured(tmp_path: Path) -> None:
     tensors = values(tiny_shapes("MobileCLIP-S0", "apple"))
     options = {"tensors": tensors, "name": "epoch_3.pt", "config_name": "config.json"}
-    folder = source(tmp_path / "ft", apples(), **options)
+    folder = write_source(tmp_path / "ft", apple_config(), **options)
     found = load(folder / "epoch_3.pt")[0].config
     assert (found.variant, found.preprocess.image_size) == ("MobileCLIP-S0", 96)
     for key, value in (
@@ -224,13 +224,13 @@ def test_apples_file(tmp_path: Path) -> None:
         ("no_pos_embedding", True),
         ("model_name", "other"),
     ):
-        config = apples()
+        config = apple_config()
         config["text_cfg"][key] = value
         with pytest.raises(ConfigError, match=key):
-            load(source(tmp_path / "ft", config, **options))
+            load(write_source(tmp_path / "ft", config, **options))
 
 
-def timms(**changes: Any) -> dict[str, Any]:
+def timm_config(**changes: Any) -> dict[str, Any]:
     given = {"tag": "x", "custom_load": False, "input_size": [3, 64, 64], "crop_pct": 0.95}
     given |= {"interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1], "num_classes": 512}
     given |= {"crop_mode": "center", "pool_size": [8, 8], "first_conv": ["a"], "classifier": "b"}
@@ -239,18 +239,20 @@ def timms(**changes: Any) -> dict[str, Any]:
     return result | {"global_pool": "avg"}
 
 
-def test_timms_file(tmp_path: Path) -> None:
+def test_timm_config_is_honoured(tmp_path: Path) -> None:
     tensors = values(tiny_shapes(S0, "timm"))
     options = {"tensors": tensors, "config_name": "config.json", "name": "model.safetensors"}
-    found = load(source(tmp_path / "ft", timms(), **options))[0].config
+    found = load(write_source(tmp_path / "ft", timm_config(), **options))[0].config
     assert found.variant == S0 and found.preprocess == tiny_config(S0).preprocess
-    written = timms() | {"model_args": {"in_chans": 3, "num_classes": 512, "global_pool": "avg"}}
-    assert load(source(tmp_path / "ft", written, **options))[0].config == found
+    written = timm_config() | {
+        "model_args": {"in_chans": 3, "num_classes": 512, "global_pool": "avg"}
+    }
+    assert load(write_source(tmp_path / "ft", written, **options))[0].config == found
     for built in ({"img_size": [96, 96]}, {"img_size": 96, "in_chans": 1}, {"img_size": [9, 8]}):
         with pytest.raises(ConfigError, match=r"img_size|in_chans"):
-            load(source(tmp_path / "ft", timms() | {"model_args": built}, **options))
-    stated = timms(mean=[0.5] * 3, input_size=[3, 96, 96], crop_pct=1.0)
-    found = load(source(tmp_path / "ft", stated, **options))[0].config
+            load(write_source(tmp_path / "ft", timm_config() | {"model_args": built}, **options))
+    stated = timm_config(mean=[0.5] * 3, input_size=[3, 96, 96], crop_pct=1.0)
+    found = load(write_source(tmp_path / "ft", stated, **options))[0].config
     assert (found.preprocess.mean, found.preprocess.image_size) == ((0.5,) * 3, 96)
     for key, value in (
         ("crop_pct", 0.8),
@@ -259,23 +261,23 @@ def test_timms_file(tmp_path: Path) -> None:
         ("input_size", [1, 64, 64]),
         ("surprise", 1),
     ):
-        folder = source(tmp_path / "ft", timms(**{key: value}), **options)
+        folder = write_source(tmp_path / "ft", timm_config(**{key: value}), **options)
         with pytest.raises(ConfigError, match=key):
             load(folder)
-    folder = source(tmp_path / "ft", timms(crop_pct=0.8), **options)
+    folder = write_source(tmp_path / "ft", timm_config(crop_pct=0.8), **options)
     assert load(folder, preprocess=OURS)[1].preprocess == OURS
     for extra in ({"global_pool": "max"}, {"model_args": {"act_layer": "relu"}}, {"odd": 1}):
         with pytest.raises(ConfigError, match=r"global_pool|act_layer|odd"):
-            load(source(tmp_path / "ft", timms() | extra, **options))
+            load(write_source(tmp_path / "ft", timm_config() | extra, **options))
 
 
-# A file beside a config, and what the caller states.
+# Configs beside a single file, and configs given by the caller.
 
 
-def test_a_file_is_prepared_as_its_directory_says(tmp_path: Path) -> None:
-    config = described(S0, "fastvit_mci0")
+def test_config_beside_a_file_is_used(tmp_path: Path) -> None:
+    config = open_clip_config(S0, "fastvit_mci0")
     config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
-    folder = source(tmp_path / "run1", config, name="epoch_3.pt")
+    folder = write_source(tmp_path / "run1", config, name="epoch_3.pt")
     path = folder / "epoch_3.pt"
     image = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
     (one, prepared), (other, also) = load(path), load(folder)
@@ -284,7 +286,7 @@ def test_a_file_is_prepared_as_its_directory_says(tmp_path: Path) -> None:
     assert np.array_equal(one.encode_image(pixels), other.encode_image(also.images([image])))
     assert load(path, preprocess=OURS)[1].preprocess == OURS
     elsewhere = tmp_path / "mine.json"
-    elsewhere.write_text(json.dumps(described(S0, "fastvit_mci0")))
+    elsewhere.write_text(json.dumps(open_clip_config(S0, "fastvit_mci0")))
     assert load(path, config=elsewhere)[1].preprocess == tiny_config(S0).preprocess
     with pytest.raises(ConfigError, match="preprocess: std"):
         load(path, preprocess=replace(OURS, std=(0.0, 1.0, 1.0)))
@@ -292,7 +294,7 @@ def test_a_file_is_prepared_as_its_directory_says(tmp_path: Path) -> None:
         load(path, config=tmp_path / "none.json")
 
 
-def test_a_config_that_cannot_belong_is_refused(tmp_path: Path) -> None:
+def test_config_of_another_model_is_refused(tmp_path: Path) -> None:
     path = synthetic_clip.write(
         tmp_path / "mobileclip2_s0.pt", values(tiny_shapes(S0, "open_clip"))
     )
@@ -305,13 +307,13 @@ def test_a_config_that_cannot_belong_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model_name: 'mci2' is not the image tower of"):
         load(path)
     beside.write_text(json.dumps({"model_type": "mlx_mobileclip"}))
-    with pytest.raises(ConfigError, match="give the directory"):
+    with pytest.raises(ConfigError, match="load the directory"):
         load(path)
-    beside.write_text(json.dumps({"epochs": 3}))  # describes no model
+    beside.write_text(json.dumps({"epochs": 3}))  # does not describe a model
     assert load(path)[0].config.variant == S0
 
 
-def test_a_converted_checkpoint_may_be_prepared_otherwise() -> None:
+def test_preprocessing_of_a_converted_checkpoint_can_be_overridden() -> None:
     size = load("demo")[1].preprocess.image_size
     ours = replace(OURS, image_size=size)
     assert load("demo", preprocess=ours)[1].preprocess == ours
@@ -320,7 +322,9 @@ def test_a_converted_checkpoint_may_be_prepared_otherwise() -> None:
 # Local names.
 
 
-def test_what_lies_here_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_paths_are_not_repositories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("the network is asked")
 

@@ -1,4 +1,4 @@
-"""PyTorch files that are small and cost much: refused within bounds of time and memory."""
+"""Small PyTorch files that are costly to read are refused within bounds of time and memory."""
 
 import struct
 import threading
@@ -38,7 +38,7 @@ def one_hash(count: int) -> bytes:
 
 
 def all_wrappers(count: int) -> bytes:
-    """Every usual name for the same dictionary of dictionaries, without a tensor in any."""
+    """A dictionary of empty dictionaries, under every usual wrapper name."""
     inner = b"}q\x00(" + b"".join(short(i) + b"}" for i in range(count)) + b"u"
     return b"}(" + text("x") + inner + b"".join(text(k) + b"h\x00" for k in WRAPPERS) + b"u"
 
@@ -48,7 +48,7 @@ def long_names(count: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("value", "message"),
     [
         (one_hash(30_000), "holds no tensors"),
         (all_wrappers(200_000), "holds no tensors"),
@@ -57,15 +57,15 @@ def long_names(count: int) -> bytes:
     ],
     ids=["one hash", "all wrappers", "long names", "long name"],
 )
-def test_small_pickles_take_seconds_at_most(found: bytes, words: str, tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "m.pt", pickle_of(found), {})
+def test_costly_pickles_are_refused_quickly(value: bytes, message: str, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "m.pt", pickle_of(value), {})
     started = time.perf_counter()
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         read_torch(path)
     assert time.perf_counter() - started < 5
 
 
-def test_a_directory_of_millions_is_not_parsed(tmp_path: Path) -> None:
+def test_huge_zip_directory_is_not_parsed(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "m.pt", pickle_of(dictionary({})), {})
     data = path.read_bytes()
     end = data.rfind(b"PK\x05\x06")
@@ -82,16 +82,16 @@ def test_a_directory_of_millions_is_not_parsed(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def in_a_large_storage(path: Path, name: str, shape: tuple[int, ...], offset: int = 0) -> Path:
-    """A file of one tensor in a storage of 64 MB."""
-    place = storage("0", "FloatStorage", 16 << 20)
-    found = dictionary({name: tensor(place, offset, shape, contiguous(shape))})
-    return write_zip(path, pickle_of(found), {"0": bytes(64 << 20)})
+def write_large_storage(path: Path, name: str, shape: tuple[int, ...], offset: int = 0) -> Path:
+    """Write a file with one tensor in a storage of 64 MB."""
+    data = storage("0", "FloatStorage", 16 << 20)
+    value = dictionary({name: tensor(data, offset, shape, contiguous(shape))})
+    return write_zip(path, pickle_of(value), {"0": bytes(64 << 20)})
 
 
 @pytest.mark.parametrize("name", ["unknown", "image_encoder.model.network.0.num_batches_tracked"])
-def test_nothing_is_read_before_names_and_shapes_fit(name: str, tmp_path: Path) -> None:
-    path = in_a_large_storage(tmp_path / "m.pt", name, (16 << 20,))
+def test_no_data_is_read_before_names_and_shapes_are_checked(name: str, tmp_path: Path) -> None:
+    path = write_large_storage(tmp_path / "m.pt", name, (16 << 20,))
     tracemalloc.start()
     mx.reset_peak_memory()
     with pytest.raises(CheckpointError, match="named like no known MobileCLIP"):
@@ -101,16 +101,16 @@ def test_nothing_is_read_before_names_and_shapes_fit(name: str, tmp_path: Path) 
     tracemalloc.stop()
 
 
-def test_only_the_part_that_is_viewed_is_read(tmp_path: Path) -> None:
-    path = in_a_large_storage(tmp_path / "m.pt", "w", (4,), offset=1000)
+def test_only_the_viewed_part_of_a_storage_is_read(tmp_path: Path) -> None:
+    path = write_large_storage(tmp_path / "m.pt", "w", (4,), offset=1000)
     tracemalloc.start()
     assert read_torch(path)["w"].tolist() == [0, 0, 0, 0]
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
 
 
-def test_views_that_share_a_storage(tmp_path: Path) -> None:
-    place = storage("0", "FloatStorage", 4)
+def test_views_of_one_storage_are_read(tmp_path: Path) -> None:
+    data = storage("0", "FloatStorage", 4)
     views = {
         "last": (3, (1,), (1,)),
         "all": (0, (4,), (1,)),
@@ -118,22 +118,22 @@ def test_views_that_share_a_storage(tmp_path: Path) -> None:
         "even": (0, (2,), (2,)),
         "first": (0, (1,), (1,)),
     }
-    found = dictionary({name: tensor(place, *view) for name, view in views.items()})
-    read = read_torch(write_zip(tmp_path / "m.pt", pickle_of(found), {"0": FLOATS}))
+    value = dictionary({name: tensor(data, *view) for name, view in views.items()})
+    read = read_torch(write_zip(tmp_path / "m.pt", pickle_of(value), {"0": FLOATS}))
     assert {name: value.tolist() for name, value in read.items()} == {
         "last": [4], "all": [1, 2, 3, 4], "middle": [2, 3], "even": [1, 3], "first": [1],
     }  # fmt: skip
 
 
-def test_a_tensor_scattered_over_its_storage_is_refused(tmp_path: Path) -> None:
-    place = storage("0", "FloatStorage", 1 << 20)
-    found = dictionary({"w": tensor(place, 0, (2,), ((1 << 20) - 1,))})
-    path = write_zip(tmp_path / "m.pt", pickle_of(found), {"0": bytes(4 << 20)})
+def test_tensor_scattered_over_its_storage_is_refused(tmp_path: Path) -> None:
+    data = storage("0", "FloatStorage", 1 << 20)
+    value = dictionary({"w": tensor(data, 0, (2,), ((1 << 20) - 1,))})
+    path = write_zip(tmp_path / "m.pt", pickle_of(value), {"0": bytes(4 << 20)})
     with pytest.raises(CheckpointError, match="w has 8 bytes, scattered over 4194304"):
         read_torch(path)
 
 
-def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+def test_wrong_checksum_is_refused(tmp_path: Path) -> None:
     path = write_zip(
         tmp_path / "m.pt",
         pickle_of(dictionary({"w": tensor(storage("0", "FloatStorage", 4), 0, (4,), (1,))})),
@@ -144,26 +144,26 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
         read_torch(path)
 
 
-def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+def test_threads_keep_the_warning_filters(tmp_path: Path) -> None:
     keys = b"".join(text(f"k{i}") + b"N" for i in range(5000))
     path = write_zip(tmp_path / "m.pt", pickle_of(b"}(" + keys + b"u"), {})
-    before, left = list(warnings.filters), []
+    before, seen = list(warnings.filters), []
 
     def read() -> None:
         for _ in range(5):
             with pytest.raises(CheckpointError):
                 read_torch(path)
-            left.append(list(warnings.filters))
+            seen.append(list(warnings.filters))
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(left) == 20 and all(filters == before for filters in left)
+    assert len(seen) == 20 and all(filters == before for filters in seen)
 
 
-def test_empty_weights(tmp_path: Path) -> None:
+def test_files_without_tensors_are_refused(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "m.safetensors"), {})
     with pytest.raises(CheckpointError, match="named like no known MobileCLIP"):
         load(tmp_path / "m.safetensors", variant="MobileCLIP-S0")

@@ -1,4 +1,4 @@
-"""What trainers leave beside the weights: never made, never in the way, never taken for tensors."""
+"""Objects that trainers store beside weights are neither built nor taken for tensors."""
 
 import argparse
 import collections
@@ -44,7 +44,7 @@ class Slots:
 
 
 class Bag(dict[str, int]):
-    """As Lightning's AttributeDict."""
+    """Like Lightning's AttributeDict."""
 
 
 class Pile(list[int]):
@@ -52,7 +52,7 @@ class Pile(list[int]):
 
 
 LOOP: tuple[list[Any]] = ([],)
-LOOP[0].append(LOOP)  # a tuple that holds itself
+LOOP[0].append(LOOP)  # a tuple that contains itself
 FOREIGN: dict[str, Any] = {
     "namespace": argparse.Namespace(lr=1e-3, opt="adamw", betas=(0.9, 0.98)),
     "scalar": np.float64(0.75),
@@ -81,65 +81,69 @@ FOREIGN: dict[str, Any] = {
 }
 
 
-def a_tensor(kind: str = "FloatStorage", shape: tuple[int, ...] = (2, 2)) -> bytes:
+def make_tensor(kind: str = "FloatStorage", shape: tuple[int, ...] = (2, 2)) -> bytes:
     return tensor(storage("0", kind, 4), 0, shape, contiguous(shape))
 
 
 def body(value: Any, protocol: int) -> bytes:
-    """A value's own instructions; its frames and memo would clash with those around it."""
+    """The pickle instructions of a value, without header, frame and end."""
     data = pickle.dumps(value, protocol=protocol)
     return data[2:-1] if protocol < 4 or data[2:3] != b"\x95" else data[11:-1]
 
 
-def a_file(folder: Path, found: bytes, data: bytes = FLOATS) -> Path:
+def write_file(folder: Path, found: bytes, data: bytes = FLOATS) -> Path:
     return write_zip(folder / "m.pt", pickle_of(found), {"0": data})
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_foreign_object_beside_the_weights(what: str, protocol: int, tmp_path: Path) -> None:
-    outer = {"args": body(FOREIGN[what], protocol), "state_dict": dictionary({"w": a_tensor()})}
-    found = read_torch(a_file(tmp_path, dictionary(outer, ordered=False)))
+def test_foreign_objects_beside_the_weights_are_ignored(
+    what: str, protocol: int, tmp_path: Path
+) -> None:
+    outer = {"args": body(FOREIGN[what], protocol), "state_dict": dictionary({"w": make_tensor()})}
+    found = read_torch(write_file(tmp_path, dictionary(outer, ordered=False)))
     assert list(found) == ["w"] and found["w"].tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("what", ["namespace", "scalar", "path", "set", "bag"])
-def test_among_the_tensors_it_is_refused(what: str, tmp_path: Path) -> None:
-    inner = dictionary({"v.w": a_tensor(), "v.x": body(FOREIGN[what], 2)})
+def test_foreign_objects_among_the_tensors_are_refused(what: str, tmp_path: Path) -> None:
+    inner = dictionary({"v.w": make_tensor(), "v.x": body(FOREIGN[what], 2)})
     for found in (inner, dictionary({"state_dict": inner})):
         with pytest.raises(CheckpointError, match=r"v\.x, among its tensors, is a [\w.]+, which"):
-            read_torch(a_file(tmp_path, found))
+            read_torch(write_file(tmp_path, found))
 
 
-def test_tensors_of_kinds_that_are_not_read(tmp_path: Path) -> None:
-    odd = a_tensor("ComplexFloatStorage")
-    beside = dictionary({"state_dict": dictionary({"w": a_tensor()}), "spectrum": odd})
-    assert list(read_torch(a_file(tmp_path, beside))) == ["w"]
+def test_complex_tensors_are_refused_among_the_weights_only(tmp_path: Path) -> None:
+    odd = make_tensor("ComplexFloatStorage")
+    beside = dictionary({"state_dict": dictionary({"w": make_tensor()}), "spectrum": odd})
+    assert list(read_torch(write_file(tmp_path, beside))) == ["w"]
     with pytest.raises(CheckpointError, match=r"torch\.ComplexFloatStorage"):
-        read_torch(a_file(tmp_path, dictionary({"w": a_tensor(), "v": odd})))
+        read_torch(write_file(tmp_path, dictionary({"w": make_tensor(), "v": odd})))
 
 
-def test_a_whole_model_is_named(tmp_path: Path) -> None:
-    model = name("open_clip.model", "CustomTextCLIP") + b")\x81" + dictionary({"a": a_tensor()})
+def test_pickled_model_is_refused_by_name(tmp_path: Path) -> None:
+    model = name("open_clip.model", "CustomTextCLIP") + b")\x81" + dictionary({"a": make_tensor()})
     with pytest.raises(CheckpointError, match=r"open_clip\.model\.CustomTextCLIP.*state_dict"):
-        read_torch(a_file(tmp_path, model + b"b"))
+        read_torch(write_file(tmp_path, model + b"b"))
 
 
-def test_float64(tmp_path: Path) -> None:
-    found = read_torch(a_file(tmp_path, dictionary({"w": a_tensor("DoubleStorage")}), DOUBLES))
+def test_float64_is_read_as_float32(tmp_path: Path) -> None:
+    found = read_torch(
+        write_file(tmp_path, dictionary({"w": make_tensor("DoubleStorage")}), DOUBLES)
+    )
     assert str(found["w"].dtype) == "mlx.core.float32" and found["w"].tolist() == [[1, 2], [3, 4]]
 
 
-def test_parameters_with_state(tmp_path: Path) -> None:
+def test_parameters_with_state_are_read(tmp_path: Path) -> None:
     hooks = name("collections", "OrderedDict") + b")R"
     state = dictionary({"tag": integer(1)})
     parameter = name("torch._utils", "_rebuild_parameter_with_state")
-    parameter += tuple_of(a_tensor(), b"\x88", hooks, state) + b"R"
-    assert list(read_torch(a_file(tmp_path, dictionary({"w": parameter})))) == ["w"]
+    parameter += tuple_of(make_tensor(), b"\x88", hooks, state) + b"R"
+    assert list(read_torch(write_file(tmp_path, dictionary({"w": parameter})))) == ["w"]
 
 
-WEIGHTS = dictionary({"visual.w": a_tensor()})
-MOMENTS = dictionary({"exp_avg": a_tensor(), "step": a_tensor(shape=(1,))})
+WEIGHTS = dictionary({"visual.w": make_tensor()})
+MOMENTS = dictionary({"exp_avg": make_tensor(), "step": make_tensor(shape=(1,))})
 
 
 @pytest.mark.parametrize(
@@ -149,42 +153,42 @@ MOMENTS = dictionary({"exp_avg": a_tensor(), "step": a_tensor(shape=(1,))})
         {"model": dictionary({"state_dict": WEIGHTS})},
         {"my_model": WEIGHTS, "optimizer": dictionary({"state": MOMENTS})},
         {"my_model": WEIGHTS, "extra": MOMENTS},
-        {"step": a_tensor(shape=(1,)), "my_model": WEIGHTS},
+        {"step": make_tensor(shape=(1,)), "my_model": WEIGHTS},
         {"epoch": integer(3), "outer": dictionary({"inner": WEIGHTS})},
-        {"state_dict": WEIGHTS, "state_dict_ema": dictionary({"visual.ema": a_tensor()})},
+        {"state_dict": WEIGHTS, "state_dict_ema": dictionary({"visual.ema": make_tensor()})},
         {"model": text("MobileCLIP2-S0"), "weights": WEIGHTS},
     ],
 )
-def test_the_dictionary_is_found(found: dict[str, bytes], tmp_path: Path) -> None:
+def test_state_dict_is_found(found: dict[str, bytes], tmp_path: Path) -> None:
     for ordered in (False, True):
-        path = a_file(tmp_path, dictionary(found, ordered))
+        path = write_file(tmp_path, dictionary(found, ordered))
         assert list(read_torch(path)) == ["visual.w"]
 
 
-def test_two_dictionaries_are_named(tmp_path: Path) -> None:
+def test_two_state_dicts_are_refused(tmp_path: Path) -> None:
     both = dictionary({"online": WEIGHTS, "target": WEIGHTS}, ordered=False)
     with pytest.raises(CheckpointError, match=r"2 dictionaries of tensors \(.*online"):
-        read_torch(a_file(tmp_path, both))
+        read_torch(write_file(tmp_path, both))
 
 
-def test_wrappers_without_end_are_quick(tmp_path: Path) -> None:
+def test_deeply_nested_wrappers_are_quick(tmp_path: Path) -> None:
     depth = 20_000
     deep = b"".join(b"}" + text("model") for _ in range(depth)) + WEIGHTS + b"s" * depth
     with pytest.raises(CheckpointError):
-        read_torch(a_file(tmp_path, deep + b"00"))
-    assert list(read_torch(a_file(tmp_path, deep))) == ["visual.w"]
+        read_torch(write_file(tmp_path, deep + b"00"))
+    assert list(read_torch(write_file(tmp_path, deep))) == ["visual.w"]
 
 
 @pytest.mark.parametrize("stem", ["weights (1)", "ep=3,loss=0.5", "best@[x]", "50%", "\u6a21 a"])
-def test_the_file_may_have_any_name(stem: str, tmp_path: Path) -> None:
-    """torch.save puts it before the name of every entry."""
+def test_file_may_have_any_name(stem: str, tmp_path: Path) -> None:
+    """torch.save begins the name of every entry with the file's."""
     with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
         archive.writestr(f"{stem}/data.pkl", pickle_of(WEIGHTS))
         archive.writestr(f"{stem}/data/0", FLOATS)
     assert list(read_torch(tmp_path / "m.pt")) == ["visual.w"]
 
 
-def test_a_torchscript_program_is_called_one(tmp_path: Path) -> None:
+def test_torchscript_program_is_refused(tmp_path: Path) -> None:
     for entries in (["constants.pkl"], ["code/__torch__/model.py"], ["code/a.py", "constants.pkl"]):
         path = tmp_path / "m.pt"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:

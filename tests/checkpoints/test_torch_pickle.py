@@ -1,4 +1,4 @@
-"""PyTorch files as hostile input: refused by name, bounded, and nothing is run."""
+"""PyTorch files as hostile input: refused with a reason and within bounds; no code is run."""
 
 import os
 import pickle
@@ -35,20 +35,20 @@ from mlx_mobileclip.checkpoints.torch_pickle import read_torch
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
 
-def a_tensor(**changes: Any) -> bytes:
+def make_tensor(**changes: Any) -> bytes:
     given = {"key": "0", "kind": "FloatStorage", "items": 4, "offset": 0, "shape": (2, 2)}
     given |= changes
-    place = storage(given["key"], given["kind"], given["items"])
+    stored = storage(given["key"], given["kind"], given["items"])
     strides = given.get("strides", contiguous(given["shape"]))
-    return tensor(place, given["offset"], given["shape"], strides)
+    return tensor(stored, given["offset"], given["shape"], strides)
 
 
-def a_file(path: Path, found: bytes, **storages: bytes) -> Path:
+def write_file(path: Path, found: bytes, **storages: bytes) -> Path:
     return write_zip(path / "m.pt", pickle_of(found), storages or {"0": FLOATS})
 
 
 def refusal(path: Path, seconds: float = 5) -> str:
-    """The error for a file, which must come quickly and in one line."""
+    """Return the error for a file, which must be one line and come quickly."""
     started = time.perf_counter()
     with pytest.raises(CheckpointError) as caught:
         read_torch(path)
@@ -57,18 +57,18 @@ def refusal(path: Path, seconds: float = 5) -> str:
     return str(caught.value)
 
 
-def test_every_type_and_stride(tmp_path: Path) -> None:
+def test_every_dtype_and_stride_is_read(tmp_path: Path) -> None:
     found = dictionary(
         {
-            "plain": a_tensor(),
-            "turned": a_tensor(strides=(1, 2)),
-            "part": a_tensor(offset=1, shape=(3,)),
-            "scalar": a_tensor(offset=2, shape=()),
-            "spread": a_tensor(offset=2, shape=(4,), strides=(0,)),
-            "empty": a_tensor(shape=(2, 0)),
+            "plain": make_tensor(),
+            "turned": make_tensor(strides=(1, 2)),
+            "part": make_tensor(offset=1, shape=(3,)),
+            "scalar": make_tensor(offset=2, shape=()),
+            "spread": make_tensor(offset=2, shape=(4,), strides=(0,)),
+            "empty": make_tensor(shape=(2, 0)),
         }
     )
-    tensors = read_torch(a_file(tmp_path, found))
+    tensors = read_torch(write_file(tmp_path, found))
     assert tensors["plain"].tolist() == [[1, 2], [3, 4]]
     assert tensors["turned"].tolist() == [[1, 3], [2, 4]]
     assert tensors["part"].tolist() == [2, 3, 4]
@@ -82,16 +82,16 @@ def test_every_type_and_stride(tmp_path: Path) -> None:
         assert mx.array_equal(found, mx.array(values["w"]).astype(dtype)).item()
 
 
-def test_parameters_and_wrappers(tmp_path: Path) -> None:
+def test_wrapped_parameters_are_read(tmp_path: Path) -> None:
     hooks = name("collections", "OrderedDict") + b")R"
     parameter = name("torch._utils", "_rebuild_parameter")
-    parameter += tuple_of(a_tensor(), b"\x88", hooks) + b"R"
+    parameter += tuple_of(make_tensor(), b"\x88", hooks) + b"R"
     outer = {
         "epoch": integer(4),
         "state_dict": dictionary({"w": parameter}),
-        "optimizer": dictionary({"exp_avg": a_tensor(), "betas": tuple_of(integer(1), b"N")}),
+        "optimizer": dictionary({"exp_avg": make_tensor(), "betas": tuple_of(integer(1), b"N")}),
     }
-    tensors = read_torch(a_file(tmp_path, dictionary(outer, ordered=False)))
+    tensors = read_torch(write_file(tmp_path, dictionary(outer, ordered=False)))
     assert list(tensors) == ["w"] and tensors["w"].shape == (2, 2)
 
 
@@ -104,7 +104,7 @@ class Gadget:
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_no_gadget_runs(tmp_path: Path, protocol: int) -> None:
+def test_no_code_is_run(tmp_path: Path, protocol: int) -> None:
     sentinel = tmp_path / "ran"
     gadgets = {
         f"{os.system.__module__}.system": Gadget(os.system, f"touch {sentinel}"),
@@ -113,7 +113,7 @@ def test_no_gadget_runs(tmp_path: Path, protocol: int) -> None:
         "pathlib": sentinel,
     }
     for word, gadget in gadgets.items():
-        if word == "builtins.getattr":  # modules cannot be pickled; this is its name alone
+        if word == "builtins.getattr":  # modules cannot be pickled; only the name
             data = pickle_of(name("builtins", "getattr"))
         else:
             data = pickle.dumps({"w": gadget}, protocol=protocol)
@@ -122,7 +122,7 @@ def test_no_gadget_runs(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "requested",
     [
         ("torch", "load"),
         ("torch._utils", "_rebuild_device_tensor_from_numpy"),
@@ -133,11 +133,11 @@ def test_no_gadget_runs(tmp_path: Path, protocol: int) -> None:
         ("argparse", "Namespace"),
     ],
 )
-def test_other_names_are_refused(asked: tuple[str, str], tmp_path: Path) -> None:
-    by_name = pickle_of(name(*asked))
-    by_stack = pickle_of(text(asked[0]) + text(asked[1]) + b"\x93")
+def test_unknown_globals_are_refused(requested: tuple[str, str], tmp_path: Path) -> None:
+    by_name = pickle_of(name(*requested))
+    by_stack = pickle_of(text(requested[0]) + text(requested[1]) + b"\x93")
     for data in (by_name, by_stack):
-        assert ".".join(asked) in refusal(write_zip(tmp_path / "m.pt", data, {}))
+        assert ".".join(requested) in refusal(write_zip(tmp_path / "m.pt", data, {}))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_other_names_are_refused(asked: tuple[str, str], tmp_path: Path) -> None
         (b"}2", "DUP"),
     ],
 )
-def test_other_instructions_are_refused(data: bytes, word: str, tmp_path: Path) -> None:
+def test_unknown_opcodes_are_refused(data: bytes, word: str, tmp_path: Path) -> None:
     refused = refusal(write_zip(tmp_path / "m.pt", pickle_of(data), {}))
     assert f"instruction {word};" in refused or "asks for os.system" in refused
 
@@ -162,22 +162,22 @@ def test_other_instructions_are_refused(data: bytes, word: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "found",
     [
-        a_tensor(shape=(3, 2)),
-        a_tensor(offset=1),
-        a_tensor(offset=-1, shape=(1,)),
-        a_tensor(shape=(1 << 40,), strides=(0,)),
-        a_tensor(shape=(2, 2), strides=(1 << 62, 1)),
-        a_tensor(shape=(1 << 300,)),
-        a_tensor(shape=(-2, -2), strides=(-2, -1)),
-        a_tensor(shape=(2, 2), strides=(1,)),
-        a_tensor(shape=(1,) * 40, strides=(1,) * 40),
-        a_tensor(items=1 << 50, shape=(2,)),
-        a_tensor(items=-4, shape=(1,)),
-        a_tensor(items=5),
-        a_tensor(key="1"),
-        a_tensor(key="../0"),
-        a_tensor(kind="LongStorage"),
-        a_tensor(kind="UntypedStorage"),
+        make_tensor(shape=(3, 2)),
+        make_tensor(offset=1),
+        make_tensor(offset=-1, shape=(1,)),
+        make_tensor(shape=(1 << 40,), strides=(0,)),
+        make_tensor(shape=(2, 2), strides=(1 << 62, 1)),
+        make_tensor(shape=(1 << 300,)),
+        make_tensor(shape=(-2, -2), strides=(-2, -1)),
+        make_tensor(shape=(2, 2), strides=(1,)),
+        make_tensor(shape=(1,) * 40, strides=(1,) * 40),
+        make_tensor(items=1 << 50, shape=(2,)),
+        make_tensor(items=-4, shape=(1,)),
+        make_tensor(items=5),
+        make_tensor(key="1"),
+        make_tensor(key="../0"),
+        make_tensor(kind="LongStorage"),
+        make_tensor(kind="UntypedStorage"),
         text("no tensor"),
         name("torch", "FloatStorage"),
         name("torch._utils", "_rebuild_tensor_v2") + b")R",
@@ -193,28 +193,28 @@ def test_other_instructions_are_refused(data: bytes, word: str, tmp_path: Path) 
         numbers((1, 2)),
     ],
 )
-def test_tensors_that_cannot_be(found: bytes, tmp_path: Path) -> None:
-    refusal(a_file(tmp_path, dictionary({"w": found})))
-    refusal(a_file(tmp_path, found))
+def test_impossible_tensors_are_refused(found: bytes, tmp_path: Path) -> None:
+    refusal(write_file(tmp_path, dictionary({"w": found})))
+    refusal(write_file(tmp_path, found))
 
 
 def test_keys_are_never_hashed_deeply(tmp_path: Path) -> None:
     nested = b")" + b"q\x00h\x00\x86" * 60  # a pair of equal pairs, 60 times: 2**60 hashes
-    refused = refusal(a_file(tmp_path, b"}" + nested + integer(1) + b"s"))
+    refused = refusal(write_file(tmp_path, b"}" + nested + integer(1) + b"s"))
     assert "holds no tensors, only tuple" in refused
 
 
-def test_a_flood_from_one_storage_is_refused(tmp_path: Path) -> None:
+def test_many_views_of_one_storage_are_refused(tmp_path: Path) -> None:
     big = np.zeros(1 << 18, np.float32).tobytes()
-    entry = a_tensor(items=1 << 18, shape=(1 << 18,))
+    entry = make_tensor(items=1 << 18, shape=(1 << 18,))
     found = dictionary({f"w{i}": entry for i in range(2000)})
     tracemalloc.start()
-    assert "claim" in refusal(a_file(tmp_path, found, **{"0": big}))
+    assert "claim" in refusal(write_file(tmp_path, found, **{"0": big}))
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
 
 
-def test_an_endless_pickle_is_refused(tmp_path: Path) -> None:
+def test_pickle_without_end_is_refused(tmp_path: Path) -> None:
     data = b"\x80\x02" + b"}" * (15 << 20)
     tracemalloc.start()
     assert "no end" in refusal(write_zip(tmp_path / "m.pt", data, {}), seconds=60)
@@ -223,18 +223,18 @@ def test_an_endless_pickle_is_refused(tmp_path: Path) -> None:
     assert "larger than" in refusal(write_zip(tmp_path / "m.pt", data * 2, {}))
 
 
-def test_a_container_may_hold_itself(tmp_path: Path) -> None:
+def test_container_that_contains_itself_is_refused(tmp_path: Path) -> None:
     found = b"}q\x00" + text("state_dict") + b"h\x00s"
-    assert "no tensors" in refusal(a_file(tmp_path, found))
+    assert "no tensors" in refusal(write_file(tmp_path, found))
 
 
-# The zip around it.
+# The zip archive.
 
 
-def rewritten(path: Path, *names: str, compress: int = zipfile.ZIP_STORED) -> Path:
+def write_entries(path: Path, *names: str, compress: int = zipfile.ZIP_STORED) -> Path:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compress) as archive:
         warnings.simplefilter("ignore")  # two entries of the same name
-        archive.writestr("archive/data.pkl", pickle_of(dictionary({"w": a_tensor()})))
+        archive.writestr("archive/data.pkl", pickle_of(dictionary({"w": make_tensor()})))
         archive.writestr("archive/data/0", FLOATS)
         for entry in names:
             archive.writestr(entry, bytes(1 << 20))
@@ -242,7 +242,7 @@ def rewritten(path: Path, *names: str, compress: int = zipfile.ZIP_STORED) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "message"),
     [
         ("../evil", "is not a plain name"),
         ("archive/data/../../evil", "is not a plain name"),
@@ -253,18 +253,18 @@ def rewritten(path: Path, *names: str, compress: int = zipfile.ZIP_STORED) -> Pa
         ("archive/constants.pkl", "TorchScript"),
     ],
 )
-def test_names_of_entries(entry: str, words: str, tmp_path: Path) -> None:
-    path = rewritten(tmp_path / "m.pt", entry.replace("\\", "|"))
+def test_unsafe_entry_names_are_refused(entry: str, message: str, tmp_path: Path) -> None:
+    path = write_entries(tmp_path / "m.pt", entry.replace("\\", "|"))
     data = path.read_bytes().replace(entry.replace("\\", "|").encode(), entry.encode())
     path.write_bytes(data)
-    assert words in refusal(path)
+    assert message in refusal(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pt"]
 
 
-def test_a_zip_bomb_is_refused_unopened(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused_unopened(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", pickle_of(dictionary({"w": a_tensor()})))
+        archive.writestr("archive/data.pkl", pickle_of(dictionary({"w": make_tensor()})))
         with archive.open("archive/data/0", "w", force_zip64=True) as entry:
             for _ in range(256):
                 entry.write(bytes(1 << 20))
@@ -274,7 +274,7 @@ def test_a_zip_bomb_is_refused_unopened(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_other_files(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(pickle.dumps({"w": 1}, protocol=2))
     assert "before PyTorch 1.6" in refusal(path)
@@ -282,7 +282,7 @@ def test_other_files(tmp_path: Path) -> None:
         path.write_bytes(data)
         refusal(path)
     refusal(tmp_path / "none.pt")
-    write_zip(path, pickle_of(dictionary({"w": a_tensor()})), {"0": FLOATS}, byteorder=b"big")
+    write_zip(path, pickle_of(dictionary({"w": make_tensor()})), {"0": FLOATS}, byteorder=b"big")
     assert "byte order" in refusal(path)
     write_zip(path, pickle_of(dictionary({"lr": integer(1)})), {})
     assert "holds no tensors, only lr" in refusal(path)
@@ -310,7 +310,7 @@ def test_damaged_files_never_crash(tmp_path: Path) -> None:
 
 
 def test_random_pickles_never_crash(tmp_path: Path) -> None:
-    data = pickle_of(dictionary({"a": a_tensor(), "b": a_tensor(shape=(4,))}))
+    data = pickle_of(dictionary({"a": make_tensor(), "b": make_tensor(shape=(4,))}))
     rng = np.random.default_rng(1)
     for _ in range(2000):
         broken = bytearray(data)

@@ -41,7 +41,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """Start the command line in a process of its own; it takes 0.1 s for each batch of images."""
+    """Start the command line in a subprocess; each batch of images takes 0.1 s."""
 
     def popen(*args: str) -> subprocess.Popen[str]:
         code = (

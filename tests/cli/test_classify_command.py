@@ -15,7 +15,9 @@ from mlx_mobileclip.__main__ import main
 pytestmark = pytest.mark.usefixtures("loaded")
 
 
-def test_classify(images: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]) -> None:
+def test_labels_are_ranked_in_a_table(
+    images: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
+) -> None:
     args = ["classify", "--image", f"{images}/red.png", "--labels", "blue, red ,green,"]
     assert main([*args, "--model", "org/m", "--revision", "r", "--dtype", "float32"]) == 0
     out, err = capsys.readouterr()
@@ -27,7 +29,7 @@ def test_classify(images: Path, capsys: pytest.CaptureFixture[str], loaded: list
     assert loaded == [(("org/m",), options | {"config": None, "preprocess": None})]
 
 
-def test_classify_json_and_several_images(
+def test_json_and_several_images(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = tmp_path / "labels.txt"
@@ -51,7 +53,7 @@ def test_classify_json_and_several_images(
     assert lines[3] == f"{images}/blue.png"
 
 
-def test_imagenet_takes_the_published_templates(
+def test_imagenet_uses_the_published_templates(
     images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["classify", "--imagenet", "--image", f"{images}/red.png", "--json", "--quiet"]
@@ -62,7 +64,9 @@ def test_imagenet_takes_the_published_templates(
     assert len(json.loads(capsys.readouterr().out)["templates"]) == 80
 
 
-def test_template_without_a_place(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_template_without_placeholder_is_refused(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["classify", "--image", f"{images}/red.png", "--labels", "a", "--quiet"]
     assert main([*args, "--template", "a photo"]) == 1
     assert "has no {}" in capsys.readouterr().err
@@ -78,7 +82,7 @@ def test_labels_with_commas(images: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("kind", ["directory", "glob", "list"])
-def test_many_images_and_one_that_cannot_be_read(
+def test_unreadable_image_among_many_is_skipped(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     (images / "broken.png").write_bytes(b"x")
@@ -91,11 +95,15 @@ def test_many_images_and_one_that_cannot_be_read(
     for output in ("table", "json", "jsonl", "csv"):
         assert main([*args, "--format", output]) == 1
         out, err = capsys.readouterr()
-        told = err.splitlines()
+        messages = err.splitlines()
         if kind == "directory":
-            assert told.pop(0) == "passed over 1: 1 .txt"
-        assert len(told) == 2 and told[0].startswith("skipped ") and "broken.png" in told[0]
-        assert "classified 3 of 4 images; skipped the 1 named above" in told[1]
+            assert messages.pop(0) == "ignored 1: 1 .txt"
+        assert (
+            len(messages) == 2
+            and messages[0].startswith("skipped ")
+            and "broken.png" in messages[0]
+        )
+        assert "classified 3 of 4 images; skipped the 1 named above" in messages[1]
         if output == "table":
             found = [line.split()[-1] for line in out.splitlines()[1::3]]
         elif output == "csv":
@@ -128,7 +136,7 @@ def test_csv_and_json_lines_of_odd_names(
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_nothing_to_classify(
+def test_nothing_to_classify_is_an_error(
     images: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
 ) -> None:
     for name in ("a.png", "b.png"):
@@ -143,14 +151,14 @@ def test_nothing_to_classify(
     assert loaded == []
 
 
-def test_an_image_without_a_suffix(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_without_a_suffix_is_read(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paint(images / "x.png", "red")
     (images / "x.png").rename(images / "photo")
     assert main(["classify", "--labels", "red,blue", "--image", f"{images}/photo", "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("red")
 
 
-def test_labels_that_are_no_text(
+def test_labels_must_be_utf8(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
 ) -> None:
     args = ["classify", "--image", f"{images}/red.png", "--quiet"]
@@ -159,4 +167,4 @@ def test_labels_that_are_no_text(
     assert "labels.txt: line 2 is not UTF-8" in capsys.readouterr().err
     assert loaded == []
     assert main([*args, "--labels", "red,caf\udce9"]) == 1
-    assert "no text in UTF-8" in capsys.readouterr().err
+    assert "not UTF-8 text" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_embed_images(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert data["model"] == "apple/MobileCLIP2-S0"
 
 
-def test_embed_says_what_it_skipped(
+def test_skipped_images_are_reported(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "broken.jpg").write_bytes(b"\xff\xd8")
@@ -45,7 +45,7 @@ def test_embed_says_what_it_skipped(
         assert len(json.loads(data["names"].tobytes())) == 4
 
 
-def test_embed_says_which_directories_it_could_not_read(
+def test_unreadable_directories_are_reported(
     images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -59,7 +59,7 @@ def test_embed_says_which_directories_it_could_not_read(
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)  # chmod does not keep root out
+    monkeypatch.setattr(os, "scandir", guarded)  # chmod does not restrict root
     args = ["embed", "--images", str(images), str(images), "--output", f"{tmp_path}/x.npz"]
     assert main([*args, "--quiet"]) == 1
     err = capsys.readouterr().err.splitlines()
@@ -109,7 +109,7 @@ def test_progress_bar_on_a_terminal(
     assert "[########" in err
 
 
-def test_plain_progress_lines_elsewhere(
+def test_progress_lines_without_a_terminal(
     images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -122,7 +122,7 @@ def test_plain_progress_lines_elsewhere(
     assert [line for line in lines if line.endswith(" of 3")][:3] == ["1 of 3", "2 of 3", "3 of 3"]
 
 
-def test_ctrl_c_is_130_and_resumes(
+def test_ctrl_c_exits_130_and_can_be_resumed(
     images: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     for i in range(30):
@@ -145,7 +145,7 @@ def test_ctrl_c_is_130_and_resumes(
     assert not partial.exists()
 
 
-def test_embed_says_what_it_passed_over(
+def test_ignored_files_are_reported(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "elsewhere").symlink_to(images)
@@ -154,7 +154,7 @@ def test_embed_says_what_it_passed_over(
     args = ["embed", "--images", str(images), "--output", f"{tmp_path}/x.npz", "--quiet"]
     assert main(args) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("passed over 3: ")
+    assert line.startswith("ignored 3: ")
     for reason in ("1 .txt", "1 hidden", "1 linked folders that were searched already"):
         assert reason in line
 
@@ -179,7 +179,7 @@ def test_embed_updates_an_output(
     args = ["embed", "--images", str(images), "--output", f"{tmp_path}/x.safetensors"]
     assert main([*args, "--model", "org/m"]) == 0
     assert main(args) == 1
-    assert "bring it up to date with --update" in capsys.readouterr().err
+    assert "update it with --update" in capsys.readouterr().err
     (images / "red.png").unlink()
     paint(images / "new.png", "blue")
     assert main([*args, "--update"]) == 0
@@ -187,14 +187,14 @@ def test_embed_updates_an_output(
     assert "(2 kept, 1 dropped)" in err
 
 
-def test_texts_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_must_be_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.txt").write_bytes("red\rcafé\r".encode("latin-1"))
     assert main(["embed", "--texts", f"{tmp_path}/t.txt", "--output", f"{tmp_path}/x.npz"]) == 1
     assert "t.txt: line 2 is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("remedy", ["", "set LD_PRELOAD"])
-def test_a_slow_blas_is_told_once(
+def test_slow_blas_is_reported_once(
     images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -37,14 +37,14 @@ def test_evaluate_imagenet(validation: Path, capsys: pytest.CaptureFixture[str])
     assert "would not be comparable" in capsys.readouterr().err
 
 
-def test_a_subset_competes_with_all_labels_and_says_so(
+def test_subset_is_ranked_among_all_labels(
     validation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (validation / IDS[0]).rename(validation.parent / "elsewhere")
     args = ["evaluate", "--imagenet", str(validation), "--quiet"]
     assert main(args) == 0
     out, err = capsys.readouterr()
-    assert err == "2 of 3 classes have images; all 3 labels compete\n"
+    assert err == "2 of 3 classes have images; all 3 are candidates\n"
     assert out.splitlines() == [
         "classes: 2",
         "labels: 3",
@@ -54,12 +54,12 @@ def test_a_subset_competes_with_all_labels_and_says_so(
     ]
 
 
-def test_classes_of_ones_own(validation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_classes_from_folders(validation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, label in zip(IDS, ("red", "green", "blue"), strict=True):
         (validation / name).rename(validation / label)
     args = ["evaluate", "--imagenet", str(validation), "--quiet", "--json"]
     assert main(args) == 1
-    assert "no class of ImageNet" in capsys.readouterr().err
+    assert "not an ImageNet class" in capsys.readouterr().err
     assert main([*args, "--classes-from-folders"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["classes"], report["labels"], report["top1"]) == (3, 3, 75.0)
@@ -90,9 +90,9 @@ def test_evaluate_retrieval(
     assert "image_to_text_r1: 33.33\nimage_to_text_r5: 33.33" in out
     assert "text_to_image_r1: 33.33\ntext_to_image_r5: 100.00" in out
     for data, match in (
-        ("[", "not Karpathy's form"),
-        ("{}", "not Karpathy's form"),
-        ('{"images": [3]}', "not Karpathy's form"),
+        ("[", "not in Karpathy's format"),
+        ("{}", "not in Karpathy's format"),
+        ('{"images": [3]}', "not in Karpathy's format"),
         ('{"images": []}', "no test split"),
         (json.dumps({"images": [{**entries[0], "filename": "x.png"}]}), "x.png is missing"),
     ):

@@ -1,4 +1,4 @@
-"""The command line as a person or a script meets it, each run a process of its own."""
+"""The command line of mlx_fastvlm, mostly in subprocesses."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_answer_on_stdout_and_the_rest_on_stderr(model: Path, image: Path) -> No
     assert quiet.stdout == result.stdout and quiet.stderr == ""
 
 
-def test_json_has_the_contract_s_fields(model: Path, image: Path) -> None:
+def test_json_has_the_documented_fields(model: Path, image: Path) -> None:
     result = run(
         "--model", model, "--image", image, image, "--prompt", "q", "--json",
         "--max-tokens", 5, "--resolution", 320, "--image-mode", "crop", "--seed", 1, "--temp", 0.7,
@@ -75,7 +75,9 @@ def test_json_has_the_contract_s_fields(model: Path, image: Path) -> None:
     assert report["finish_reason"] in ("stop", "length") and report["model"] == str(model)
 
 
-def test_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_continues_one_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each line of stdin is a further question of one conversation about the images."""
     image = ROOT / "examples" / "scene.png"
     questions = ["How many circles are there?", "What colour is the square?"]
@@ -94,7 +96,7 @@ def test_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert answers == expected
 
 
-def test_image_cache_option(
+def test_image_cache_option_keeps_embeddings(
     model: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", str(model), "--image", str(image), "--max-tokens", "2", "--quiet"]
@@ -126,7 +128,7 @@ def test_errors_take_one_line_and_exit_1(model: Path, options: list[str], messag
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
-def test_neither_image_nor_prompt(model: Path) -> None:
+def test_neither_image_nor_prompt_is_an_error(model: Path) -> None:
     result = run("--model", model)
     assert result.returncode == 1
     assert result.stderr == "error: there is nothing to answer; give --image, --prompt or both\n"
@@ -146,7 +148,7 @@ def test_usage_errors_exit_2(options: list[str]) -> None:
     assert result.returncode == 2 and "usage:" in result.stderr
 
 
-def test_repository_without_network_or_cache(tmp_path: Path) -> None:
+def test_repository_without_network_or_cache_is_refused(tmp_path: Path) -> None:
     result = run("--model", "apple/FastVLM-0.5B", "--prompt", "q", env={"HF_HOME": str(tmp_path)})
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
@@ -155,7 +157,7 @@ def test_repository_without_network_or_cache(tmp_path: Path) -> None:
     )
 
 
-def test_interrupt(model: Path) -> None:
+def test_interrupt_exits_130(model: Path) -> None:
     options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 0)
     with subprocess.Popen(
         command(*options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -169,7 +171,7 @@ def test_interrupt(model: Path) -> None:
     assert "Traceback" not in stderr and stderr.endswith("interrupted\n")
 
 
-def test_closed_pipe(model: Path) -> None:
+def test_closed_pipe_is_quiet(model: Path) -> None:
     options = ("--model", model, "--prompt", "q", "--max-tokens", 8000, "--temp", 0, "--quiet")
     with subprocess.Popen(
         command(*options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -193,14 +195,14 @@ def test_convert_then_generate(model: Path, tmp_path: Path) -> None:
     assert ours == theirs
 
 
-def test_first_use_is_quick(model: Path) -> None:
-    """Imports stay out of the way until needed."""
+def test_help_is_quick(model: Path) -> None:
+    """Heavy imports are delayed until needed."""
     started = time.perf_counter()
     assert run("--help").returncode == 0
     assert time.perf_counter() - started < 2
 
 
-def test_the_console_script_runs_the_same_command(
+def test_console_script_runs_the_same_command(
     model: Path, image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", str(model), "--image", str(image), "--max-tokens", "3", "--quiet"]

@@ -38,14 +38,20 @@ def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
         (["embed", "--images", red, "--output", f"{tmp_path}/x.csv"], "must end in"),
         (["embed", "--images", red, "--output", f"{tmp_path}/there.npz"], "already exists"),
         (["embed", "--texts", "none.txt", "--output", f"{tmp_path}/x.npz"], "cannot be read"),
-        (["evaluate", "--imagenet", str(images)], "holds no directories"),
+        (["evaluate", "--imagenet", str(images)], "contains no directories"),
         (["embed", "--images", "~nobodyx", "--output", f"{tmp_path}/x.npz"], "no such file"),
         (["evaluate", "--captions", "none.json"], "needs --images"),
-        (["evaluate", "--captions", "x", "--images", "x", "--template", "{}"], "no --template"),
+        (
+            ["evaluate", "--captions", "x", "--images", "x", "--template", "{}"],
+            "does not use --template",
+        ),
         (["evaluate", "--captions", "x", "--images", "x", "--templates", "openai"], "--templates"),
-        (["evaluate", "--imagenet", "x", "--images", "x"], "no --images"),
-        (["evaluate", "--captions", "x", "--images", "x", "--classes-from-folders"], "takes no"),
-        (["embed", "--images", "", "--output", f"{tmp_path}/x.npz"], "an empty name"),
+        (["evaluate", "--imagenet", "x", "--images", "x"], "does not use --images"),
+        (
+            ["evaluate", "--captions", "x", "--images", "x", "--classes-from-folders"],
+            "does not use",
+        ),
+        (["embed", "--images", "", "--output", f"{tmp_path}/x.npz"], "the name is empty"),
         (["evaluate", "--captions", "none.json", "--images", "x"], "cannot be read"),
     ):
         assert main(args) == 1, args
@@ -59,7 +65,7 @@ def test_errors_are_one_line_and_reported_before_the_model_is_loaded(
 PREPROCESS = '{"image_size": 64, "interpolation": "bicubic", "mean": [0, 0, 0], "std": [1, 1, 1]}'
 
 
-def test_preprocessing_can_be_stated(
+def test_preprocess_option(
     images: Path, capsys: pytest.CaptureFixture[str], loaded: list[Any]
 ) -> None:
     args = ["classify", "--image", f"{images}/red.png", "--labels", "a", "--config", "c.json"]
@@ -70,8 +76,8 @@ def test_preprocessing_can_be_stated(
         ("{", "argument --preprocess: Expecting property name"),
         ("[" * 10000, "argument --preprocess: is nested too deeply"),
         ("", "argument --preprocess: Expecting value"),
-        ("3", "give an object of image_size, interpolation, mean, std"),
-        (PREPROCESS.replace("mean", "means"), "give an object of"),
+        ("3", "give a JSON object of image_size, interpolation, mean, std"),
+        (PREPROCESS.replace("mean", "means"), "give a JSON object of"),
         (PREPROCESS.replace("64", "5"), "preprocess: image_size: 5 is not"),
         (PREPROCESS.replace("bicubic", "nearest"), "'nearest' is not one of"),
         (PREPROCESS.replace("[1, 1, 1]", "[1, 1]"), "std: has 2 entries"),
@@ -100,7 +106,7 @@ def test_preprocessing_can_be_stated(
         ["evaluate", "--captions", "x.json", "--images", ""],
     ],
 )
-def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_exit_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(args)
     assert ended.value.code == 2
@@ -113,7 +119,7 @@ def test_debug_shows_the_traceback(images: Path, capsys: pytest.CaptureFixture[s
     assert err.startswith("Traceback ") and "DataError: none.png: no such file" in err
 
 
-def test_closed_pipe(images: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_closed_pipe_is_quiet(images: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     args = ["--image", f"{images}/red.png", "--labels", "red,green,blue", "--quiet"]
     process = start("classify", *args)
     assert process.stdout and process.stderr
@@ -138,7 +144,7 @@ def test_warnings_are_one_line(
     assert set(capsys.readouterr().err.splitlines()) == {"warning: a text is[2J cut"}
 
 
-def test_printable() -> None:
+def test_printable_removes_control_characters() -> None:
     text = "a\x1b[2Jb\n\tc\x7f\x9b\udcff"
     assert printable(text) == "a[2Jbc\\udcff"
     assert printable(text, keep="\n\t") == "a[2Jb\n\tc\\udcff"
@@ -155,7 +161,7 @@ print({"mlx", "numpy", "PIL", "safetensors", "huggingface_hub"} & set(sys.module
     assert result.stdout == "set()\n", result.stderr
 
 
-def test_when_the_blas_counts_as_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_blas_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = {
         "/v/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0": True,
         "/usr/lib/x86_64-linux-gnu/blas/libblas.so.3.10.0": True,

@@ -1,4 +1,4 @@
-"""Commands whose standard streams are closed or full do their work all the same."""
+"""Commands work with closed or full standard streams."""
 
 import os
 import subprocess
@@ -36,32 +36,34 @@ def run(name: str, redirection: str, directory: Path) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("redirection", CLOSED)
-def test_closed(name: str, redirection: str, tmp_path: Path) -> None:
-    done = run(name, redirection, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Error" not in done.stderr and "error" not in done.stderr
-    assert bool(done.stdout) == (">&-" not in redirection.split() and name not in ("chat", *WRITES))
-    assert bool(done.stderr) == ("2>&-" not in redirection.split())
+def test_closed_streams(name: str, redirection: str, tmp_path: Path) -> None:
+    result = run(name, redirection, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Error" not in result.stderr and "error" not in result.stderr
+    assert bool(result.stdout) == (
+        ">&-" not in redirection.split() and name not in ("chat", *WRITES)
+    )
+    assert bool(result.stderr) == ("2>&-" not in redirection.split())
     assert not [*tmp_path.glob("out*")] or name in WRITES
     assert [*tmp_path.glob("out*")] or name not in WRITES
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["generate", "classify", "embed", "convert"])
-def test_stderr_that_is_full(name: str, tmp_path: Path) -> None:
-    done = run(name, "2>/dev/full", tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout or [*tmp_path.glob("out*")]
+def test_full_stderr(name: str, tmp_path: Path) -> None:
+    result = run(name, "2>/dev/full", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout or [*tmp_path.glob("out*")]
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&- >&- 2>&-"])
-def test_the_status_of_an_error_stays(redirection: str, tmp_path: Path) -> None:
+def test_exit_status_of_errors_is_kept(redirection: str, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("in use")
     assert run("convert", redirection, tmp_path).returncode == 1
-    done = subprocess.run(
+    result = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "convert", "--bogus"],
         cwd=ROOT,
         capture_output=True,
         timeout=60,
     )
-    assert done.returncode == 2
+    assert result.returncode == 2

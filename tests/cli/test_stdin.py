@@ -1,4 +1,4 @@
-"""What `mlx-fastvlm generate` reads from stdin."""
+"""Input of `mlx-fastvlm generate` from stdin."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def run(data: bytes, *options: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("options", [["--prompt", "-"], []])
-def test_a_question(
+def test_question_from_stdin(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for data in (QUESTION.encode(), f"\ufeff\n{QUESTION}\r\n".encode()):
@@ -38,7 +38,7 @@ def test_a_question(
         assert capsys.readouterr() == (ANSWER, "")
 
 
-def test_a_question_that_is_given_is_not_read(
+def test_stdin_is_not_read_when_a_question_is_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("--image", str(SCENE), "--prompt", QUESTION)
@@ -46,39 +46,41 @@ def test_a_question_that_is_given_is_not_read(
     assert capsys.readouterr().out == ANSWER
 
 
-def test_an_image(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_from_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--image", "-", "--prompt", QUESTION)
     assert run(SCENE.read_bytes(), *options, monkeypatch=monkeypatch) == 0
     assert capsys.readouterr() == (ANSWER, "")
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "words"),
+    ("data", "options", "message"),
     [
-        (b"", ["--prompt", "-"], "stdin holds no question"),
+        (b"", ["--prompt", "-"], "stdin contains no question"),
         (b"", [], "there is nothing to answer"),
         (b"\xff\xfe", ["--prompt", "-"], "is not UTF-8"),
-        (b"", ["--image", "-"], "stdin holds no image"),
+        (b"", ["--image", "-"], "stdin is empty"),
         (b"text", ["--image", "-"], "not an image"),
-        (b"", ["--image", "-", "--prompt", "-"], "stdin can be one thing only"),
-        (b"", ["--image", "-", "--image", "-"], "stdin can be one thing only"),
-        (b"", ["--image", "-", "--chat"], "stdin can be one thing only"),
+        (b"", ["--image", "-", "--prompt", "-"], "stdin can be read only once"),
+        (b"", ["--image", "-", "--image", "-"], "stdin can be read only once"),
+        (b"", ["--image", "-", "--chat"], "stdin can be read only once"),
         (b"a" * (5 << 20), ["--prompt", "-"], "more than 4 MB"),
     ],
 )
-def test_what_stdin_cannot_be(
+def test_unusable_stdin_is_refused(
     data: bytes,
     options: list[str],
-    words: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(data, *options, monkeypatch=monkeypatch) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err
+    assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
 
 
-def test_a_line_that_cannot_be_answered_does_not_end_a_chat(
+def test_unanswerable_line_does_not_end_a_chat(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [QUESTION.encode(), b"\xff\xfe", b"a" * (9 << 20), b"word " * 6000, QUESTION.encode()]
@@ -88,12 +90,12 @@ def test_a_line_that_cannot_be_answered_does_not_end_a_chat(
     answers = [json.loads(line)["text"] + "\n" for line in printed.out.splitlines()]
     assert answers == [ANSWER, ANSWER]
     reasons = printed.err.splitlines()
-    words = ("not UTF-8", "more than 4 MB", "Shorten it", "questions without an answer: 3")
+    messages = ("not UTF-8", "more than 4 MB", "Shorten it", "questions not answered: 3")
     assert len(reasons) == 4
-    assert all(word in line for word, line in zip(words, reasons, strict=True))
+    assert all(message in line for message, line in zip(messages, reasons, strict=True))
 
 
-def test_an_open_pipe_is_not_waited_for_when_there_is_a_question() -> None:
+def test_open_pipe_is_not_awaited_when_a_question_is_given() -> None:
     command = [sys.executable, "-m", "mlx_fastvlm.generate", "--model", "demo", "--quiet"]
     with subprocess.Popen(
         [*command, "--prompt", "Hello"],
@@ -102,14 +104,14 @@ def test_an_open_pipe_is_not_waited_for_when_there_is_a_question() -> None:
         assert process.wait(30) == 0
 
 
-def test_the_default_length_fits_the_room(
+def test_default_max_tokens_fits_the_context(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processor: Any = load("demo")[1]
-    room = processor.max_length - len(processor("").input_ids)
-    long = "the " * (room // 2)
-    while len(processor(long).input_ids) < processor.max_length - 40:
-        long += "the "
+    available = processor.max_length - len(processor("").input_ids)
+    long = "the " * (available // 2)
+    while (missing := processor.max_length - 40 - len(processor(long).input_ids)) > 0:
+        long += "the " * max(1, missing // 4)
     left = processor.max_length - len(processor(long).input_ids)
     assert 0 < left <= 40
     assert run(b"", "--prompt", long, "--json", monkeypatch=monkeypatch) == 0
@@ -117,6 +119,6 @@ def test_the_default_length_fits_the_room(
     options = ("--prompt", long, "--max-tokens", "256")
     assert run(b"", *options, monkeypatch=monkeypatch) == 1
     assert (
-        f"max_tokens is 256; after a prompt of {processor.max_length - left} tokens it can be"
+        f"max_tokens is 256; after a prompt of {processor.max_length - left} tokens it must be"
         in (capsys.readouterr().err)
     )

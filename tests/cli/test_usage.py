@@ -10,6 +10,7 @@ import pytest
 from convert.__main__ import build_parser as convert_parser
 from convert.__main__ import main as convert_main
 from mlx_fastvlm.__main__ import main as fastvlm_main
+from mlx_fastvlm.check import command as check
 from mlx_fastvlm.cli import generate
 from mlx_mobileclip.__main__ import build_parser as clip_parser
 from mlx_mobileclip.__main__ import main as clip_main
@@ -37,7 +38,9 @@ def usage_error(
         ([*IMAGE, "--image-mode", "crp"], "crop"),
     ],
 )
-def test_generate(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_suggests_spellings(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     parse = generate.build_parser("generate").parse_args
     assert usage_error(parse, argv, capsys).endswith(f"; did you mean {meant}?")
 
@@ -51,17 +54,19 @@ def test_generate(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str
         (["embed", "--images", ".", "--output", "x.npz", "--dtype", "flaot16"], "float16"),
     ],
 )
-def test_mobileclip(argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mobileclip_suggests_spellings(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert f"; did you mean {meant}?" in usage_error(clip_parser().parse_args, argv, capsys)
 
 
-def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where an option that is missing was misspelled."""
+def test_convert_suggests_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also for a required option that was misspelled."""
     line = usage_error(convert_parser().parse_args, ["--model", "x", "--mlx-pth", "y"], capsys)
     assert "required: --mlx-path; did you mean --mlx-path?" in line
 
 
-def test_nothing_is_suggested_where_nothing_is_like_it(
+def test_unlike_options_get_no_suggestion(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     line = usage_error(generate.build_parser("generate").parse_args, ["--zzz"], capsys)
@@ -72,12 +77,14 @@ def test_nothing_is_suggested_where_nothing_is_like_it(
 MAINS: dict[str, Callable[[list[str]], int]] = {
     "mlx-fastvlm": fastvlm_main,
     "python -m mlx_fastvlm.generate": generate.main,
+    "python -m mlx_fastvlm.check": check.main,
     "mlx-mobileclip": clip_main,
     "python -m convert": convert_main,
 }
 HELPS = [
     "mlx-fastvlm", "python -m mlx_fastvlm.generate", "mlx-mobileclip", "mlx-mobileclip classify",
     "mlx-mobileclip embed", "mlx-mobileclip evaluate", "python -m convert",
+    "python -m mlx_fastvlm.check", "mlx-mobileclip check",
 ]  # fmt: skip
 
 
@@ -106,7 +113,7 @@ def test_help_ends_with_two_examples_that_work_offline(
     for kind, name in (
         ("heart", "scene.png"),
         ("star", "scene2.png"),
-    ):  # what they show is no matter
+    ):  # any images will do
         (tmp_path / "photos" / kind).mkdir(parents=True)
         (tmp_path / "photos" / kind / name).symlink_to(ROOT / "examples" / name)
     assert run(f"{command} --help") == 0

@@ -1,4 +1,4 @@
-"""Conversions to one target at the same time: one of them writes it, whole; the others say so."""
+"""Concurrent conversions to one target: one writes all of it, the others report an error."""
 
 import json
 import os
@@ -22,11 +22,11 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def write_at_once(target: Path, writers: int) -> dict[int, str]:
-    """Let threads write one target, each its number; returns how each ended."""
-    outcomes, together = dict[int, str](), Barrier(writers)
+    """Let threads write their numbers to one target; returns the outcome of each."""
+    outcomes, barrier = dict[int, str](), Barrier(writers)
 
     def work(i: int) -> None:
-        together.wait()
+        barrier.wait()
         try:
             with new_directory(target) as partial:
                 for name in "abc":
@@ -55,7 +55,7 @@ def test_one_of_many_threads_writes_the_target(tmp_path: Path) -> None:
 
 
 def convert_pair(sources: list[Path], target: Path) -> None:
-    """Two conversions of different models at once."""
+    """Run conversions of two models to one target at once."""
     command = [sys.executable, "-m", "convert", "--mlx-path", str(target), "--quiet", "--model"]
     runs = [
         subprocess.Popen(
@@ -94,7 +94,7 @@ def test_a_hundred_pairs_of_conversions(sources: list[Path], tmp_path: Path) -> 
 
 
 def test_only_abandoned_directories_are_removed(tmp_path: Path) -> None:
-    """Not that of a run that goes on, nor what only has such a name."""
+    """Not those of a running conversion, nor others of a similar name."""
     target = tmp_path / "[out]"
     mine = tmp_path / f".[out].notes{PARTIAL}"
     mine.mkdir()

@@ -1,4 +1,4 @@
-"""`python -m convert` and `convert(...)`: what they write, and that they write all or nothing."""
+"""`python -m convert` and `convert(...)`: the written files, and writing all or nothing."""
 
 import inspect
 import json
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, *options: str) -> int:
     return command.main(["--model", str(source), "--mlx-path", str(target), *options])
 
 
-def test_a_converted_checkpoint_is_the_same_model(source: Path, tmp_path: Path) -> None:
+def test_converted_checkpoint_is_the_same_model(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert convert(source, target, "--dtype", "float32") == 0
     assert sorted(p.name for p in target.iterdir()) == [
@@ -71,7 +71,7 @@ def test_converting_again_changes_nothing(source: Path, tmp_path: Path) -> None:
     "options",
     [("--q-bits", "8", "--q-group-size", "32"), ("--q-group-size", "32"), ("--q-mode", "mxfp4")],
 )
-def test_quantised(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_quantized_checkpoint_loads(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     assert convert(source, tmp_path / "q", "-q", "--dtype", "float32", *options) == 0
     model, processor = load(tmp_path / "q")
     assert model.config.quantization.keys() >= {"language_model.embed_tokens"}
@@ -79,7 +79,7 @@ def test_quantised(source: Path, tmp_path: Path, options: tuple[str, ...]) -> No
     assert mx.isfinite(model(inputs.input_ids[None], pixels=inputs.pixels)).all().item()
 
 
-def test_eight_bits_stay_close(source: Path, tmp_path: Path) -> None:
+def test_eight_bits_are_close_to_the_original(source: Path, tmp_path: Path) -> None:
     assert convert(source, tmp_path / "q", "-q", "--q-bits", "8", "--q-group-size", "32") == 0
     model, processor = load(tmp_path / "q")
     reference, _ = load(source)
@@ -87,7 +87,9 @@ def test_eight_bits_stay_close(source: Path, tmp_path: Path) -> None:
     assert relative_error(model(ids), reference(ids)) < 5e-2
 
 
-def test_bad_quantisation(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_quantization_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert convert(source, tmp_path / "q", "-q", "--q-bits", "7") == 1
     assert "7 is not one of" in capsys.readouterr().err
     assert convert(source, tmp_path / "q", "-q", "--q-group-size", "128") == 1
@@ -95,7 +97,7 @@ def test_bad_quantisation(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "q").exists()
 
 
-def test_packing_options_need_q(
+def test_quantization_options_need_q(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(source, tmp_path / "q", "--q-bits", "8") == 1
@@ -111,7 +113,7 @@ def test_shards_are_read_back(tmp_path: Path) -> None:
     assert all(mx.array_equal(back[name], tensors[name]).item() for name in tensors)
 
 
-def test_an_existing_target_is_left_alone(
+def test_existing_target_is_kept(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "out"
@@ -123,7 +125,7 @@ def test_an_existing_target_is_left_alone(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_half_way_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
+def test_failed_write_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as raised, new_directory(tmp_path / "out") as directory:
         (directory / "config.json").touch()
@@ -133,14 +135,14 @@ def test_a_failure_half_way_leaves_nothing(error: BaseException, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", ["touched", "truncated", "removed"])
-def test_a_source_that_changes_meanwhile(
+def test_source_changed_meanwhile_is_an_error(
     change: str,
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As when a download is still going on; between the look at the shapes and the writing."""
+    """As during a download: the file changes between reading its shapes and writing."""
     weights = source / "model.safetensors"
 
     def late(*arguments: Any) -> None:
@@ -159,7 +161,7 @@ def test_a_source_that_changes_meanwhile(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> None:
+def test_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> None:
     """Killed between the tensors and the rename; the target appears only when complete."""
     target = tmp_path / "out"
     code = (
@@ -194,7 +196,7 @@ def test_a_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> N
     ],
     ids=str,
 )
-def test_the_function_writes_what_the_command_writes(
+def test_function_and_command_write_the_same_files(
     options: dict[str, Any], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Byte by byte, the command in the model card included."""
@@ -217,8 +219,8 @@ def test_the_function_writes_what_the_command_writes(
         ({"max_size": "4MB"}, "need -q"),
         ({"calibration": "pictures"}, "need -q"),
         ({"quantize": True, "dequantize": True}, "are opposites"),
-        ({"quantize": True, "q_mixed": True, "q_mode": "mxfp4"}, "mxfp4 has one number of bits"),
-        ({"quantize": True, "max_size": "4 shoes"}, "is no size"),
+        ({"quantize": True, "q_mixed": True, "q_mode": "mxfp4"}, "mxfp4 has a fixed number"),
+        ({"quantize": True, "max_size": "4 shoes"}, "is not a size"),
         ({"quantize": True, "q_mode": "int4"}, "int4"),
         ({"quantize": True, "q_parts": ["image"]}, "no part is called 'image'"),
         ({"dtype": "float64"}, "'float64' is not one of"),
@@ -228,7 +230,7 @@ def test_the_function_writes_what_the_command_writes(
     ],
     ids=str,
 )
-def test_options_that_do_not_go_together(
+def test_contradicting_options_are_refused(
     options: dict[str, Any], message: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -236,7 +238,7 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "out").exists()
 
 
-def test_preprocessing_can_be_stated(tmp_path: Path) -> None:
+def test_preprocess_option(tmp_path: Path) -> None:
     """On the command line, in Python, and in the command that the model card shows."""
     stated = PreprocessConfig(192, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.25, 0.5))
     source = Path(mlx_mobileclip.__file__).parent / "demo"
@@ -260,7 +262,7 @@ def test_command_and_function_have_the_same_options() -> None:
     assert defaults | required == options
 
 
-def test_installed_it_is_part_of_mlx_fastvlm(source: Path, tmp_path: Path) -> None:
+def test_installed_package_is_part_of_mlx_fastvlm(source: Path, tmp_path: Path) -> None:
     """The wheel has the folder as `mlx_fastvlm.convert`; here a link takes its place."""
     root = Path(__file__).parents[2]
     package = tmp_path / "site" / "mlx_fastvlm"

@@ -1,4 +1,4 @@
-"""`convert --layout`: what other runtimes load, and that nothing is lost on the way."""
+"""`convert --layout`: checkpoints for other runtimes, without loss."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def answers(path: Path | str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_demo_there_and_back(target: str, tmp_path: Path) -> None:
+def test_demo_survives_a_round_trip(target: str, tmp_path: Path) -> None:
     """The same tensors to the last bit, the same image size, the same answers."""
     convert("demo", tmp_path / "there", "--layout", target)
     convert(tmp_path / "there", tmp_path / "back")
@@ -70,7 +70,7 @@ def test_names_are_those_of_real_checkpoints(head: str, target: str, tmp_path: P
     if target == "mlx-vlm":
         expected = {name: synthetic.mlx_layout(name, value) for name, value in expected.items()}
     for name, value in written.items():
-        rows = len(expected[name])  # a vocabulary may have got rows for the image's id
+        rows = len(expected[name])  # the vocabulary may have more rows, for the image's id
         assert value[:rows].shape == expected[name].shape, name
     assert bool(read_json(tmp_path / "there" / "config.json")["tie_word_embeddings"]) == (
         head == TIED
@@ -78,20 +78,20 @@ def test_names_are_those_of_real_checkpoints(head: str, target: str, tmp_path: P
 
 
 @pytest.mark.parametrize("options", [(), ("--q-mixed",), ("--q-mode", "mxfp4")], ids=str)
-def test_packed_for_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
-    """Fused layers are packed, then split: the same as each part packed on its own."""
+def test_quantized_layers_for_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Fused layers are quantised, then split, as if each part were quantised alone."""
     quantise = ["-q", "--q-parts", "decoder", "projector", *options]
-    convert("demo", tmp_path / "packed", *quantise)
-    convert(tmp_path / "packed", tmp_path / "there", "--layout", "mlx-vlm")
+    convert("demo", tmp_path / "quantized", *quantise)
+    convert(tmp_path / "quantized", tmp_path / "there", "--layout", "mlx-vlm")
     entry = read_json(tmp_path / "there" / "config.json")["quantization"]
     written = read_tensors(tmp_path / "there")
-    packed = {name.removesuffix(".scales") for name in written if name.endswith(".scales")}
-    assert packed == {name for name, value in entry.items() if isinstance(value, dict)}
-    assert "language_model.model.layers.0.self_attn.k_proj" in packed
-    assert answers(tmp_path / "there") == answers(tmp_path / "packed")
+    quantized = {name.removesuffix(".scales") for name in written if name.endswith(".scales")}
+    assert quantized == {name for name, value in entry.items() if isinstance(value, dict)}
+    assert "language_model.model.layers.0.self_attn.k_proj" in quantized
+    assert answers(tmp_path / "there") == answers(tmp_path / "quantized")
 
 
-def test_what_other_runtimes_need(tmp_path: Path) -> None:
+def test_files_that_other_runtimes_need(tmp_path: Path) -> None:
     for target in TARGETS:
         convert("demo", tmp_path / target, "--layout", target)
         assert "<|im_start|>assistant\n" in (tmp_path / target / "chat_template.jinja").read_text()
@@ -114,7 +114,7 @@ def test_what_other_runtimes_need(tmp_path: Path) -> None:
     [
         (
             ("--layout", "transformers", "-q"),
-            "transformers cannot load weights that MLX has quantised",
+            "transformers cannot load weights quantised by MLX",
         ),
         (("--layout", "transformers", "-q", "--q-mixed"), "leave out -q, or --dequantize"),
         (
@@ -123,14 +123,14 @@ def test_what_other_runtimes_need(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_written(
+def test_unsupported_exports_are_refused(
     options: Any,
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Said before anything is measured, which takes long."""
+    """Before anything is measured, which takes long."""
     monkeypatch.delattr(pipeline, "sensitivities")
     base = ["--model", "demo", "--mlx-path", str(tmp_path / "out")]
     assert command.main([*base, *options]) == 1
@@ -138,8 +138,10 @@ def test_what_cannot_be_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_mlx_vlm_pads_every_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint that crops them would give other answers there."""
+def test_mlx_vlm_refuses_cropping_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mlx-vlm pads every image, so a checkpoint that crops would give other answers."""
     source = synthetic.write_layout(tmp_path / "source", "llava_qwen2")
     config = read_json(source / "config.json") | {"image_aspect_ratio": "square"}
     (source / "config.json").write_text(json.dumps(config))

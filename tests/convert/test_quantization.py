@@ -21,7 +21,7 @@ from convert import __main__ as command
 from convert.calibration import calibration_samples, drawn_images
 from convert.quantize.mixed import BITS, allocate_bits, group_by_module
 from convert.quantize.quality import agreement
-from convert.verify.stages import LOGITS, UNROUNDED, prompt, run_fastvlm
+from convert.verify.stages import LOGITS, UNROUNDED, make_prompt, run_fastvlm
 from mlx_fastvlm import ConfigError, Quantization
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_fastvlm.models.fastvlm import PARTS as FASTVLM_PARTS
@@ -39,7 +39,7 @@ QUANTIZATIONS = [
     if group_size <= 64  # the widest that divides the tiny decoder
 ]
 # Products with quantised weights sum in another order than with the same weights as floats.
-SUMMED = 1e-4
+SUM_ORDER = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,21 @@ def answer(path: Path, **options: Any) -> mx.array:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
-def test_fastvlm(quantization: Quantization, fastvlm: Path, tmp_path: Path) -> None:
-    """What is quantised on disk is quantised in memory, and computes what its floats compute."""
+def test_fastvlm_on_disk_and_in_memory(
+    quantization: Quantization, fastvlm: Path, tmp_path: Path
+) -> None:
+    """Quantising on disk and in memory give the same, which equals dequantised floats."""
     convert(fastvlm, tmp_path / "quantized", *q(quantization, *FASTVLM_PARTS))
     logits = answer(tmp_path / "quantized")
     options = {"quantize": quantization, "parts": tuple(FASTVLM_PARTS)}
     assert mx.array_equal(logits, answer(fastvlm, **options)).item()
     convert(tmp_path / "quantized", tmp_path / "floats", "--dequantize")
-    assert relative_error(logits, answer(tmp_path / "floats")) < SUMMED
-    assert relative_error(logits, answer(fastvlm)) > SUMMED  # as something was lost
+    assert relative_error(logits, answer(tmp_path / "floats")) < SUM_ORDER
+    assert relative_error(logits, answer(fastvlm)) > SUM_ORDER  # quantising loses precision
 
 
 @pytest.mark.parametrize("part", FASTVLM_PARTS)
-def test_parts_of_fastvlm(
+def test_each_part_of_fastvlm_is_quantized_alone(
     part: str, fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(fastvlm, tmp_path / "quantized", *q(Quantization(8, 32), part))
@@ -86,19 +88,21 @@ def test_parts_of_fastvlm(
     assert quantized == model.config.quantization.keys()
     assert all(path.startswith(FASTVLM_PARTS[part]) for path in quantized)
     listed = (
-        "not quantised, as their width is no multiple of the group size" in capsys.readouterr().err
+        "not quantised, as the group size does not divide their width" in capsys.readouterr().err
     )
     assert listed == (part == "vision")
 
 
-def test_back_to_floats(fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dequantized_checkpoint_can_be_quantized_again(
+    fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A dequantised checkpoint has no `quantization`, and can be quantised again."""
     convert(fastvlm, tmp_path / "quantized", "-q", "--q-group-size", "32")
     convert(tmp_path / "quantized", tmp_path / "floats", "--dequantize")
-    told = capsys.readouterr().err
+    messages = capsys.readouterr().err
     for name in ("quantized", "floats"):
         count = len(read_canonical(find_checkpoint(tmp_path / name))[1])
-        assert f"{count} tensors were read back, bit by bit as they were written." in told
+        assert f"{count} tensors were read back and are identical bit by bit." in messages
     model, _ = mlx_fastvlm.load(tmp_path / "floats")
     assert not model.config.quantization
     convert(tmp_path / "floats", tmp_path / "again", "-q", "--q-group-size", "32")
@@ -106,8 +110,8 @@ def test_back_to_floats(fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert model.config.quantization
 
 
-def test_defaults_and_layers_in_config_json(fastvlm: Path, tmp_path: Path) -> None:
-    """mlx-lm's form: layers may leave out what the defaults say. Earlier ones had no defaults."""
+def test_quantization_block_of_config_json(fastvlm: Path, tmp_path: Path) -> None:
+    """mlx-lm's form: layers may omit the defaults; earlier files have no defaults."""
     convert(fastvlm, tmp_path / "quantized", *q(Quantization(8, 32), "decoder"))
     path = tmp_path / "quantized" / "config.json"
     config = json.loads(path.read_text())
@@ -120,7 +124,7 @@ def test_defaults_and_layers_in_config_json(fastvlm: Path, tmp_path: Path) -> No
         assert mx.array_equal(answer(tmp_path / "quantized"), expected).item()
 
 
-def test_what_cannot_be_quantized(fastvlm: Path, tmp_path: Path) -> None:
+def test_unsupported_quantization_is_refused(fastvlm: Path, tmp_path: Path) -> None:
     four = Quantization(4, 32)
     with pytest.raises(ConfigError, match="no part is called 'text'; there are decoder"):
         mlx_fastvlm.load(fastvlm, quantize=four, parts=("text",))
@@ -135,7 +139,7 @@ def test_what_cannot_be_quantized(fastvlm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP2-S3", "MobileCLIP2-B"])
 @pytest.mark.parametrize("parts", [("image",), ("text",), tuple(MOBILECLIP_PARTS)], ids=str)
-def test_mobileclip(
+def test_mobileclip_on_disk_and_in_memory(
     variant: str, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {name: tiny_config(name) for name in VARIANTS}
@@ -154,7 +158,7 @@ def test_mobileclip(
         return model.encode_image(pixels), model.encode_text(ids)
 
     floats = embeddings(tmp_path / "floats")
-    for name, here, there, loaded, whole in zip(
+    for name, quantized, dequantized, loaded, original in zip(
         MOBILECLIP_PARTS,
         embeddings(tmp_path / "quantized"),
         floats,
@@ -162,22 +166,22 @@ def test_mobileclip(
         embeddings(source),
         strict=True,
     ):
-        assert mx.array_equal(here, loaded).item()
-        assert relative_error(here, there) < SUMMED
-        assert (relative_error(here, whole) > 1e-6) == (name in parts)
+        assert mx.array_equal(quantized, loaded).item()
+        assert relative_error(quantized, dequantized) < SUM_ORDER
+        assert (relative_error(quantized, original) > 1e-6) == (name in parts)
 
 
-def test_its_own_pictures(
+def test_calibration_with_pictures_of_the_user(
     fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pictures of a directory replace the drawn ones; without any, nothing is written."""
     options = ["-q", "--q-group-size", "32", "--calibration", str(tmp_path / "pictures")]
     base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "quantized")]
     assert command.main([*base, *options]) == 1
-    assert "is no directory; give one with pictures" in capsys.readouterr().err
+    assert "is not a directory; give one of images" in capsys.readouterr().err
     (tmp_path / "pictures").mkdir()
     assert command.main([*base, *options]) == 1
-    assert "holds no picture" in capsys.readouterr().err
+    assert "contains no image" in capsys.readouterr().err
     assert not (tmp_path / "quantized").exists()
     drawn_images(1)[0].save(tmp_path / "pictures" / "one.png")
     assert command.main([*base, *options]) == 0
@@ -190,8 +194,8 @@ def test_its_own_pictures(
     assert "KL divergence" in card and "python -m convert --model" in card
 
 
-def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> None:
-    """Fewer bits are farther from the original, which is at no distance from itself."""
+def test_reported_divergence_grows_with_fewer_bits(fastvlm: Path, tmp_path: Path) -> None:
+    """Fewer bits diverge more; the original does not diverge from itself."""
     found = []
     for bits in (8, 4, 2):
         convert(fastvlm, tmp_path / str(bits), *q(Quantization(bits, 32), "decoder"))
@@ -208,16 +212,16 @@ def test_what_is_reported_is_what_it_costs(fastvlm: Path, tmp_path: Path) -> Non
     run_stages = partial(run_fastvlm, processor=processor)
     same = agreement(run_stages, read, read, samples)
     assert (same.kl, same.top_1) == (0.0, 1.0)
-    first = prompt(processor, samples[0])
+    first = make_prompt(processor, samples[0])
     logs = next(out.value for out in run_stages(read, {}, samples) if out.stage == LOGITS)
     logits = model(first.ids, pixels=first.pixels)[0, first.start :, : processor.tokenizer.size]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    assert relative_error(logs, expected) < 1e-5  # part by part, as all at once
+    assert relative_error(logs, expected) < 1e-5  # stage by stage as in one pass
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
-    """With a unit rounded, the stages compute what a model computes that has it quantised."""
+def test_each_unit_quantized_alone(tied: bool, tmp_path: Path) -> None:
+    """Stages with one unit rounded equal a model with that unit quantised."""
     tensors = synthetic.apple_tensors("tiny", lm_head="tied" if tied else "differs")
     config = synthetic.apple_config("tiny", tie_word_embeddings=tied)
     source = synthetic.write(tmp_path / "source", tensors, config)
@@ -225,7 +229,7 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
     quantized, _ = choose_layers(model, FASTVLM_PARTS, tuple(FASTVLM_PARTS), Quantization(2, 32))
     units = group_by_module(quantized)
     samples = calibration_samples(None)[:1]
-    first = prompt(processor, samples[0])
+    first = make_prompt(processor, samples[0])
     logs = {
         each.rounded: each.value
         for each in run_fastvlm(lambda: read_canonical(checkpoint), units, samples, processor)
@@ -242,8 +246,8 @@ def test_each_unit_rounded_alone(tied: bool, tmp_path: Path) -> None:
         )
 
 
-def test_bits_go_where_they_save_most() -> None:
-    """Greedy steps are the best choice there is: no other mixture of that size costs less."""
+def test_bits_are_allocated_where_they_save_most() -> None:
+    """The greedy choice is optimal: no other mixture of that size costs less."""
     costs, sizes = {"a": 1.0, "b": 0.1, "c": 0.5}, {"a": 640, "b": 640, "c": 1280}
     quantization = Quantization(2, 64)
 
@@ -256,17 +260,17 @@ def test_bits_go_where_they_save_most() -> None:
     def cost(bits: dict[str, int]) -> float:
         return sum(costs[u] * (15 / (2**n - 1)) ** 2 for u, n in bits.items() if n != 16)
 
-    for room in (0, 640, 2560, 5000, 9000, 100_000):
-        found = allocate_bits(costs, sizes, quantization, room, mx.float16)
+    for budget in (0, 640, 2560, 5000, 9000, 100_000):
+        found = allocate_bits(costs, sizes, quantization, budget, mx.float16)
         spent = price(found)
-        assert spent <= room
+        assert spent <= budget
         others = (dict(zip("abc", n, strict=True)) for n in itertools.product(BITS, repeat=3))
         assert cost(found) <= min(cost(bits) for bits in others if price(bits) <= spent) + 1e-12
-    assert set(found.values()) == {16}  # all fits
+    assert set(found.values()) == {16}  # everything fits in floats
 
 
-def test_mixed(fastvlm: Path, tmp_path: Path) -> None:
-    """A mixture is nearer to the original than uniform quantization with as many bits more."""
+def test_mixed_bits_diverge_less(fastvlm: Path, tmp_path: Path) -> None:
+    """With somewhat more bits than uniform quantisation, a mixture diverges less."""
     sizes, kls = {}, {}
     for name, options in {
         "uniform": ["--q-bits", "3"],
@@ -284,7 +288,7 @@ def test_mixed(fastvlm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.15, 0.25, 0.6, 2])
-def test_what_fits(
+def test_max_size_is_kept(
     share: float, fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--max-size is kept, and nearly used up; too small a one is refused before any work."""
@@ -306,15 +310,15 @@ def test_what_fits(
     assert min(0.8 * limit, 0.9 * whole) < size <= limit
 
 
-def test_options_that_exclude_each_other(
+def test_contradicting_options_are_refused(
     fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["--model", str(fastvlm), "--mlx-path", str(tmp_path / "quantized")]
     for options, message in {
         ("--max-size", "4MB"): "need -q",
         ("--q-mixed",): "need -q",
-        ("-q", "--max-size", "4 shoes"): "is no size; write it like 400MB",
-        ("-q", "--max-size", "4MB", "--q-mode", "mxfp4"): "mxfp4 has one number of bits",
+        ("-q", "--max-size", "4 shoes"): "is not a size; write it like 400MB",
+        ("-q", "--max-size", "4MB", "--q-mode", "mxfp4"): "mxfp4 has a fixed number of bits",
     }.items():
         assert command.main([*base, *options]) == 1
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`convert --upload-repo`, against a stand-in for the Hub on this machine."""
+"""`convert --upload-repo`, against a local Hub server."""
 
 import base64
 import json
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 NAME = "me/demo"
 
 
-class StandIn(ThreadingHTTPServer):
-    """Takes commits to any repository, or refuses everything with `status`."""
+class UploadServer(ThreadingHTTPServer):
+    """Accepts commits to any repository, or refuses all requests with `status`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -31,7 +31,7 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: StandIn
+    server: UploadServer
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -58,15 +58,15 @@ class Handler(BaseHTTPRequestHandler):
                     content = base64.b64decode(line["value"]["content"])
                     self.server.files[line["value"]["path"]] = content
             return {"commitUrl": f"{self.server.url}/{NAME}/commit/1", "commitOid": "1"}
-        return {"errors": [], "warnings": []}  # of README.md's header
+        return {"errors": [], "warnings": []}  # validation of README.md's header
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @pytest.fixture
-def hub() -> Iterator[StandIn]:
-    server = StandIn()
+def hub() -> Iterator[UploadServer]:
+    server = UploadServer()
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -74,7 +74,7 @@ def hub() -> Iterator[StandIn]:
 
 
 def convert(
-    hub: StandIn, tmp_path: Path, name: str = NAME, token: str = "hf_x"
+    hub: UploadServer, tmp_path: Path, name: str = NAME, token: str = "hf_x"
 ) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     env |= {"HF_TOKEN": token, "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
@@ -86,10 +86,10 @@ def convert(
     )  # fmt: skip
 
 
-def test_what_arrives_is_what_was_written(hub: StandIn, tmp_path: Path) -> None:
-    done = convert(hub, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/{NAME}/commit/1" in done.stderr
+def test_uploaded_files_equal_written_ones(hub: UploadServer, tmp_path: Path) -> None:
+    result = convert(hub, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{hub.url}/{NAME}/commit/1" in result.stderr
     (created,) = hub.created
     assert (created["organization"], created["name"]) == tuple(NAME.split("/"))
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -101,20 +101,24 @@ def test_what_arrives_is_what_was_written(hub: StandIn, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "why"), [(403, "your token may not write"), (500, "not up")])
-def test_refused(status: int, why: str, hub: StandIn, tmp_path: Path) -> None:
-    """The conversion is kept, and the error says how to push it."""
+def test_failed_upload_keeps_the_conversion(
+    status: int, why: str, hub: UploadServer, tmp_path: Path
+) -> None:
+    """The error says how to push the finished conversion."""
     hub.status = status
-    done = convert(hub, tmp_path)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    result = convert(hub, tmp_path)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     out = tmp_path / "out"
     assert why in line and f"{out} is complete, push it with: hf upload {NAME} {out}" in line
     load(out)
 
 
-def test_refused_before_any_work(hub: StandIn, tmp_path: Path) -> None:
+def test_missing_token_or_bad_name_is_refused_before_the_work(
+    hub: UploadServer, tmp_path: Path
+) -> None:
     for name, token, why in ((NAME, "", "run: hf auth login"), ("model", "hf_x", "like you/model")):
-        done = convert(hub, tmp_path, name, token)
-        assert (done.returncode, why in done.stderr) == (1, True), done.stderr
+        result = convert(hub, tmp_path, name, token)
+        assert (result.returncode, why in result.stderr) == (1, True), result.stderr
         assert not (tmp_path / "out").exists()
     assert not hub.created

@@ -1,4 +1,4 @@
-"""`convert --verify`, and what the loader makes of every tensor of a source."""
+"""`convert --verify`, and the report on every tensor of a source."""
 
 import math
 import re
@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 import synthetic
 import synthetic_clip
-from retrace import UnaccountedError, report_fastvlm, report_mobileclip
 from synthetic_clip import tiny_config, tiny_shapes, values
+from tensor_report import UnaccountedError, report_fastvlm, report_mobileclip
 from tolerances import BATCHED, relative_error
 
 from convert import __main__ as command
@@ -32,8 +32,8 @@ from mlx_mobileclip.checkpoints.source import Tensors
 from mlx_mobileclip.loader import read_canonical as read_mobileclip
 from mlx_mobileclip.models.variants import VARIANTS
 
-# Variant, layout, whether its branches are fused, and how many of its tensors are canonical ones
-# bit by bit: every kind of tower in every layout it is published in.
+# Variant, layout, fused branches or not, and the number of tensors that are canonical ones bit by
+# bit: every kind of tower in every layout in which it is published.
 CLIPS = [
     ("MobileCLIP-S0", "apple", True, 75),
     ("MobileCLIP-S0", "apple", False, 43),
@@ -50,7 +50,7 @@ CLIPS = [
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published variants with narrow towers, which convert quickly."""
+    """Shrink the published variants, so that they convert quickly."""
     small = {name: tiny_config(name) for name in VARIANTS}
     monkeypatch.setattr(mobileclip, "VARIANTS", small)
 
@@ -74,7 +74,9 @@ def convert(source: Path, target: Path, *options: str) -> int:
 
 @pytest.mark.parametrize(("unfused", "equal"), [(False, 79), (True, 43)])
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm", "mlx-vlm"])
-def test_every_tensor_of_a_fastvlm(layout: str, unfused: bool, equal: int, tmp_path: Path) -> None:
+def test_every_tensor_of_fastvlm_is_accounted_for(
+    layout: str, unfused: bool, equal: int, tmp_path: Path
+) -> None:
     source = find_checkpoint(synthetic.write_layout(tmp_path, layout, unfused=unfused))
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         config, tensors = read_fastvlm(source)
@@ -85,7 +87,7 @@ def test_every_tensor_of_a_fastvlm(layout: str, unfused: bool, equal: int, tmp_p
 
 
 @pytest.mark.parametrize(("variant", "layout", "fused", "equal"), CLIPS)
-def test_every_tensor_of_a_mobileclip(
+def test_every_tensor_of_mobileclip_is_accounted_for(
     variant: str, layout: str, fused: bool, equal: int, tmp_path: Path
 ) -> None:
     path = write_clip(tmp_path, variant, layout, fused)
@@ -98,15 +100,15 @@ def test_every_tensor_of_a_mobileclip(
 
 
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm", "mlx-vlm"])
-def test_every_tensor_after_conversion(layout: str, tmp_path: Path) -> None:
-    """As above, of the files that the command has written."""
+def test_every_tensor_is_accounted_for_after_conversion(layout: str, tmp_path: Path) -> None:
+    """As above, for the written files."""
     source = find_checkpoint(synthetic.write_layout(tmp_path / "source", layout, unfused=True))
     assert convert(source.path, tmp_path / "out") == 0
     config, tensors = read_fastvlm(find_checkpoint(tmp_path / "out"))
     assert sum(report_fastvlm(source, config, tensors)) == len(read_tensors(source.path))
 
 
-def test_a_tower_from_elsewhere(fastvlm: Path, tmp_path: Path) -> None:
+def test_tensors_of_a_separate_tower_are_accounted_for(fastvlm: Path, tmp_path: Path) -> None:
     """From an original, then from a converted checkpoint."""
     export = find_checkpoint(synthetic.write_layout(tmp_path / "export", "app export"))
     canonical = tmp_path / "canonical"
@@ -120,20 +122,20 @@ def test_a_tower_from_elsewhere(fastvlm: Path, tmp_path: Path) -> None:
         assert sum(report) == len(read_tensors(export.path)) + len(tensors)
 
 
-def test_parts_that_are_packed_unlike_each_other(tmp_path: Path) -> None:
+def test_parts_quantized_differently_are_dequantized(tmp_path: Path) -> None:
     """Queries and values that are quantised differently are dequantised and then fused."""
-    how = {"group_size": 32, "bits": 8}
+    quantization = {"group_size": 32, "bits": 8}
     tensors = synthetic.renamed(synthetic.apple_tensors(), synthetic.mlx_vlm_name)
     tensors = {key: synthetic.mlx_layout(key, value) for key, value in tensors.items()}
-    packed = synthetic.quantized(tensors, lambda key: how if "v_proj" in key else None)
-    config = synthetic.apple_config(quantization=how)
-    source = find_checkpoint(synthetic.write(tmp_path / "source", packed, config))
+    quantized = synthetic.quantized(tensors, lambda key: quantization if "v_proj" in key else None)
+    config = synthetic.apple_config(quantization=quantization)
+    source = find_checkpoint(synthetic.write(tmp_path / "source", quantized, config))
     assert convert(source.path, tmp_path / "out") == 0
     written = read_fastvlm(find_checkpoint(tmp_path / "out"))
     assert report_fastvlm(source, *written).dequantized == 6
 
 
-# Mistakes.
+# Faults that must be reported.
 
 
 def damaged(tensors: Tensors, name: str) -> Tensors:
@@ -143,7 +145,7 @@ def damaged(tensors: Tensors, name: str) -> Tensors:
     return tensors | {name: flat.reshape(tensors[name].shape)}
 
 
-MISTAKES = [
+FAULTS = [
     ("projector.0.bias", "mm_projector.0.bias"),
     ("vision_tower.stages.0.blocks.0.mlp.fc1.weight", "network.0.0.convffn.conv.bn.bias"),
     ("image.projection.bias", "image_encoder.model.head.fc.bias"),
@@ -154,16 +156,16 @@ MISTAKES = [
 
 
 def with_tensor(name: str, folder: Path) -> Checkpoint:
-    """A FastVLM or a MobileCLIP that has this canonical tensor."""
+    """Write a FastVLM or a MobileCLIP that has this canonical tensor."""
     if name.startswith(("projector", "vision_tower")):
         return find_checkpoint(synthetic.write_layout(folder / "source", "llava_qwen2"))
     path = write_clip(folder, "MobileCLIP-S0", "apple")
     return Checkpoint(path, str(path))
 
 
-@pytest.mark.parametrize(("name", "key"), MISTAKES)
-def test_a_mistake_of_the_loader(name: str, key: str, tmp_path: Path) -> None:
-    """The error names the tensor of the source, or some of those that were folded into it."""
+@pytest.mark.parametrize(("name", "key"), FAULTS)
+def test_fault_of_the_loader_is_reported(name: str, key: str, tmp_path: Path) -> None:
+    """The error names the source tensor, or some of those folded into it."""
     source = with_tensor(name, tmp_path)
     read, report = (
         (read_fastvlm, report_fastvlm)
@@ -175,8 +177,8 @@ def test_a_mistake_of_the_loader(name: str, key: str, tmp_path: Path) -> None:
         report(source, config, damaged(tensors, name))
 
 
-@pytest.mark.parametrize("name", [name for name, _ in MISTAKES[1::3]])
-def test_what_the_disk_changes(
+@pytest.mark.parametrize("name", [name for name, _ in FAULTS[1::3]])
+def test_tensor_changed_on_disk_is_reported(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -195,12 +197,12 @@ def test_what_the_disk_changes(
     monkeypatch.setattr(pipeline, "copy_licence", late)
     before = sorted(tmp_path.iterdir())
     assert convert(source, tmp_path / "out") == 1
-    assert f"{name} was not written as it is; try another disk" in capsys.readouterr().err
+    assert f"{name} was not written correctly; try another disk" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_no_layer_is_overlooked(tmp_path: Path) -> None:
-    """One tensor of each name, numbers aside, changed in one value."""
+def test_change_in_any_layer_is_reported(tmp_path: Path) -> None:
+    """Change one value in one tensor of each name, numbers aside."""
     path = write_clip(tmp_path, "MobileCLIP-S0", "apple", fused=True)
     source = Checkpoint(path, str(path))
     config, tensors = read_mobileclip(source, None)
@@ -209,28 +211,28 @@ def test_no_layer_is_overlooked(tmp_path: Path) -> None:
             report_mobileclip(source, config, damaged(tensors, name))
 
 
-def test_a_tensor_that_is_left_out(fastvlm: Path) -> None:
+def test_missing_tensor_is_reported(fastvlm: Path) -> None:
     source = find_checkpoint(fastvlm)
     config, tensors = read_fastvlm(source)
     del tensors["language_model.norm.weight"]
-    with pytest.raises(UnaccountedError, match=r"nothing was made of model\.norm\.weight"):
+    with pytest.raises(UnaccountedError, match=r"model\.norm\.weight was not read"):
         report_fastvlm(source, config, tensors)
 
 
 # Every stage.
 
 
-def test_how_far_each_stage_is_off(
+def test_error_of_each_stage(
     fastvlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is lost in float32; in float16 and bfloat16 each stage as much as rounding takes."""
+    """Zero in float32; in float16 and bfloat16 each stage has an error from rounding."""
     errors: dict[str, list[float]] = {}
     for dtype in ("float32", "float16", "bfloat16"):
         assert convert(fastvlm, tmp_path / dtype, "--dtype", dtype) == 0
-        told = capsys.readouterr().err
+        messages = capsys.readouterr().err
         count = len(read_tensors(tmp_path / dtype))
-        assert f"{count} tensors were read back, bit by bit as they were written." in told
-        rows = re.findall(r"^\| (.+?) \| ([\d.e+-]+) \|$", told, re.MULTILINE)
+        assert f"{count} tensors were read back and are identical bit by bit." in messages
+        rows = re.findall(r"^\| (.+?) \| ([\d.e+-]+) \|$", messages, re.MULTILINE)
         for stage, error in rows:
             errors.setdefault(stage, []).append(float(error))
     assert {"stem", "stage 0", "final convolution", "projector", "logits"} < errors.keys()
@@ -246,7 +248,7 @@ def swapped(read: Read, first: str, second: str) -> Read:
     return wrong
 
 
-def test_a_decoder_layer_in_the_wrong_place() -> None:
+def test_swapped_decoder_layers_are_reported() -> None:
     _, processor = load_fastvlm("demo")
     run_stages = partial(run_fastvlm, processor=processor)
     read = partial(read_fastvlm, find_checkpoint("demo"))
@@ -268,7 +270,7 @@ def test_a_decoder_layer_in_the_wrong_place() -> None:
         ("image.trunk.layers.{}.fc1.weight", "patches", "image layer 0"),
     ],
 )
-def test_a_tower_s_layer_in_the_wrong_place(
+def test_swapped_tower_layers_are_reported(
     layers: str, right: str, wrong: str, tmp_path: Path
 ) -> None:
     path = write_clip(tmp_path, "MobileCLIP-B", "apple")
@@ -293,4 +295,4 @@ def test_stages_end_in_the_embeddings(tmp_path: Path) -> None:
     assert mx.array_equal(images, expected).item()
     (texts,) = [each.value for each in outputs if each.stage == TEXTS]
     expected = model.encode_text(processor.texts(LABELS), normalize=True)
-    assert relative_error(texts, expected) < BATCHED  # which divides the texts among cores
+    assert relative_error(texts, expected) < BATCHED  # the model divides texts among cores

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the CPU's formulations."""
+"""Fixtures for the tests of computations on the CPU."""
 
 import mlx.core as mx
 import pytest
@@ -7,11 +7,11 @@ from cores import divide
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """MLX seeds itself with the time, and some bounds are close to what random draws reach."""
+    """Seed MLX, as some bounds are close to the errors of random values."""
     mx.random.seed(0)
 
 
 @pytest.fixture
 def three_cores(monkeypatch: pytest.MonkeyPatch) -> list[mx.Stream]:
-    """Divide all work among three cores; returns the streams that parts were put on."""
+    """Divide all work among three cores; returns the streams used."""
     return divide(monkeypatch, 3)

@@ -1,4 +1,4 @@
-"""Attention whose softmax is computed with products equals the exact one."""
+"""Attention with a softmax from matrix products equals exact attention."""
 
 import math
 
@@ -19,8 +19,8 @@ def attend(qkv: mx.array, causal: bool = False, training: bool = False) -> mx.ar
     return layers.self_attention(qkv, causal=causal, training=training)
 
 
-def attended(qkv: mx.array, causal: bool = False) -> np.ndarray:
-    """In float64, one head after another."""
+def exact_attention(qkv: mx.array, causal: bool = False) -> np.ndarray:
+    """Attention in float64, head by head."""
     result = np.zeros((*qkv.shape[:2], qkv.shape[3], qkv.shape[4]))
     for b, head in np.ndindex(qkv.shape[0], qkv.shape[3]):
         queries, keys, values = np.array(qkv, np.float64)[b, :, :, head].transpose(1, 0, 2)
@@ -34,12 +34,12 @@ def attended(qkv: mx.array, causal: bool = False) -> np.ndarray:
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("spread", [1, 5, 30])
-def test_attention_in_products(
+def test_attention_from_products_is_exact(
     spread: float, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No less exact than MLX's own, also with scores up to thousands apart."""
+    """As exact as MLX's own, also with scores thousands apart."""
     qkv = spread * mx.random.normal((2, 256, 3, 2, 32))
-    exact = attended(qkv, causal)
+    exact = exact_attention(qkv, causal)
     found = np.array(attend(qkv, causal))
     monkeypatch.setattr(layers, "on_cpu", lambda: False)
     plain = np.array(attend(qkv, causal))
@@ -52,8 +52,7 @@ def test_attention_in_products(
 def test_attention_of_the_last_positions(
     causal: bool, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With several heads of queries to one of keys, as after a prompt of which the beginning is
-    known."""
+    """With several query heads per key head, as after a prompt with a cached prefix."""
     queries, keys, values = (
         mx.random.normal((2, heads, positions, 64))
         for heads, positions in ((6, length), (2, 256), (2, 256))
@@ -65,7 +64,7 @@ def test_attention_of_the_last_positions(
     assert relative_error(found, plain) < 3e-6
 
 
-def test_attention_hides_nothing_that_is_not_finite() -> None:
+def test_attention_propagates_non_finite_values() -> None:
     qkv = mx.random.normal((1, 256, 3, 1, 32))
     qkv[0, 7, 2, 0, 3] = math.nan
     assert not mx.isfinite(attend(qkv)).all().item()
@@ -74,21 +73,23 @@ def test_attention_hides_nothing_that_is_not_finite() -> None:
     assert not mx.isfinite(attend(qkv)).all().item()
 
 
-def test_attention_with_heads_padded_as_for_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_are_padded_on_metal(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = mx.random.normal((2, 15, 3, 2, 32))
     shapes: list[tuple[int, ...]] = []
     fused = mx.fast.scaled_dot_product_attention
 
-    def noting(queries: mx.array, *rest: mx.array, scale: float, mask: str | None) -> mx.array:
+    def record_shape(
+        queries: mx.array, *rest: mx.array, scale: float, mask: str | None
+    ) -> mx.array:
         shapes.append(queries.shape)
         return fused(queries, *rest, scale=scale, mask=mask)
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", noting)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record_shape)
     monkeypatch.setenv("MLX_MOBILECLIP_PAD_HEADS_FROM", "15")
     monkeypatch.setattr(layers, "on_cpu", lambda: False)
-    attend(qkv)  # not on this device
+    attend(qkv)  # no padding on this device
     monkeypatch.setattr(layers, "on_metal", lambda: True)
-    assert relative_error(np.array(attend(qkv)), attended(qkv)) < 1e-6
+    assert relative_error(np.array(attend(qkv)), exact_attention(qkv)) < 1e-6
     attend(qkv[:, :14])  # too few positions
     assert [shape[-1] for shape in shapes] == [32, 64, 32]
     monkeypatch.delenv("MLX_MOBILECLIP_PAD_HEADS_FROM")
@@ -98,7 +99,7 @@ def test_attention_with_heads_padded_as_for_metal(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("chosen", ["-1", "many", "9" * 5000])
-def test_a_length_to_pad_from_that_is_no_number(
+def test_invalid_length_to_pad_from_is_refused(
     chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_MOBILECLIP_PAD_HEADS_FROM", chosen)

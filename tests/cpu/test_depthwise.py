@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 )
 @pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (7, 1), (7, 2), (3, 2)])
 @pytest.mark.parametrize("kind", [DepthwiseConv, DepthwiseConvDouble])
-def test_depthwise(
+def test_depthwise_equals_the_plain_convolution(
     kind: type[nn.Module], shape: tuple[int, int, int], kernel_size: int, stride: int
 ) -> None:
     layer = kind(6, kernel_size, stride)
@@ -63,8 +63,8 @@ def test_strips_are_convolved_as_if_joined(
     three_cores: list[mx.Stream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Wherever they are cut."""
-    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
+    """Wherever the rows are cut."""
+    monkeypatch.setattr(depthwise, "MIN_POSITIONS", 1)
     layer = DepthwiseConv(6, kernel_size, stride).eval()
     layer.weight = mx.random.normal(layer.weight.shape)
     strips = [mx.random.normal((2, height, 5, 6)) for height in heights]
@@ -89,11 +89,11 @@ def test_strips_are_convolved_as_if_joined(
 
 
 @pytest.mark.parametrize("heights", [[11], [4, 4, 3], [5, 6]], ids=str)
-def test_elementwise_functions_follow_strip_by_strip(
+def test_elementwise_functions_work_strip_by_strip(
     heights: list[int], three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the cores that made the strips, whether the other arguments are cut alike or not."""
-    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
+    """On the cores of the strips, also if other arguments are cut differently."""
+    monkeypatch.setattr(depthwise, "MIN_POSITIONS", 1)
     layer, linear = DepthwiseConv(6, 3).eval(), Linear(6, 6).eval()
     layer.weight = mx.random.normal(layer.weight.shape)
     x, bias = mx.random.normal((2, 11, 7, 6)), mx.random.normal((6,))
@@ -114,11 +114,11 @@ def test_elementwise_functions_follow_strip_by_strip(
 
 
 @pytest.mark.parametrize("images", [1, 2, 7])
-def test_image_tower_divided_among_cores(
+def test_image_tower_divided_among_cores_is_the_same(
     images: int, three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In strips that stay apart from layer to layer; or by images, several parts for a core."""
-    monkeypatch.setattr(depthwise, "ENOUGH_POSITIONS", 1)
+    """In strips that stay apart between layers, or by images with several parts per core."""
+    monkeypatch.setattr(depthwise, "MIN_POSITIONS", 1)
     monkeypatch.setattr(executor, "LARGEST_PART", 1 << 16)
     config = replace(PRESETS["mci0"], layers=(2, 2, 1, 1), embed_dims=(16, 32, 64, 128))
     tower = FastViT(config).eval()
@@ -136,7 +136,9 @@ def test_image_tower_divided_among_cores(
 
 
 @pytest.mark.parametrize("side", [(1, 1), (5, 8), (9, 33)], ids=str)
-def test_stem_divided_among_cores(side: tuple[int, int], three_cores: list[mx.Stream]) -> None:
+def test_stem_divided_among_cores_is_the_same(
+    side: tuple[int, int], three_cores: list[mx.Stream]
+) -> None:
     stem = Stem(16).eval()
     stem.update(tree_map(lambda w: mx.random.normal(w.shape), stem.parameters()))
     pixels = mx.random.normal((2, *side, 3))
@@ -146,7 +148,7 @@ def test_stem_divided_among_cores(side: tuple[int, int], three_cores: list[mx.St
     assert relative_error(found, np.array(plain)) < 2e-6
 
 
-def test_depthwise_notices_another_kernel() -> None:
+def test_depthwise_detects_a_changed_kernel() -> None:
     layer = DepthwiseConv(6, 3)
     layer.eval()
     x = mx.random.normal((1, 5, 5, 6))
@@ -155,7 +157,7 @@ def test_depthwise_notices_another_kernel() -> None:
     assert whole(layer(x)).any().item()
 
 
-def test_depthwise_has_the_gradient_of_the_plain_convolution() -> None:
+def test_depthwise_gradient_equals_the_plain_convolution() -> None:
     layer = DepthwiseConv(6, 7, 2)
     kernel, x = mx.random.normal(layer.weight.shape), mx.random.normal((1, 9, 8, 6))
 

@@ -39,7 +39,7 @@ def test_gelu_of_large_values() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_gelu_hides_nothing_that_is_not_finite(value: float) -> None:
+def test_gelu_propagates_non_finite_values(value: float) -> None:
     assert not mx.isfinite(gelu(mx.array([value]))).item()
 
 
@@ -51,7 +51,7 @@ def test_gelu_in_half_precision_is_the_erf_form(dtype: mx.Dtype) -> None:
     assert relative_error(np.array(gelu(x).astype(mx.float32)), expected) < 0.02
 
 
-def test_bias_gelu() -> None:
+def test_gelu_adds_the_bias() -> None:
     x, bias = mx.random.normal((2, 3, 5, 8)), mx.random.normal((8,))
     assert mx.array_equal(gelu(x, bias), gelu(x + bias)).item()
 
@@ -77,10 +77,10 @@ def test_swiglu_of_large_values() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 1])
-def test_swiglu_hides_nothing_that_is_not_finite(place: int, value: float) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_swiglu_propagates_non_finite_values(index: int, value: float) -> None:
     gate_up = mx.ones((1, 1, 2))
-    gate_up[0, 0, place] = value
+    gate_up[0, 0, index] = value
     assert not mx.isfinite(swiglu(gate_up)).item()
 
 

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_a_part_is_divided_on_its_own_core(
+def test_parts_are_divided_on_their_own_core(
     three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For memory; also after a part that failed."""
+    """This bounds memory; also after a part has failed."""
     monkeypatch.setattr(executor, "LARGEST_PART", 30)
 
     def outer(start: int, stop: int) -> mx.array:
@@ -45,8 +45,8 @@ def test_a_part_is_divided_on_its_own_core(
 
 
 @pytest.mark.parametrize("cores", [2, 5])
-def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in parts that are not equal, and in no more than images, rows of tiles or heads."""
+def test_work_divided_among_cores_is_the_same(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in unequal parts, and in no more parts than images, rows of tiles or heads."""
     layer = DepthwiseConv(8, 7)
     layer.weight = mx.random.normal(layer.weight.shape)
     layer.eval()
@@ -56,8 +56,8 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
     started = divide(monkeypatch, cores)
     divided = whole(layer(x)), whole(layer(x[:1])), self_attention(qkv, training=False)
     errors = [relative_error(a, b) for a, b in zip(divided, undivided, strict=True)]
-    assert errors[:2] == [0, 0]  # each strip is the product that it was
-    assert errors[2] < BATCHED  # of some of the queries
+    assert errors[:2] == [0, 0]  # the same product for each strip
+    assert errors[2] < BATCHED  # products of some of the queries
     tiles = min(3, cores)  # rows of tiles
     rows, positions = started[:tiles], started[2 * tiles :]
     assert started == rows + rows + positions
@@ -71,8 +71,8 @@ def test_work_divided_among_cores(cores: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_freed_memory_is_kept() -> None:
-    """What is computed again finds the pages that it had before."""
-    work = (
+    """A repeated computation reuses the pages it had before."""
+    code = (
         "import resource, mlx.core as mx; from mlx_mobileclip.cpu.process import configure\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -81,13 +81,15 @@ def test_freed_memory_is_kept() -> None:
         "given_back = [faults(), faults()][1]; configure()\n"
         "print(given_back, [faults(), faults()][1])"
     )
-    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
-    assert kept < 100 < given_back
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    given_back, reused = map(int, process.stdout.split())
+    assert reused < 100 < given_back
 
 
-def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, each with streams of its own; one that has ended hands them on."""
+def test_work_divided_in_other_threads_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Concurrent threads have separate streams; an ended thread hands its streams on."""
     monkeypatch.setattr(executor, "cores", lambda: 3)
     monkeypatch.setattr(executor, "PARALLEL_FROM", 0)
     monkeypatch.setattr(executor, "LARGEST_PART", 300)
@@ -113,10 +115,10 @@ def test_work_divided_among_cores_in_other_threads(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("images", [1, 2, 7])
-def test_layers_of_a_batch_divided_among_cores(
+def test_batch_divided_among_cores_is_the_same(
     images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several parts for a core, one after another."""
+    """Several parts per core, one after another."""
     layer = TransformerLayer(64, 2, 256, 1e-5).eval()
     x = mx.random.normal((images, 9, 64))
     whole = np.array(layer(x))
@@ -125,11 +127,11 @@ def test_layers_of_a_batch_divided_among_cores(
     monkeypatch.setattr(executor, "LARGEST_PART", 500)
     sizes: list[int] = []
 
-    def noting(x: mx.array) -> mx.array:
+    def record_size(x: mx.array) -> mx.array:
         sizes.append(len(x))
         return layer(x)
 
-    divided = executor.by_items(noting, x)
+    divided = executor.by_items(record_size, x)
     assert graph_names(divided).count("Depends") == max(0, images - 2)
     assert relative_error(np.array(divided), whole) < 1e-6
     assert sizes == [1] * images

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 @pytest.mark.parametrize("outputs", [7, 192])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
+def test_linear_equals_mlx(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
     layer, x = Linear(6, outputs, bias=bias).eval(), mx.random.normal(shape)
     plain = nn.Linear(6, outputs, bias=bias)
     plain.update(layer.parameters())
@@ -35,42 +35,46 @@ def test_linear(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 50])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_linear(mode: str, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether divided or not, and whether the weights are unpacked first or not."""
-    packing = asdict(Quantization.of(mode))
+def test_quantized_linear_equals_mlx(
+    mode: str, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided or not, and with weights dequantised first or not."""
+    options = asdict(Quantization.of(mode))
     layer, x = Linear(128, 37, bias=bias), mx.random.normal((2, rows, 128))
-    packed = layer.to_quantized(**packing).eval()
-    plain = nn.Linear.to_quantized(layer, **packing)(x)
-    assert relative_error(np.array(packed(x)), np.array(plain)) < 1e-6
+    quantized = layer.to_quantized(**options).eval()
+    plain = nn.Linear.to_quantized(layer, **options)(x)
+    assert relative_error(np.array(quantized(x)), np.array(plain)) < 1e-6
     monkeypatch.setattr(executor, "PARALLEL_FROM", 0)
     monkeypatch.setattr(executor, "LARGEST_PART", 1000)
-    assert relative_error(np.array(packed(x)), np.array(plain)) < 1e-6
+    assert relative_error(np.array(quantized(x)), np.array(plain)) < 1e-6
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(mx.bfloat16, 0.01), (mx.float16, 0.001)])
-def test_packed_linear_in_half_precision(dtype: mx.Dtype, limit: float) -> None:
+def test_quantized_linear_in_half_precision(dtype: mx.Dtype, limit: float) -> None:
     """MLX's own has 30 times the error on the CPU."""
     layer, x = Linear(1024, 64), mx.random.normal((1, 1024)).astype(dtype)
     layer.set_dtype(dtype)
-    packed = layer.to_quantized(group_size=64, bits=8).eval()
-    y = packed(x)
+    quantized = layer.to_quantized(group_size=64, bits=8).eval()
+    y = quantized(x)
     assert y.dtype == dtype
-    packed.set_dtype(mx.float32)
-    expected = nn.QuantizedLinear.__call__(packed, x.astype(mx.float32))
+    quantized.set_dtype(mx.float32)
+    expected = nn.QuantizedLinear.__call__(quantized, x.astype(mx.float32))
     assert relative_error(np.array(y.astype(mx.float32)), np.array(expected)) < limit
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_tied_output_layer(tokens: int) -> None:
+def test_tied_output_layer_equals_mlx(tokens: int) -> None:
     layer, x = Embedding(192, 64).eval(), mx.random.normal((1, tokens, 64))
     assert relative_error(np.array(layer.as_linear(x)), np.array(x @ layer.weight.T)) < 1e-6
-    packed = layer.to_quantized(group_size=32, bits=8).eval()
-    expected = nn.QuantizedEmbedding.as_linear(packed, x)
-    assert relative_error(np.array(packed.as_linear(x)), np.array(expected)) < 1e-6
+    quantized = layer.to_quantized(group_size=32, bits=8).eval()
+    expected = nn.QuantizedEmbedding.as_linear(quantized, x)
+    assert relative_error(np.array(quantized.as_linear(x)), np.array(expected)) < 1e-6
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_linear_divided_among_cores(residual: bool, three_cores: list[mx.Stream]) -> None:
+def test_linear_divided_among_cores_is_the_same(
+    residual: bool, three_cores: list[mx.Stream]
+) -> None:
     layer, x = Linear(640, 70).eval(), mx.random.normal((50, 640))
     if residual:
         added = mx.random.normal((50, 70))

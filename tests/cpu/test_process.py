@@ -1,4 +1,4 @@
-"""Settings of the whole process: made once, on a CPU only, and not at all if so asked."""
+"""Settings of the whole process: made once, on a CPU only, unless disabled."""
 
 import ctypes
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not process.on_cpu(), reason="the settings are f
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """What glibc and OpenBLAS are asked for, in a process that has both."""
+    """Record the calls to glibc and OpenBLAS, as in a process that has both."""
     made: list[tuple[int, ...]] = []
     library = SimpleNamespace(
         mallopt=lambda *a: made.append(a), openblas_set_num_threads=lambda *a: made.append(a)
@@ -33,7 +33,7 @@ def test_settings_are_made_once(calls: list[tuple[int, ...]]) -> None:
     assert len(calls) == 4
 
 
-def test_another_blas_and_another_libc_are_left_alone(
+def test_other_blas_and_libc_are_not_changed(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
@@ -42,7 +42,7 @@ def test_another_blas_and_another_libc_are_left_alone(
     assert not calls
 
 
-def test_the_environment_turns_them_off(
+def test_environment_variable_disables_the_settings(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_MOBILECLIP_PROCESS_SETTINGS", "0")

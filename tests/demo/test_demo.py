@@ -117,7 +117,7 @@ def test_a_directory_called_demo_needs_its_dot(
 
 @pytest.mark.parametrize("package", FIND)
 def test_it_has_no_revisions(package: str) -> None:
-    with pytest.raises(CheckpointError, match="in one revision; leave out --revision"):
+    with pytest.raises(CheckpointError, match="has no revisions; leave out --revision"):
         FIND[package]("demo", "main")
 
 
@@ -130,13 +130,13 @@ def test_it_is_checked_like_any_checkpoint(
     broken = tmp_path / "broken"
     monkeypatch.setattr(place, "DEMO_DIRECTORY", broken)
     with pytest.raises(
-        CheckpointError, match=r"^demo: this installation has none \(.*broken is missing\)$"
+        CheckpointError, match=r"^demo: is not part of this installation \(.*broken is missing\)$"
     ):
         load("demo")
     shutil.copytree(installed[package], broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="not a sound safetensors file"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         load("demo")
 
 

@@ -56,7 +56,7 @@ def values_of(variant: str) -> dict[str, Any]:
 def requested(
     read: Callable[..., object], values: dict[str, Any]
 ) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
-    """By object and field, the method of `Fields` that reads it, and with which arguments."""
+    """Map object and field to the method of `Fields` that reads it, and its arguments."""
     found: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in TYPES:
@@ -89,17 +89,19 @@ FIELDS = [  # section, reader, its values, the object in them
 
 
 @pytest.mark.parametrize(("title", "config", "source", "object_name"), FIELDS)
-def test_every_field_of_the_config(title: str, config: Any, source: Any, object_name: str) -> None:
+def test_config_fields_are_documented(
+    title: str, config: Any, source: Any, object_name: str
+) -> None:
     rows = {code_spans(row[0])[0]: row for row in PAGE[title].rows()}
     if object_name == "image_config":
         rows |= {code_spans(row[0])[0]: row for row in PAGE["image_config"].rows()}
     values = values_of(source) if isinstance(source, str) else source()
     written = values if object_name == "config" else values[object_name]
     reads = requested(config.from_json, values)
-    asked = {key: how for (where, key), how in reads.items() if where == object_name}
+    fields_read = {key: call for (where, key), call in reads.items() if where == object_name}
     optional = {"quantization"} if object_name == "config" else set()
-    assert rows.keys() == written.keys() | asked.keys() | optional
-    for key, (method, arguments) in asked.items():
+    assert rows.keys() == written.keys() | fields_read.keys() | optional
+    for key, (method, arguments) in fields_read.items():
         _, kind, limits, default, _ = rows[key]
         assert kind == TYPES[method], key
         assert default == ("required" if arguments.get("default", ...) is ... else default), key
@@ -114,14 +116,14 @@ def test_every_field_of_the_config(title: str, config: Any, source: Any, object_
             assert tuple(code_spans(limits)) == arguments["allowed"], key
 
 
-def test_types_of_projectors() -> None:
+def test_projector_types_are_documented() -> None:
     row = next(row for row in PAGE["config.json of FastVLM"].rows() if "projector_type" in row[0])
     depths = [projector_depth(name) for name in code_spans(row[2])]
     assert depths == [0, 1, 1, 2, 8]
     assert projector_depth("mlp9x_gelu") < 0
 
 
-def test_fields_that_are_left_out() -> None:
+def test_optional_fields_may_be_omitted() -> None:
     values = values_of("MobileCLIP-S0")
     for key in ("source", "text_config", "quantization"):
         values.pop(key, None)
@@ -132,7 +134,7 @@ def test_fields_that_are_left_out() -> None:
 # Quantization.
 
 
-def test_quantization() -> None:
+def test_quantization_is_documented() -> None:
     section = PAGE["Quantization"]
     entry, modes, tensors = section.tables()
     assert [code_spans(row[0])[0] for row in entry] == [f.name for f in fields(Quantization)]
@@ -188,22 +190,22 @@ def stated(
     dimensions = dict(spans(row) for row in dimension_tables[0]) if dimension_tables else {}
     tensors: dict[str, tuple[int, ...]] = {}
     for pattern, shape, condition in map(spans, rows):
-        for place in _places(pattern, indices):
-            scope = Scope(dimensions, config | place)
+        for index in _index_values(pattern, indices):
+            scope = Scope(dimensions, config | index)
             if condition and not eval(condition, {}, scope):
                 continue
-            name = pattern.format(tower=tower, **place)
+            name = pattern.format(tower=tower, **index)
             assert name not in tensors, f"{name} is listed twice"
             tensors[name] = eval(shape, {}, scope)
     return tensors
 
 
-def _places(pattern: str, indices: list[dict[str, int]]) -> list[dict[str, int]]:
-    """The different values of the indices that a pattern names; one empty if it names none."""
+def _index_values(pattern: str, indices: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Distinct values of the indices in a pattern; one empty dict if it has none."""
     named = [name for name in "ij" if f"{{{name}}}" in pattern]
     if not named:
         return [{}]
-    values = dict.fromkeys(tuple(place[name] for name in named) for place in indices)
+    values = dict.fromkeys(tuple(index[name] for name in named) for index in indices)
     return [dict(zip(named, value, strict=True)) for value in values]
 
 
@@ -212,8 +214,8 @@ def counted(count: int) -> list[dict[str, int]]:
 
 
 def fastvit(config: dict[str, Any], tower: str) -> dict[str, tuple[int, ...]]:
-    places = [{"i": i, "j": j} for i, count in enumerate(config["layers"]) for j in range(count)]
-    return stated("FastViT tensors", config, places, tower)
+    indices = [{"i": i, "j": j} for i, count in enumerate(config["layers"]) for j in range(count)]
+    return stated("FastViT tensors", config, indices, tower)
 
 
 def fastvlm(config: FastVLMConfig) -> dict[str, tuple[int, ...]]:
@@ -235,8 +237,8 @@ def mobileclip(config: MobileCLIPConfig) -> dict[str, tuple[int, ...]]:
         tensors = stated("ViT tensors", image, counted(image["layers"]))
     if text:
         scope = {"embed_dim": config.embed_dim, **text}
-        places = counted(text["layers"] + 2 * text["rep_mixers"])
-        tensors |= stated("Text tensors", scope, places)
+        indices = counted(text["layers"] + 2 * text["rep_mixers"])
+        tensors |= stated("Text tensors", scope, indices)
     scope = {"embed_dim": config.embed_dim, "text_config": text, **image}
     return tensors | stated("Other tensors of MobileCLIP", scope, [])
 
@@ -253,12 +255,12 @@ FASTVLMS = {
 
 
 @pytest.mark.parametrize("name", FASTVLMS)
-def test_tensors_of_fastvlm(name: str) -> None:
+def test_documented_tensors_equal_fastvlm(name: str) -> None:
     assert_same(fastvlm(FASTVLMS[name]), shapes(FastVLM(FASTVLMS[name])))
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "demo", "image tower alone"])
-def test_tensors_of_mobileclip(variant: str) -> None:
+def test_documented_tensors_equal_mobileclip(variant: str) -> None:
     if variant == "demo":
         config = MobileCLIPConfig.from_json(read_json(DEMOS["mobileclip"] / "config.json"), "demo")
     else:
@@ -281,7 +283,7 @@ def assert_same(page: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ..
     assert {n: s for n, s in page.items() if s != model[n]} == {}, "another shape"
 
 
-def test_every_row_of_tensors_is_of_a_model() -> None:
+def test_every_documented_tensor_exists() -> None:
     """A pattern that no model has would never be compared."""
     known = [shapes(FastVLM(config)) for config in FASTVLMS.values()]
     known += [shapes(MobileCLIP(config)) for config in VARIANTS.values()]
@@ -297,7 +299,7 @@ def test_every_row_of_tensors_is_of_a_model() -> None:
 
 
 @pytest.mark.parametrize("kind", DEMOS)
-def test_files_of_a_directory(kind: str, tmp_path: Path) -> None:
+def test_files_of_a_checkpoint_are_documented(kind: str, tmp_path: Path) -> None:
     convert(str(DEMOS[kind]), tmp_path / "out", dtype="bfloat16", quiet=True)
     listed = {code_spans(row[0])[0] for row in PAGE["Files"].rows()}
     files = {path.name for path in (tmp_path / "out").iterdir()}

@@ -9,6 +9,7 @@ import pytest
 from markdown_file import ROOT, Document, Section, code_spans
 
 from convert.__main__ import build_parser as convert_parser
+from mlx_fastvlm.check import command as check
 from mlx_fastvlm.cli import generate
 from mlx_mobileclip.__main__ import COMMANDS
 from mlx_mobileclip.__main__ import build_parser as mobileclip_parser
@@ -27,6 +28,7 @@ def subparser(name: str) -> argparse.ArgumentParser:
 
 PARSERS = {  # by section
     "mlx-fastvlm generate": generate.build_parser("mlx-fastvlm generate"),
+    "mlx-fastvlm check": check.build_parser("mlx-fastvlm check"),
     **{f"mlx-mobileclip {name}": subparser(name) for name in COMMANDS},
     "convert": convert_parser(),
 }
@@ -52,7 +54,7 @@ def rows_of(title: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("title", PARSERS)
-def test_every_option(title: str) -> None:
+def test_every_option_is_documented(title: str) -> None:
     rows = rows_of(title)
     actions = {action.option_strings[-1]: action for action in PARSERS[title]._actions}
     assert not actions.keys() - rows.keys(), "missing in the document"
@@ -96,14 +98,14 @@ def examples() -> list[str]:
 
 @pytest.mark.parametrize("line", examples())
 def test_examples_can_be_parsed(line: str) -> None:
-    words = shlex.split(line.replace("python -m mlx_fastvlm.generate", "mlx-fastvlm generate"))
-    if words[:3] == ["python", "-m", "convert"]:
-        PARSERS["convert"].parse_args(words[3:])
+    arguments = shlex.split(line.replace("python -m mlx_fastvlm.", "mlx-fastvlm "))
+    if arguments[:3] == ["python", "-m", "convert"]:
+        PARSERS["convert"].parse_args(arguments[3:])
     else:
-        PARSERS[" ".join(words[:2])].parse_args(words[2:])
+        PARSERS[" ".join(arguments[:2])].parse_args(arguments[2:])
 
 
-def test_fields_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_fields_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--model", "demo", "--prompt", "Hi", "--max-tokens", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = PAGE["mlx-fastvlm generate"].tables()[-1]
@@ -112,7 +114,7 @@ def test_fields_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert code_spans(timings[1]) == list(report["timings"])
 
 
-def test_columns_of_csv() -> None:
+def test_csv_columns_are_documented() -> None:
     text = "\n".join(PAGE["mlx-mobileclip classify"].lines)
     listed = re.search(r"`csv` has the columns (.*?)\. ?", text)
     assert listed and tuple(code_spans(listed[1])) == COLUMNS
@@ -128,13 +130,13 @@ def read_variables(source: str) -> set[str]:
     return {constants.get(name, name).strip('"') for name in found}
 
 
-def test_environment_variables() -> None:
+def test_environment_variables_are_documented() -> None:
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     rows = PAGE["Environment variables"].rows()
     read = [read_variables(path.read_text()) for path in paths]
     assert {code_spans(row[0])[0] for row in rows} == set().union(*read)
 
 
-def test_exit_statuses() -> None:
+def test_exit_statuses_are_documented() -> None:
     rows = PAGE["Output and exit status"].rows()
     assert [row[0] for row in rows] == ["0", "1", "2", "130"]

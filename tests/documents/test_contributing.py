@@ -34,12 +34,12 @@ def test_names_are_in_their_files(name: str, path: str) -> None:
     assert name in defined(path)
 
 
-def test_names_of_a_command_module() -> None:
+def test_names_of_a_command_module_exist() -> None:
     listed = re.search(r"with (`HELP`.*?), as `(.*?)` has them", TEXT)
     assert listed and {*code_spans(listed[1])} <= defined(listed[2])
 
 
-def test_every_suite_and_extra() -> None:
+def test_suites_and_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     markers = {m.partition(":")[0] for m in project["tool"]["pytest"]["ini_options"]["markers"]}
     assert set(re.findall(r"pytest -m (\w+)", TEXT)) == markers

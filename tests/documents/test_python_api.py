@@ -46,7 +46,7 @@ def section_of(package: str, name: str) -> Section:
 
 
 def listed(section: Section) -> dict[str, list[str] | None]:
-    """What the first column of a section's tables names; parameters where it is a method."""
+    """Names in the first column of a section's tables; methods with their parameters."""
     members: dict[str, list[str] | None] = {}
     for row in section.rows():
         for code in code_spans(row[0]):
@@ -80,26 +80,28 @@ def stated_signature(section: Section) -> tuple[str, list[tuple[str, Any, Any]]]
 
 
 @pytest.mark.parametrize(("package", "name", "value"), DOCUMENTED)
-def test_signatures(package: str, name: str, value: Any) -> None:
+def test_signatures_are_documented(package: str, name: str, value: Any) -> None:
     stated_name, stated = stated_signature(section_of(package, name))
     actual = [(p.name, p.kind, default(value, p)) for p in parameters(value).values()]
     assert (stated_name, stated) == (name, actual)
 
 
 @pytest.mark.parametrize(("package", "name", "value"), DOCUMENTED)
-def test_parameters_and_members(package: str, name: str, value: Any, demo: dict[str, Any]) -> None:
+def test_parameters_and_members_are_documented(
+    package: str, name: str, value: Any, demo: dict[str, Any]
+) -> None:
     rows = listed(section_of(package, name))
     if name in SAME_PARAMETERS:
         rows |= listed(section_of(package, SAME_PARAMETERS[name]))
-    wanted: dict[str, list[str] | None] = dict.fromkeys(parameters(value))
+    expected: dict[str, list[str] | None] = dict.fromkeys(parameters(value))
     if inspect.isclass(value):
-        wanted |= members(value)
-    missing = wanted.keys() - rows.keys()
+        expected |= members(value)
+    missing = expected.keys() - rows.keys()
     assert not missing, f"missing in the document: {sorted(missing)}"
     instance = demo.get(f"{package}.{name}")
-    unknown = {n for n in rows.keys() - wanted.keys() if not hasattr(instance, n)}
+    unknown = {n for n in rows.keys() - expected.keys() if not hasattr(instance, n)}
     assert not unknown, f"in the document, but not in the code: {sorted(unknown)}"
-    for member, arguments in wanted.items():
+    for member, arguments in expected.items():
         assert rows[member] == arguments, member
 
 
@@ -128,7 +130,7 @@ def demo() -> dict[str, Any]:
     }
 
 
-def test_errors() -> None:
+def test_errors_are_documented() -> None:
     assert set(listed(PAGE["Errors"])) == ERRORS
     of_fastvlm = {n for p, n, _ in NAMES if p == "mlx_fastvlm"}
     for row in PAGE["Errors"].rows():
@@ -136,7 +138,7 @@ def test_errors() -> None:
         assert ("only in" in row[1]) == (name not in of_fastvlm), name
 
 
-def test_no_section_is_of_a_name_that_is_gone() -> None:
+def test_every_section_names_an_existing_object() -> None:
     packages = {"mlx_fastvlm", "mlx_mobileclip", "convert", SHARED}
     titles = {s.titles for s in PAGE.sections if len(s.titles) == 2 and s.titles[0] in packages}
     known = {(package, name) for package, name, _ in NAMES}
@@ -144,7 +146,7 @@ def test_no_section_is_of_a_name_that_is_gone() -> None:
     assert not titles - known
 
 
-def test_names_of_ours_beside_other_libraries() -> None:
+def test_names_in_comparison_tables_exist() -> None:
     """Every name of ours in the comparison tables exists."""
     names = {name for _, name, _ in NAMES}
     for _, _, value in NAMES:
@@ -174,5 +176,5 @@ def test_examples_run_and_print_what_they_say(
         printed = io.StringIO()
         with redirect_stdout(printed):
             exec(code, namespace)
-        said = re.findall(r"^(?:print\(.*\)  )?# (.*)$", code, re.MULTILINE)
-        assert printed.getvalue().splitlines() == said, code
+        expected = re.findall(r"^(?:print\(.*\)  )?# (.*)$", code, re.MULTILINE)
+        assert printed.getvalue().splitlines() == expected, code

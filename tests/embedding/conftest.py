@@ -8,7 +8,7 @@ from standin import COLOURS, paint
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Seven images in three directories, one of them damaged, and files that are to be ignored."""
+    """Seven images in three directories, one damaged and one HEIC, and files to be ignored."""
     root = tmp_path / "photos"
     for i, name in enumerate(("b.png", "a.JPG", "sub/c.png", "sub/deep/d.webp", "z.png")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

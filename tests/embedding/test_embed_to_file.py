@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[list[str], np.ndarray]:
         return json.loads(file.metadata()["names"]), file.get_tensor("embeddings")
 
 
-def test_names_that_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     paint("~$x.png", "red")
     Path("~root").mkdir()
@@ -56,7 +56,7 @@ def test_names_that_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_texts_come_back_as_they_were(tmp_path: Path, suffix: str) -> None:
+def test_texts_survive_a_round_trip(tmp_path: Path, suffix: str) -> None:
     # As one array of texts these would take 36 GB.
     texts = ["a\0\0", "a\0", "long" * 225_000, *map(str, range(10_000)), '"\\\x7f\u2028\U0001f600']
     rows = [np.ones(2, np.float32)] * len(texts)
@@ -64,7 +64,9 @@ def test_texts_come_back_as_they_were(tmp_path: Path, suffix: str) -> None:
     assert read(tmp_path / f"x{suffix}")[0] == texts
 
 
-def test_names_are_measured_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_measured_in_written_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = ['a"\\', "\0\x7fé\u2028\U0001f600\udcff"]
     output = tmp_path / "x.safetensors"
     writers.write_embeddings(output, names, [np.ones(2, np.float32)] * 2, {})
@@ -80,7 +82,9 @@ def test_names_are_measured_as_written(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_images(photos: Path, tmp_path: Path, suffix: str, batch_size: int) -> None:
+def test_images_are_embedded_in_order(
+    photos: Path, tmp_path: Path, suffix: str, batch_size: int
+) -> None:
     output = tmp_path / f"out{suffix}"
     paths = find_images(str(photos))
     summary = run(paths, output, batch_size=batch_size, name="standin")
@@ -96,7 +100,7 @@ def test_images(photos: Path, tmp_path: Path, suffix: str, batch_size: int) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == [output.name, "photos"]
 
 
-def test_metadata(photos: Path, tmp_path: Path) -> None:
+def test_metadata_of_safetensors(photos: Path, tmp_path: Path) -> None:
     run([str(photos / "b.png")], tmp_path / "x.safetensors", name="apple/MobileCLIP-S0")
     with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
         about = file.metadata()
@@ -106,7 +110,7 @@ def test_metadata(photos: Path, tmp_path: Path) -> None:
     assert len(about["fingerprint"]) == 64
 
 
-def test_texts(tmp_path: Path) -> None:
+def test_texts_are_embedded_in_order(tmp_path: Path) -> None:
     lines = tmp_path / "texts.txt"
     lines.write_bytes("a red bus\r\n\nein grünes Haus\na red bus\n".encode())
     output = tmp_path / "texts.npz"
@@ -119,13 +123,15 @@ def test_texts(tmp_path: Path) -> None:
     assert list(summary.skipped.values()) == ["is not UTF-8"]
 
 
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writers, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install pyarrow"):
         run(["x.png"], tmp_path / "x.parquet")
 
 
-def test_parquet(photos: Path, tmp_path: Path) -> None:
+def test_parquet_has_the_same_rows(photos: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is written by pyarrow")
     paths = [str(photos / name) for name in ORDER]
     run(paths, tmp_path / "x.parquet")
@@ -153,7 +159,9 @@ def test_output_is_checked_before_any_work(photos: Path, tmp_path: Path) -> None
         run([str(photos / "b.png")], tmp_path / "x.npz", batch_size=0)
 
 
-def test_nothing_usable(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_usable_image_is_an_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(DataError, match="none of the 2 images"):
         run([str(photos / "broken.jpg"), "gone.png"], tmp_path / "x.npz")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
@@ -162,7 +170,7 @@ def test_nothing_usable(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(line.startswith("skipped ") for line in lines)
 
 
-def test_rows_that_are_not_finite_are_skipped(photos: Path, tmp_path: Path) -> None:
+def test_non_finite_rows_are_skipped(photos: Path, tmp_path: Path) -> None:
     class Overflowing(StandIn):
         def encode_image(self, pixels: mx.array, normalize: bool = True) -> mx.array:
             rows = super().encode_image(pixels, normalize)
@@ -212,12 +220,12 @@ def interrupted(after: int) -> StandIn:
     return Interrupted()
 
 
-def many(tmp_path: Path, count: int = 12) -> list[str]:
+def paint_many(tmp_path: Path, count: int = 12) -> list[str]:
     return [paint(tmp_path / f"{i:03}.png", COLOURS[i % 3], seed=i) for i in range(count)]
 
 
 def test_resumes_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = many(tmp_path)
+    paths = paint_many(tmp_path)
     output, whole = tmp_path / "x.npz", tmp_path / "whole.npz"
     run(paths, whole, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
@@ -227,7 +235,7 @@ def test_resumes_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     partial = tmp_path / "x.npz.partial"
     with partial.open("ab") as file:
         file.write(b"MCE1 torn off")
-    # Meanwhile one finished image changes, one goes away and a new one comes.
+    # Meanwhile one finished image changes, one is removed and one is added.
     paint(paths[1], "blue", seed=99)
     paths = paths[:4] + paths[5:] + [paint(tmp_path / "new.png", "red", seed=50)]
     model = StandIn()
@@ -242,8 +250,8 @@ def test_resumes_after_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not partial.exists()
 
 
-def test_a_damaged_batch_is_embedded_again(tmp_path: Path) -> None:
-    paths = many(tmp_path, 6)
+def test_damaged_batch_is_embedded_again(tmp_path: Path) -> None:
+    paths = paint_many(tmp_path, 6)
     output, partial = tmp_path / "x.npz", tmp_path / "x.npz.partial"
     with pytest.raises(KeyboardInterrupt):
         run(paths, output, interrupted(2), batch_size=2)
@@ -256,8 +264,8 @@ def test_a_damaged_batch_is_embedded_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["header", "other model", "garbage", "length", "link", "pipe"])
-def test_a_log_that_cannot_be_used_is_refused_and_kept(tmp_path: Path, damage: str) -> None:
-    paths = many(tmp_path, 6)
+def test_unusable_log_is_refused_and_kept(tmp_path: Path, damage: str) -> None:
+    paths = paint_many(tmp_path, 6)
     output, partial = tmp_path / "x.npz", tmp_path / "x.npz.partial"
     with pytest.raises(KeyboardInterrupt):
         run(paths, output, interrupted(2), batch_size=2)
@@ -276,17 +284,15 @@ def test_a_log_that_cannot_be_used_is_refused_and_kept(tmp_path: Path, damage: s
         partial.unlink()
         os.mkfifo(partial)
     model = StandIn(seed=3 if damage == "other model" else 0)
-    match = (
-        "other weights, .* run that one again" if damage == "other model" else "another --output"
-    )
+    match = "other weights, .* finish that run" if damage == "other model" else "another --output"
     with pytest.raises(DataError, match=match):
         run(paths, output, model, batch_size=2)
     assert model.image_batches == []
     assert damage == "pipe" or partial.read_bytes() == data
 
 
-def test_the_spelling_of_the_model_does_not_matter(tmp_path: Path) -> None:
-    paths = many(tmp_path, 6)
+def test_name_of_the_model_does_not_matter(tmp_path: Path) -> None:
+    paths = paint_many(tmp_path, 6)
     with pytest.raises(KeyboardInterrupt):
         run(paths, tmp_path / "x.npz", interrupted(2), batch_size=2, name="org/m")
     assert run(paths, tmp_path / "x.npz", batch_size=3, name="/models/m/").resumed == 4
@@ -294,28 +300,30 @@ def test_the_spelling_of_the_model_does_not_matter(tmp_path: Path) -> None:
         assert data["model"] == "/models/m/"
 
 
-def test_a_run_without_a_row_leaves_nothing(tmp_path: Path) -> None:
+def test_run_without_rows_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(many(tmp_path, 2), tmp_path / "x.npz", interrupted(0))
+        run(paint_many(tmp_path, 2), tmp_path / "x.npz", interrupted(0))
     assert not list(tmp_path.glob("x.npz*"))
 
 
-def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_locks_are_supported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("mlx_mobileclip.embedding.resume_log.fcntl.flock", refuse)
-    assert run(many(tmp_path, 2), tmp_path / "x.npz").embedded == 2
+    assert run(paint_many(tmp_path, 2), tmp_path / "x.npz").embedded == 2
 
 
 def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
-    paths = many(tmp_path, 2)
+    paths = paint_many(tmp_path, 2)
     with ResumeLog(tmp_path / "x.npz", {}), pytest.raises(DataError, match="another run"):
         run(paths, tmp_path / "x.npz")
 
 
-def test_failed_write_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = many(tmp_path, 4)
+def test_failed_write_keeps_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = paint_many(tmp_path, 4)
     output = tmp_path / "x.npz"
 
     def full(*_: Any, **__: Any) -> None:
@@ -323,7 +331,7 @@ def test_failed_write_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patch:
         patch.setattr(writers.np, "savez", full)
-        with pytest.raises(DataError, match="what is done is kept"):
+        with pytest.raises(DataError, match="finished rows are kept"):
             run(paths, output)
     assert not output.exists()
     assert not list(tmp_path.glob("*.tmp"))
@@ -333,7 +341,7 @@ def test_failed_write_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_resumes_after_kill_9(tmp_path: Path) -> None:
-    paths = many(tmp_path, 30)
+    paths = paint_many(tmp_path, 30)
     output, partial = tmp_path / "x.safetensors", tmp_path / "x.safetensors.partial"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import standin\n"

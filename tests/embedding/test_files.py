@@ -1,4 +1,4 @@
-"""Which files a source stands for."""
+"""Image files found for a directory, glob, list or single path."""
 
 import os
 import time
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from standin import paint
 
-from mlx_mobileclip.embedding.files import PassedOver, find_images
+from mlx_mobileclip.embedding.files import Ignored, find_images
 from mlx_mobileclip.errors import DataError
 
 
-def test_find_images(photos: Path, tmp_path: Path) -> None:
+def test_images_are_found_in_directories_globs_and_lists(photos: Path, tmp_path: Path) -> None:
     found = [str(Path(p).relative_to(photos)) for p in find_images(str(photos))]
     assert found == [
         "a.JPG",
@@ -37,24 +37,24 @@ def test_find_images(photos: Path, tmp_path: Path) -> None:
     empty.mkdir()
     (tmp_path / "binary.dat").write_bytes(b"\0\1\2")
     for source, match in (
-        (str(empty), "holds no image"),
+        (str(empty), "contains no image"),
         (f"{empty}/*.png", "no file matches"),
         (str(tmp_path / "none"), "no such file"),
-        (str(tmp_path / "binary.dat"), "line 1 holds a NUL"),
+        (str(tmp_path / "binary.dat"), "line 1 contains a NUL"),
     ):
         with pytest.raises(DataError, match=match):
             find_images(source)
 
 
-def names(source: Path, passed_over: PassedOver | None = None) -> list[str]:
-    return [str(Path(p).relative_to(source)) for p in find_images(str(source), None, passed_over)]
+def names(source: Path, ignored: Ignored | None = None) -> list[str]:
+    return [str(Path(p).relative_to(source)) for p in find_images(str(source), None, ignored)]
 
 
 @pytest.mark.parametrize(
     "pattern",
     ["**/*.png", "**", "**/**/*.png", "*/**/*.png", "**/l/**/*.png", "**/*/**/*/**/*/**/*.png"],
 )
-def test_each_file_matches_once_whatever_links_lead_to_it(tmp_path: Path, pattern: str) -> None:
+def test_globs_match_each_file_once_despite_links(tmp_path: Path, pattern: str) -> None:
     """60 folders with a link to themselves and one to the folder above."""
     for i in range(60):
         folder = tmp_path / f"{i % 12}" / f"{i}"
@@ -70,7 +70,7 @@ def test_each_file_matches_once_whatever_links_lead_to_it(tmp_path: Path, patter
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "JPE", "avif", "HEIC", "hif", "jxl", "png", "dib"])
-def test_every_suffix_of_a_photo_counts(tmp_path: Path, suffix: str) -> None:
+def test_photo_suffixes_are_recognized(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"x.{suffix}").write_bytes(b"x")
     assert names(tmp_path) == [f"x.{suffix}"]
 
@@ -80,7 +80,7 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
     for name in ("root/z/a.png", "elsewhere/b.png", "elsewhere/deep/c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         paint(tmp_path / name, "red")
-    (root / "a").symlink_to("z")  # before the real one in the order of names
+    (root / "a").symlink_to("z")  # sorts before the real folder
     (root / "album").symlink_to(elsewhere)
     (root / "album2").symlink_to(elsewhere)
     (root / "deep").symlink_to(elsewhere / "deep")
@@ -89,36 +89,36 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path: Path) -> None:
     (root / "gone").symlink_to(tmp_path / "nowhere")
     (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (root / "self").symlink_to("self")
-    passed = PassedOver()
-    assert names(root, passed) == ["gone.png", "z/a.png", "album/b.png", "album/deep/c.png"]
-    assert passed == {
+    ignored = Ignored()
+    assert names(root, ignored) == ["gone.png", "z/a.png", "album/b.png", "album/deep/c.png"]
+    assert ignored == {
         "broken links": 2,
         "linked folders that were searched already": 4,
         "folders that were searched already": 2,
     }
-    found = find_images(f"{root}/**/*.png", passed_over=passed)
+    found = find_images(f"{root}/**/*.png", ignored=ignored)
     assert sorted(Path(p).name for p in found) == ["a.png", "b.png", "c.png", "gone.png"]
     assert f"{root}/z/a.png" in found
 
 
-def test_what_is_passed_over_is_counted(photos: Path, tmp_path: Path) -> None:
-    passed = PassedOver()
-    assert str(passed) == ""
+def test_ignored_files_are_counted(photos: Path, tmp_path: Path) -> None:
+    ignored = Ignored()
+    assert str(ignored) == ""
     (photos / "sub" / "more.txt").touch()
     (photos / "README").touch()
-    assert len(names(photos, passed)) == 7
-    assert passed == {".txt": 2, "hidden": 1, "hidden folders": 1, "without a suffix": 1}
-    assert str(passed).startswith("passed over 5: 2 .txt, ")
-    find_images(f"{photos}/*", passed_over=passed)
-    assert passed["folders that match a glob"] == 1
+    assert len(names(photos, ignored)) == 7
+    assert ignored == {".txt": 2, "hidden": 1, "hidden folders": 1, "without a suffix": 1}
+    assert str(ignored).startswith("ignored 5: 2 .txt, ")
+    find_images(f"{photos}/*", ignored=ignored)
+    assert ignored["folders that match a glob"] == 1
     (tmp_path / "raw").mkdir()
     for i in range(12):
         (tmp_path / "raw" / f"x.{i}").touch()
-    with pytest.raises(DataError, match=r"no image \(passed over 12: .*, 4 others\)"):
+    with pytest.raises(DataError, match=r"no image \(ignored 12: .*, 4 others\)"):
         find_images(str(tmp_path / "raw"))
 
 
-def test_a_single_image_needs_no_suffix(tmp_path: Path) -> None:
+def test_single_image_needs_no_suffix(tmp_path: Path) -> None:
     for kind in ("png", "jpeg", "gif", "webp", "bmp", "tiff"):
         paint(tmp_path / f"x.{kind}", "red")
         bare = (tmp_path / f"x.{kind}").rename(tmp_path / kind)
@@ -127,8 +127,8 @@ def test_a_single_image_needs_no_suffix(tmp_path: Path) -> None:
     assert find_images(str(tmp_path / "list")) == ["BMW/a.png"]
 
 
-def test_folders_that_cannot_be_reached_are_skipped(tmp_path: Path) -> None:
-    """Whether too deep for the system, or without the right to enter."""
+def test_unreachable_folders_are_skipped(tmp_path: Path) -> None:
+    """Here they are nested too deeply for the system."""
     top = tmp_path / "top"
     top.mkdir()
     paint(top / "a.png", "red")
@@ -144,17 +144,17 @@ def test_folders_that_cannot_be_reached_are_skipped(tmp_path: Path) -> None:
     found = find_images(str(top), lambda _, reason: skipped.append(reason))
     assert found == [str(top / "a.png")]
     assert skipped == ["cannot be read (File name too long)"]
-    passed = PassedOver()
-    assert find_images(f"{top}/**/*.png", passed_over=passed) == found
-    assert passed == {"folders that cannot be read": 1}
+    ignored = Ignored()
+    assert find_images(f"{top}/**/*.png", ignored=ignored) == found
+    assert ignored == {"folders that cannot be read": 1}
 
 
-def test_a_name_that_is_too_long_is_refused() -> None:
+def test_too_long_name_is_refused() -> None:
     for name in ("x" * 300, "x/" * 3000):
-        with pytest.raises(DataError, match="no such file or directory, or no access"):
+        with pytest.raises(DataError, match="no such file or directory, or no permission"):
             find_images(name)
 
 
-def test_the_empty_name_is_refused() -> None:
-    with pytest.raises(DataError, match="an empty name"):
+def test_empty_name_is_refused() -> None:
+    with pytest.raises(DataError, match="the name is empty"):
         find_images("")

@@ -1,4 +1,4 @@
-"""What others may have put where an output goes: it is never written through, nor replaced."""
+"""Files that others put in place of an output are neither written through nor replaced."""
 
 import json
 import os
@@ -27,12 +27,12 @@ def run(paths: list[str], output: Path, model: StandIn | None = None, **options:
     return embed_images(model, StandInProcessor(), paths, output, **options)
 
 
-def many(tmp_path: Path, count: int = 6) -> list[str]:
+def paint_many(tmp_path: Path, count: int = 6) -> list[str]:
     return [paint(tmp_path / f"{i:03}.png", COLOURS[i % 3], seed=i) for i in range(count)]
 
 
 class Interrupted(StandIn):
-    """Does a batch, then is interrupted."""
+    """Embeds one batch, then is interrupted."""
 
     def encode_image(self, pixels: mx.array, normalize: bool = True) -> mx.array:
         if self.image_batches:
@@ -47,14 +47,14 @@ def interrupt(paths: list[str], output: Path) -> Path:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_files_of_others_beside_the_output_stay(tmp_path: Path, suffix: str) -> None:
+def test_other_files_beside_the_output_are_kept(tmp_path: Path, suffix: str) -> None:
     output, precious = tmp_path / f"x{suffix}", tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / f".x{suffix}.tmp").write_text("precious")
     (tmp_path / f".x{suffix}.{'0' * 16}.tmp").symlink_to(precious)
     abandoned = tmp_path / f".x{suffix}.{'1' * 16}.tmp"
     abandoned.write_text("of a run that was killed")
-    run(many(tmp_path), output)
+    run(paint_many(tmp_path), output)
     assert precious.read_text() == (tmp_path / f".x{suffix}.tmp").read_text() == "precious"
     assert (tmp_path / f".x{suffix}.{'0' * 16}.tmp").is_symlink() and not abandoned.exists()
     assert len(read_embeddings(output).keys) == 6
@@ -71,13 +71,13 @@ APPEARS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", APPEARS)
-def test_what_appears_meanwhile_is_kept(
+def test_files_created_meanwhile_are_kept(
     name: str, suffix: str, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on a file system without hard links; the work is not lost."""
+    """Also on a file system without hard links; finished rows are kept."""
     output, precious = tmp_path / f"x{suffix}", tmp_path / "precious"
     precious.write_text("precious")
-    paths = many(tmp_path)
+    paths = paint_many(tmp_path)
 
     def no_links(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -90,7 +90,7 @@ def test_what_appears_meanwhile_is_kept(
 
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    with pytest.raises(DataError, match="has appeared meanwhile, and is kept"):
+    with pytest.raises(DataError, match="was created meanwhile and is not overwritten"):
         run(paths, output, Late(), batch_size=2)
     assert precious.read_text() == "precious"
     assert output.is_symlink() or output.is_dir() or output.read_text() == "precious"
@@ -101,21 +101,23 @@ def test_what_appears_meanwhile_is_kept(
 
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("name", ["a link to nothing", "a directory"])
-def test_what_is_no_file_is_refused_at_once(name: str, update: bool, tmp_path: Path) -> None:
+def test_outputs_that_are_not_files_are_refused_at_once(
+    name: str, update: bool, tmp_path: Path
+) -> None:
     APPEARS[name](tmp_path / "x.npz")
     model = StandIn()
-    with pytest.raises(DataError, match=r"already exists|is no file"):
-        run(many(tmp_path), tmp_path / "x.npz", model, update=update)
+    with pytest.raises(DataError, match=r"already exists|is not a file"):
+        run(paint_many(tmp_path), tmp_path / "x.npz", model, update=update)
     assert not model.image_batches and not (tmp_path / "nowhere").exists()
 
 
-def test_a_pipe_is_not_updated(tmp_path: Path) -> None:
+def test_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.npz")
-    with pytest.raises(DataError, match="is no file"):
-        run(many(tmp_path), tmp_path / "x.npz", update=True)
+    with pytest.raises(DataError, match="is not a file"):
+        run(paint_many(tmp_path), tmp_path / "x.npz", update=True)
 
 
-def test_an_archive_that_swells_is_not_read(tmp_path: Path) -> None:
+def test_compressed_npz_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", embeddings=np.zeros((1 << 20, 64), np.float32))
     with pytest.raises(DataError, match="it is compressed"):
         read_embeddings(tmp_path / "x.npz")
@@ -124,22 +126,22 @@ def test_an_archive_that_swells_is_not_read(tmp_path: Path) -> None:
 # Resume logs.
 
 
-def test_a_log_of_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, output = many(tmp_path), tmp_path / "x.npz"
+def test_log_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, output = paint_many(tmp_path), tmp_path / "x.npz"
     log = interrupt(paths, output)
     data = log.read_bytes()
     (tmp_path / "second name").hardlink_to(log)
-    with pytest.raises(DataError, match="not a regular file of yours alone"):
+    with pytest.raises(DataError, match="must be a regular file that you own"):
         run(paths, output)
     (tmp_path / "second name").unlink()
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(DataError, match="not a regular file of yours alone"):
+    with pytest.raises(DataError, match="must be a regular file that you own"):
         run(paths, output)
     monkeypatch.undo()
     assert log.read_bytes() == data and run(paths, output).resumed == 2
 
 
-def test_only_its_own_log_is_removed(tmp_path: Path) -> None:
+def test_only_the_own_log_is_removed(tmp_path: Path) -> None:
     with ResumeLog(tmp_path / "x.npz", {}) as log:
         log.path.rename(tmp_path / "moved")
         log.path.write_text("precious")
@@ -147,7 +149,7 @@ def test_only_its_own_log_is_removed(tmp_path: Path) -> None:
 
 
 def test_other_inputs_do_not_discard_a_log(tmp_path: Path) -> None:
-    paths, output = many(tmp_path), tmp_path / "x.npz"
+    paths, output = paint_many(tmp_path), tmp_path / "x.npz"
     others = [paint(tmp_path / "other.png", "red")]
     log = interrupt(paths, output)
     with pytest.raises(DataError, match="2 images of an unfinished run with other inputs"):
@@ -156,21 +158,21 @@ def test_other_inputs_do_not_discard_a_log(tmp_path: Path) -> None:
     assert run([*paths, *others], output).resumed == 2
     log = interrupt(paths, tmp_path / "y.npz")
     for path in paths:
-        Path(path).unlink()  # what is gone cannot be gone on with
+        Path(path).unlink()  # the rows of removed images are of no use
     assert run(others, tmp_path / "y.npz").embedded == 1 and not log.exists()
 
 
 def test_other_kinds_do_not_discard_a_log(tmp_path: Path) -> None:
-    log = interrupt(many(tmp_path), tmp_path / "x.npz")
+    log = interrupt(paint_many(tmp_path), tmp_path / "x.npz")
     data = log.read_bytes()
     with pytest.raises(DataError, match="unfinished run with other weights, settings or version"):
         embed_texts(StandIn(), StandInProcessor(), ["red"], tmp_path / "x.npz")
     assert log.read_bytes() == data
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the bytes that did not fit are tried once more, as the file is closed."""
-    paths, output = many(tmp_path), tmp_path / "x.npz"
+def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when closing the file tries to write the same bytes again."""
+    paths, output = paint_many(tmp_path), tmp_path / "x.npz"
     monkeypatch.setattr(resume_log.os, "fdopen", lambda fd, mode: Full(open(fd, mode)))  # noqa: PTH123, SIM115
     with pytest.raises(DataError, match=r"No space left.*free some space and run the same"):
         run(paths, output, batch_size=2)
@@ -232,12 +234,12 @@ def test_crafted_logs_are_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.npz.partial"
     data = record({"kind": "images"}, b"") + CRAFTED[name]
     path.write_bytes(data)
-    with pytest.raises(DataError, match="remove it, or choose another --output"):
+    with pytest.raises(DataError, match="remove the file, or choose another --output"):
         ResumeLog(tmp_path / "x.npz", {"kind": "images"}).__enter__()
     assert path.read_bytes() == data
 
 
-def test_a_log_of_another_width_is_refused(tmp_path: Path) -> None:
+def test_log_of_another_width_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz.partial"
     path.write_bytes(record({}, b"") + record([["a", ""]], ROW))
     with ResumeLog(tmp_path / "x.npz", {}) as log, pytest.raises(DataError, match="another model"):
@@ -245,7 +247,7 @@ def test_a_log_of_another_width_is_refused(tmp_path: Path) -> None:
 
 
 def test_lengths_in_a_log_are_bounded(tmp_path: Path) -> None:
-    """8 GB by its header, and sparse: nothing of it is read."""
+    """A sparse log whose header claims 8 GB is not read."""
     path = tmp_path / "x.npz.partial"
     start = record({}, b"")
     path.write_bytes(start + record([], b"", ((1 << 32) - 1, (1 << 32) - 1)))
@@ -257,8 +259,8 @@ def test_lengths_in_a_log_are_bounded(tmp_path: Path) -> None:
 # Lists.
 
 
-def test_lists_are_bounded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1 holds a NUL"):
+def test_size_of_lists_is_bounded(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 1 contains a NUL"):
         read_lines("/dev/zero")
     large = tmp_path / "movie.mkv"
     large.write_bytes(b"\x1a\x45\xdf\xa3\0")

@@ -1,4 +1,4 @@
-"""Lines of label, text and list files: encodings, line ends, refusals that name the line."""
+"""Lines of label, text and list files: encodings, line ends, errors that name the line."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from mlx_mobileclip.embedding.files import find_images
 from mlx_mobileclip.embedding.lines import read_lines
 from mlx_mobileclip.errors import DataError
 
-WORDS = ["café", "grünes Haus", "", "\U0001f600 a\u2028b"]
+LINES = ["café", "grünes Haus", "", "\U0001f600 a\u2028b"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -19,8 +19,8 @@ def test_encodings_and_line_ends(tmp_path: Path, encoding: str, end: str) -> Non
     mark = "\ufeff" if encoding.startswith("utf-16-") else ""
     path = tmp_path / "labels.txt"
     for last in ("", end):
-        path.write_bytes((mark + end.join(WORDS) + last).encode(encoding))
-        assert read_lines(path) == read_lines(str(path), paths=True) == WORDS
+        path.write_bytes((mark + end.join(LINES) + last).encode(encoding))
+        assert read_lines(path) == read_lines(str(path), paths=True) == LINES
 
 
 def test_mixed_line_ends_and_empty_files(tmp_path: Path) -> None:
@@ -42,14 +42,14 @@ def test_mixed_line_ends_and_empty_files(tmp_path: Path) -> None:
         ("red\ngreen\rcafé\n".encode("latin-1"), r"labels.txt: line 3 is not UTF-8 \(byte 0xE9\)"),
         ("\ufeffred\n\ud83d\nx".encode("utf-16-le", "surrogatepass"), "line 2 is not UTF-16"),
         (b"\xff\xfer\0\n\0x", "line 2 is not UTF-16"),
-        ("red\nblue".encode("utf-16-le"), "line 1 holds a NUL"),
-        ("red\nblue".encode("utf-16-be"), "line 1 holds a NUL"),
+        ("red\nblue".encode("utf-16-le"), "line 1 contains a NUL"),
+        ("red\nblue".encode("utf-16-be"), "line 1 contains a NUL"),
         ("red\n".encode("utf-32"), "line 1 is UTF-32"),
-        (b"red\nblue\0\n", "line 2 holds a NUL"),
+        (b"red\nblue\0\n", "line 2 contains a NUL"),
         (b"red\n\xed\xa0\x80\n", "line 2 is not UTF-8"),  # a surrogate
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, match: str) -> None:
+def test_undecodable_files_are_refused(tmp_path: Path, data: bytes, match: str) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes(data)
     with pytest.raises(DataError, match=match):
@@ -66,11 +66,11 @@ def test_lists_of_paths_can_name_any_file(tmp_path: Path, monkeypatch: pytest.Mo
     Path("list.txt").write_bytes("\ufeffé.png\r\nb.png".encode("utf-16-le"))
     assert find_images("list.txt") == ["é.png", "b.png"]
     Path("list.txt").write_bytes("é.png\nb.png".encode("utf-16-le"))
-    with pytest.raises(DataError, match="line 1 holds a NUL"):
+    with pytest.raises(DataError, match="line 1 contains a NUL"):
         find_images("list.txt")
 
 
-def test_unreadable_names(tmp_path: Path) -> None:
+def test_unreadable_paths_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", "a\0b"):
         with pytest.raises(DataError, match="cannot be read"):
             read_lines(path)

@@ -1,4 +1,4 @@
-"""The iterator: order, batches, errors as values, and the end of its threads."""
+"""iter_embeddings: order, batches, errors as values, and the end of its threads."""
 
 import threading
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from mlx_mobileclip.errors import DataError, ImageError, ModelError
 
 
 class Recording(StandInProcessor):
-    """Counts what is decoded; each image waits for its turn if there is a gate."""
+    """Records which images are decoded; an image with a gate waits for it."""
 
     def __init__(self, gates: dict[str, threading.Event] | None = None) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Recording(StandInProcessor):
         return super().pixels(source)
 
 
-def many(directory: Path, count: int) -> list[str]:
+def paint_many(directory: Path, count: int) -> list[str]:
     return [paint(directory / f"{i:03}.png", COLOURS[i % 3], seed=i) for i in range(count)]
 
 
@@ -43,7 +43,7 @@ def no_new_threads() -> Iterator[None]:
 
 
 def test_order_and_batches(tmp_path: Path, no_new_threads: None) -> None:
-    paths, model = many(tmp_path, 7), StandIn()
+    paths, model = paint_many(tmp_path, 7), StandIn()
     results = list(iter_embeddings(model, StandInProcessor(), paths, batch_size=3))
     assert [item.name for item in results] == paths
     assert all(item.error is None for item in results)
@@ -56,7 +56,7 @@ def test_order_and_batches(tmp_path: Path, no_new_threads: None) -> None:
 
 
 def test_order_does_not_depend_on_the_threads(tmp_path: Path) -> None:
-    paths = many(tmp_path, 4)
+    paths = paint_many(tmp_path, 4)
     processor = Recording({paths[0]: threading.Event()})
     results = iter_embeddings(StandIn(), processor, paths, batch_size=1, workers=2)
     timer = threading.Timer(0.2, processor.gates[paths[0]].set)  # the first is decoded last
@@ -65,7 +65,7 @@ def test_order_does_not_depend_on_the_threads(tmp_path: Path) -> None:
     timer.join()
 
 
-def test_errors_are_values(tmp_path: Path) -> None:
+def test_errors_are_returned_in_order(tmp_path: Path) -> None:
     class Overflowing(StandIn):
         def encode_image(self, pixels: mx.array, normalize: bool = True) -> mx.array:
             rows = super().encode_image(pixels, normalize)
@@ -97,7 +97,7 @@ def test_errors_are_values(tmp_path: Path) -> None:
 
 
 def test_early_close_stops_the_threads(tmp_path: Path, no_new_threads: None) -> None:
-    paths, processor = many(tmp_path, 40), Recording()
+    paths, processor = paint_many(tmp_path, 40), Recording()
     with closing(iter_embeddings(StandIn(), processor, iter(paths), batch_size=2)) as results:
         assert next(results).name == paths[0]
     # Two batches are prepared ahead of the one that was read.
@@ -112,11 +112,11 @@ def test_ctrl_c_in_the_model_stops_the_threads(tmp_path: Path, no_new_threads: N
 
     processor = Recording()
     with pytest.raises(KeyboardInterrupt):
-        next(iter_embeddings(Interrupted(), processor, many(tmp_path, 40), batch_size=2))
+        next(iter_embeddings(Interrupted(), processor, paint_many(tmp_path, 40), batch_size=2))
     assert len(processor.started) <= 3 * 2
 
 
-def test_texts() -> None:
+def test_texts_are_embedded_in_order() -> None:
     texts = ["a red bus", "\udcff", "", "a red bus"]
     results = list(iter_text_embeddings(StandIn(), StandInProcessor(), texts, batch_size=3))
     assert [item.name for item in results] == texts
@@ -137,7 +137,7 @@ def test_options_are_checked_at_the_call() -> None:
 
 
 @pytest.mark.parametrize("names", ["ab.png", b"ab", 3, None])
-def test_one_name_is_no_list(names: Any, tmp_path: Path) -> None:
+def test_single_name_is_refused(names: Any, tmp_path: Path) -> None:
     for iterate in (iter_embeddings, iter_text_embeddings):
         with pytest.raises(DataError, match="takes a list, not a"):
             iterate(StandIn(), StandInProcessor(), names)

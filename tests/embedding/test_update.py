@@ -1,4 +1,4 @@
-"""Bringing a finished output up to date."""
+"""Updating a finished output."""
 
 import json
 import os
@@ -24,11 +24,11 @@ def run(paths: list[str], output: Path, model: StandIn | None = None, **options:
     return embed_images(model or StandIn(), StandInProcessor(), paths, output, **options)
 
 
-def many(tmp_path: Path, count: int = 6) -> list[str]:
+def paint_many(tmp_path: Path, count: int = 6) -> list[str]:
     return [paint(tmp_path / f"{i:03}.png", COLOURS[i % 3], seed=i) for i in range(count)]
 
 
-def check(output: Path, names: list[str]) -> None:
+def assert_embeddings(output: Path, names: list[str]) -> None:
     stored = read_embeddings(output)
     assert [name for name, _ in stored.keys] == names
     expected = StandIn().encode_image(StandInProcessor().images(names))
@@ -36,10 +36,10 @@ def check(output: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_new_changed_gone_and_kept(tmp_path: Path, suffix: str) -> None:
+def test_new_changed_removed_and_kept_images(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
-    paths, output = many(tmp_path), tmp_path / f"x{suffix}"
+    paths, output = paint_many(tmp_path), tmp_path / f"x{suffix}"
     run(paths[:5], output, name="org/m")
     output.chmod(0o640)
     paint(paths[1], "blue", seed=99)
@@ -48,15 +48,15 @@ def test_new_changed_gone_and_kept(tmp_path: Path, suffix: str) -> None:
     summary = run([p for p in paths if p != paths[2]], output, model, update=True, name="./m")
     assert sum(model.image_batches) == 2
     assert (summary.total, summary.embedded, summary.kept, summary.dropped) == (5, 5, 3, 1)
-    check(output, [p for p in paths if p != paths[2]])
+    assert_embeddings(output, [p for p in paths if p != paths[2]])
     assert output.stat().st_mode & 0o777 == 0o640
-    # Others that the call does not name stay; of these too the changed are embedded again.
+    # Images not named in the call stay; those that have changed are embedded again.
     paint(paths[0], "green", seed=50)
     more = paint(tmp_path / "more.png", "red")
     model = StandIn()
     assert run([more], output, model, update=True).kept == 4
     assert sum(model.image_batches) == 2
-    check(output, [more, *(p for p in paths if p != paths[2])])
+    assert_embeddings(output, [more, *(p for p in paths if p != paths[2])])
     before = output.stat().st_mtime_ns
     assert run([more], output, model, update=True).kept == 6
     assert output.stat().st_mtime_ns == before
@@ -64,8 +64,8 @@ def test_new_changed_gone_and_kept(tmp_path: Path, suffix: str) -> None:
     assert run(paths[3:], tmp_path / f"new{suffix}", update=True).embedded == 3
 
 
-def test_what_is_gone_with_its_folder(tmp_path: Path) -> None:
-    """It may be on a disk that is absent, unless the folder above was searched."""
+def test_images_removed_with_their_folder(tmp_path: Path) -> None:
+    """They are kept, as a disk may be absent, unless the folder above was searched."""
     for folder in ("a", "b", "b/c", "disk"):
         (tmp_path / folder).mkdir()
     paths = [paint(tmp_path / f"{d}/x.png", "red", seed=i) for i, d in enumerate(("a", "b", "b/c"))]
@@ -90,31 +90,31 @@ def test_what_is_gone_with_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_output_without_stamps_is_embedded_again(tmp_path: Path, suffix: str) -> None:
+def test_output_without_stamps_is_embedded_again(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
-    paths, output = many(tmp_path), tmp_path / f"x{suffix}"
+    paths, output = paint_many(tmp_path), tmp_path / f"x{suffix}"
     run(paths, output)
     stored = read_embeddings(output)
     writers.write_embeddings(
-        output, paths, list(stored.rows[::-1]), stored.about, replace=True
+        output, paths, list(stored.rows[::-1]), stored.metadata, replace=True
     )  # wrong rows
     assert all(stamp == "" for _, stamp in read_embeddings(output).keys)
     Path(paths[5]).unlink()
     summary = run(paths[:2], output, update=True)
     assert (summary.kept, summary.dropped, summary.embedded) == (0, 1, 5)
-    check(output, paths[:5])
+    assert_embeddings(output, paths[:5])
 
 
 def test_other_weights_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    paths, output = many(tmp_path), tmp_path / "x.safetensors"
+    paths, output = paint_many(tmp_path), tmp_path / "x.safetensors"
     run(paths, output)
     data = output.read_bytes()
     for call in (
         lambda: run(paths, output, StandIn(seed=3), update=True),
         lambda: embed_texts(StandIn(), StandInProcessor(), ["a"], output, update=True),
     ):
-        with pytest.raises(DataError, match=r"is of other weights, .* another --output"):
+        with pytest.raises(DataError, match=r"was made with other weights, .* another --output"):
             call()
     assert output.read_bytes() == data
     rows = np.ones((2, 12), np.float32)
@@ -138,7 +138,7 @@ def test_other_weights_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_old_output_stays_until_the_new_one_is_complete(
+def test_old_output_stays_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupted(StandIn):
@@ -147,7 +147,7 @@ def test_the_old_output_stays_until_the_new_one_is_complete(
                 raise KeyboardInterrupt
             return super().encode_image(pixels, normalize)
 
-    paths, output = many(tmp_path), tmp_path / "x.npz"
+    paths, output = paint_many(tmp_path), tmp_path / "x.npz"
     run(paths[:2], output)
     data = output.read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -159,7 +159,7 @@ def test_the_old_output_stays_until_the_new_one_is_complete(
     assert output.read_bytes() == data
     summary = run(paths, output, update=True)
     assert (summary.kept, summary.resumed) == (2, 4)
-    check(output, paths)
+    assert_embeddings(output, paths)
     for path in paths:
         Path(path).unlink()
     data = output.read_bytes()
@@ -168,7 +168,7 @@ def test_the_old_output_stays_until_the_new_one_is_complete(
     assert output.read_bytes() == data
 
 
-def test_names_that_are_not_utf8_and_links(tmp_path: Path) -> None:
+def test_non_utf8_names_and_linked_outputs(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="Parquet is written by pyarrow")
     odd, literal = tmp_path / os.fsdecode(b"a\xff.png"), tmp_path / r"a\udcff.png"
     paths = [paint(odd, "red"), paint(literal, "blue")]
@@ -197,7 +197,7 @@ def test_texts_are_extended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_all_formats_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
-    paths = many(tmp_path, 1)
+    paths = paint_many(tmp_path, 1)
     before = os.umask(umask)
     try:
         for suffix in SUFFIXES:

@@ -20,7 +20,7 @@ def test_wordnet_ids_are_those_of_imagenet() -> None:
     ids = imagenet_wordnet_ids()
     assert len(set(ids)) == len(imagenet_classes()) == 1000
     assert list(ids) == sorted(ids)
-    # Tench, goldfish, golden retriever, toilet paper: the places that OpenAI's names have.
+    # Tench, goldfish, golden retriever, toilet paper: the indices of OpenAI's names.
     assert (ids[0], ids[1], ids[207], ids[999]) == (
         *("n01440764", "n01443537"),
         *("n02099601", "n15075141"),
@@ -45,31 +45,31 @@ def test_subsets_keep_their_classes(tmp_path: Path, numbered: bool) -> None:
         ("n99999999",),
         ("1000",),
         ("01", "1"),
-        ("\u0661",),  # a digit, but not of ASCII
+        ("\u0661",),  # a non-ASCII digit
         ("n01440764 ",),
         tuple(f"class{i}" for i in range(1000)),
         tuple(f"n{i:08}" for i in range(1000)),
     ],
 )
-def test_what_is_no_class_of_imagenet_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
-    with pytest.raises(DataError, match=r"no class of ImageNet; .*--classes-from-folders"):
+def test_unknown_imagenet_classes_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"not an ImageNet class; .*--classes-from-folders"):
         datasets.imagenet_images(folders(tmp_path / "val", *names))
 
 
-def test_classes_of_ones_own(tmp_path: Path) -> None:
+def test_custom_classes_from_folders(tmp_path: Path) -> None:
     root = folders(tmp_path / "val", "red heart", "blue, star")
     (root / "notes.txt").touch()
     paths, targets, labels = datasets.folder_classes(root)
     assert labels == ["blue, star", "red heart"]
     assert [Path(p).parent.name for p in paths] == [labels[t] for t in targets]
     (root / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: holds no image"):
+    with pytest.raises(DataError, match="empty: contains no image"):
         datasets.folder_classes(root)
 
 
-def test_directories_without_classes(tmp_path: Path) -> None:
+def test_directories_without_classes_are_refused(tmp_path: Path) -> None:
     for read in (datasets.folder_classes, datasets.imagenet_images):
-        with pytest.raises(DataError, match="holds no directories"):
+        with pytest.raises(DataError, match="contains no directories"):
             read(tmp_path)
         with pytest.raises(DataError, match="no such directory"):
             read(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The cache of label matrices: what it is keyed by, and what it does not trust."""
+"""Cache of label matrices: its keys, and entries that are not trusted."""
 
 import os
 import warnings
@@ -43,7 +43,7 @@ def matrix(model: StandIn, **changes: object) -> np.ndarray:
     return np.array(zeroshot.build_zero_shot_classifier(model, StandInProcessor(), **options))
 
 
-def test_cache_saves_the_work_and_knows_its_content(model: StandIn, cache: Path) -> None:
+def test_cached_matrix_is_reused_for_equal_inputs_only(model: StandIn, cache: Path) -> None:
     first = matrix(model)
     seen = model.texts_seen
     assert np.array_equal(matrix(model), first)
@@ -61,7 +61,7 @@ def test_cache_saves_the_work_and_knows_its_content(model: StandIn, cache: Path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "grow", "directory"])
-def test_damaged_entry_counts_as_absent(model: StandIn, cache: Path, damage: str) -> None:
+def test_damaged_entry_is_recomputed(model: StandIn, cache: Path, damage: str) -> None:
     first = matrix(model)
     (entry,) = cache.iterdir()
     data = bytearray(entry.read_bytes())
@@ -85,7 +85,7 @@ def test_damaged_entry_counts_as_absent(model: StandIn, cache: Path, damage: str
         assert model.texts_seen == seen, "the entry was not rewritten"
 
 
-def test_renamed_entry_is_refused(model: StandIn, cache: Path) -> None:
+def test_renamed_entry_is_ignored(model: StandIn, cache: Path) -> None:
     matrix(model)
     (entry,) = cache.iterdir()
     entry.rename(cache / ("0" * 64 + entry.suffix))
@@ -93,7 +93,7 @@ def test_renamed_entry_is_refused(model: StandIn, cache: Path) -> None:
     assert DiskCache(cache).read("0" * 64, len(LABELS), WIDTH) is None
 
 
-def test_cache_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_size_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskCache(cache, max_bytes=1000)
     cache.mkdir()
     stale, foreign = cache / "killed.matrix-partial", cache / "photo.jpg"
@@ -103,15 +103,15 @@ def test_cache_is_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(6):
         store.write(f"{i:064}", np.full((10, 8), i, np.float32))
         os.utime(cache / f"{i:064}.matrix", (100 + i, 100 + i))
-    kept = {path.name for path in cache.iterdir()}
-    assert kept == {"photo.jpg", f"{4:064}.matrix", f"{5:064}.matrix"}
+    remaining = {path.name for path in cache.iterdir()}
+    assert remaining == {"photo.jpg", f"{4:064}.matrix", f"{5:064}.matrix"}
     monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 100)
     store.write("f" * 64, np.zeros((10, 8), np.float32))
     assert not (cache / ("f" * 64 + ".matrix")).exists()
 
 
-def test_hostile_entries_end_within_bounds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe would be waited for, a device read without end."""
+def test_hostile_entries_are_ignored(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a pipe would block, and a device has no end."""
     monkeypatch.setattr(disk_cache, "MAX_ENTRY_BYTES", 1 << 20)
     cache.mkdir()
     os.mkfifo(cache / "pipe.matrix")
@@ -125,7 +125,7 @@ def test_hostile_entries_end_within_bounds(cache: Path, monkeypatch: pytest.Monk
     assert stored is not None and np.array_equal(stored, np.ones((4, 2)))
 
 
-def test_unwritable_cache_is_no_error(
+def test_unwritable_cache_is_ignored(
     model: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -133,7 +133,7 @@ def test_unwritable_cache_is_no_error(
     assert matrix(model).shape[0] == len(LABELS)
 
 
-def test_cache_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLX_MOBILECLIP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert zeroshot.cache_directory() == tmp_path / "mlx-mobileclip"
@@ -141,7 +141,9 @@ def test_cache_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert zeroshot.cache_directory() == Path.home() / ".cache" / "mlx-mobileclip"
 
 
-def test_no_home_directory_is_no_error(model: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_home_directory_disables_the_cache(
+    model: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def homeless(_: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -155,7 +157,7 @@ def test_no_home_directory_is_no_error(model: StandIn, monkeypatch: pytest.Monke
 MERGES = [("t", "h"), ("th", "e</w>"), ("h", "e</w>")]
 
 
-def test_the_key_holds_all_that_the_ids_follow_from(
+def test_key_depends_on_all_that_determines_the_ids(
     model: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(merges: Any = MERGES, length: int = 77) -> str:
@@ -169,7 +171,7 @@ def test_the_key_holds_all_that_the_ids_follow_from(
         key(length=9),
     ]
     assert key() == keys[0]
-    monkeypatch.setattr(tokenizer, "_mender", lambda: tokenizer._mend)  # without ftfy
+    monkeypatch.setattr(tokenizer, "_text_fixer", lambda: tokenizer._fix_text)  # without ftfy
     keys.append(key())
     monkeypatch.undo()
     monkeypatch.setattr("ftfy.__version__", "0")
@@ -180,7 +182,7 @@ def test_the_key_holds_all_that_the_ids_follow_from(
     assert len(set(keys)) == len(keys)
 
 
-def test_a_resume_log_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_resume_log_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     class Interrupted(StandIn):
         def encode_text(self, ids: Any, normalize: bool = True) -> Any:
             if self.texts_seen:
@@ -200,10 +202,10 @@ def test_a_resume_log_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("float16", (4, 6)), ("float32", (6, 4)), ("float32", (24, 1))]
 )
-def test_an_entry_of_another_shape_or_dtype_is_absent(
+def test_entry_of_another_shape_or_dtype_is_ignored(
     cache: Path, dtype: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its length and its digest are right."""
+    """Although its length and digest are right."""
     store = DiskCache(cache)
     with monkeypatch.context() as patch:
         patch.setattr(disk_cache, "DTYPE", dtype.encode())
@@ -214,7 +216,7 @@ def test_an_entry_of_another_shape_or_dtype_is_absent(
 
 
 @pytest.mark.parametrize("forged", ["width", "nan", "infinite", "length"])
-def test_an_entry_with_a_right_digest_is_checked(model: StandIn, cache: Path, forged: str) -> None:
+def test_entry_with_a_valid_digest_is_checked(model: StandIn, cache: Path, forged: str) -> None:
     first = matrix(model)
     (entry,) = cache.iterdir()
     bad = np.hstack([first, first]) / np.sqrt(2) if forged == "width" else first.copy()
@@ -232,7 +234,7 @@ def test_an_entry_with_a_right_digest_is_checked(model: StandIn, cache: Path, fo
         *((0o702, 0, False), (0o700, 1, False), (0o1777, 1, False)),
     ],
 )
-def test_a_directory_that_others_may_write_is_not_used(
+def test_directory_writable_by_others_is_not_used(
     model: StandIn,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +255,7 @@ def test_a_directory_that_others_may_write_is_not_used(
     monkeypatch.undo()
 
 
-def test_an_entry_of_somebody_else_is_not_used(model: StandIn, cache: Path) -> None:
+def test_entry_writable_by_others_is_not_used(model: StandIn, cache: Path) -> None:
     first = matrix(model)
     (entry,) = cache.iterdir()
     DiskCache(cache).write(entry.stem, -first)
@@ -261,7 +263,7 @@ def test_an_entry_of_somebody_else_is_not_used(model: StandIn, cache: Path) -> N
     assert np.array_equal(matrix(model), first)
 
 
-def test_a_directory_that_is_not_used_does_not_end_the_command(
+def test_unused_cache_directory_is_only_a_warning(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mlx_mobileclip, "load", lambda *_, **__: (StandIn(), StandInProcessor()))
@@ -273,7 +275,9 @@ def test_a_directory_that_is_not_used_does_not_end_the_command(
     assert len(err) == 1 and err[0].startswith("warning: ") and "not used as a cache" in err[0]
 
 
-def test_a_read_only_file_system(model: StandIn, cache: Path, monkeypatch: Any) -> None:
+def test_cache_on_a_read_only_file_system_is_used(
+    model: StandIn, cache: Path, monkeypatch: Any
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -284,7 +288,7 @@ def test_a_read_only_file_system(model: StandIn, cache: Path, monkeypatch: Any) 
     assert model.texts_seen == seen
 
 
-def test_a_long_label_warns_each_time(model: StandIn) -> None:
+def test_long_label_warns_each_time(model: StandIn) -> None:
     class Real(StandInProcessor):
         def __init__(self) -> None:
             self.tokenizer: Any = clip_tokenizer()

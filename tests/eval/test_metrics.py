@@ -35,7 +35,7 @@ def test_recall_equals_the_definition(rows_at_once: int, monkeypatch: pytest.Mon
     assert 0.1 < found.image_to_text[1] < 1
 
 
-def test_known_cases() -> None:
+def test_recall_of_known_cases() -> None:
     eye = np.eye(4, dtype=np.float32)
     perfect = metrics.recall(eye, np.repeat(eye, 5, axis=0), np.repeat(np.arange(4), 5))
     assert perfect.image_to_text == perfect.text_to_image == {1: 1.0, 5: 1.0, 10: 1.0}
@@ -47,7 +47,7 @@ def test_known_cases() -> None:
     assert collapsed.image_to_text == {1: 0.01, 5: 0.05, 10: 0.1}
 
 
-def test_top_k() -> None:
+def test_top_k_accuracy_equals_the_definition() -> None:
     rng = np.random.default_rng(2)
     images, texts = unit(rng, 200), unit(rng, 11)
     targets = rng.integers(0, 11, 200)
@@ -68,17 +68,19 @@ def test_top_k() -> None:
         (np.eye(3), np.eye(3), [0, 1, 3], "every image"),
         (np.eye(3), np.eye(3)[:, :2], [0, 1, 2], "3 and 2 dimensions"),
         (np.eye(3) * np.nan, np.eye(3), [0, 1, 2], "not finite"),
-        (np.zeros((0, 3)), np.eye(3), [0, 1, 2], "one row of each"),
-        (np.zeros(3), np.eye(3), [0, 1, 2], "one row of each"),
+        (np.zeros((0, 3)), np.eye(3), [0, 1, 2], "one row per item"),
+        (np.zeros(3), np.eye(3), [0, 1, 2], "one row per item"),
     ],
 )
-def test_refusals(images: np.ndarray, texts: np.ndarray, owner: list[int], match: str) -> None:
+def test_wrong_arguments_are_refused(
+    images: np.ndarray, texts: np.ndarray, owner: list[int], match: str
+) -> None:
     with pytest.raises(DataError, match=match):
         metrics.recall(images, texts, owner)
 
 
 def test_targets_are_checked() -> None:
-    with pytest.raises(DataError, match="within 0 and 2"):
+    with pytest.raises(DataError, match="between 0 and 2"):
         metrics.top_k_accuracy(np.eye(3), np.eye(3), [0, 1, 3])
     with pytest.raises(DataError, match="targets has shape"):
         metrics.top_k_accuracy(np.eye(3), np.eye(3), [0])

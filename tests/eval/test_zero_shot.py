@@ -1,4 +1,4 @@
-"""Zero-shot classification: the ensemble against numpy."""
+"""Zero-shot classification: the prompt ensemble against NumPy."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def model() -> StandIn:
 
 
 def reference(model: StandIn, labels: list[str], templates: tuple[str, ...]) -> np.ndarray:
-    """normalise each prompt, mean, normalise; one label at a time, in float64."""
+    """Normalise each prompt, average, normalise; one label at a time, in float64."""
     rows = []
     for label in labels:
         prompts = [label.join(template.split("{}")) for template in templates]
@@ -41,7 +41,7 @@ def reference(model: StandIn, labels: list[str], templates: tuple[str, ...]) -> 
     return np.array(rows)
 
 
-def test_data_is_what_openai_published() -> None:
+def test_data_equals_openai() -> None:
     classes = zeroshot.imagenet_classes()
     assert len(classes) == 1000
     assert (classes[0], classes[207], classes[999]) == ("tench", "Golden Retriever", "toilet paper")
@@ -65,7 +65,7 @@ def test_ensemble_equals_the_formula(
     assert sum(steps) == len(LABELS)
 
 
-def test_classify(model: StandIn, tmp_path: Path) -> None:
+def test_classify_equals_the_formula(model: StandIn, tmp_path: Path) -> None:
     images = [paint(tmp_path / f"{c}.png", c) for c in ("blue", "red", "green")]
     results = zeroshot.classify(
         model, StandInProcessor(), images, LABELS, templates=TEMPLATES, top_k=3, batch_size=2
@@ -74,23 +74,23 @@ def test_classify(model: StandIn, tmp_path: Path) -> None:
     assert [len(best) for best in results] == [3, 3, 3]
     pixels = StandInProcessor().images(images)
     cosines = np.array(model.encode_image(pixels)) @ reference(model, LABELS, TEMPLATES).T
-    chances = np.exp(50 * cosines) / np.exp(50 * cosines).sum(1, keepdims=True)
+    probabilities = np.exp(50 * cosines) / np.exp(50 * cosines).sum(1, keepdims=True)
     for row, best in enumerate(results):
         for p in best:
             assert p.label == LABELS[p.index]
             assert p.similarity == pytest.approx(cosines[row, p.index], abs=1e-5)
-            assert p.probability == pytest.approx(chances[row, p.index], rel=1e-3)
+            assert p.probability == pytest.approx(probabilities[row, p.index], rel=1e-3)
         assert [p.probability for p in best] == sorted((p.probability for p in best), reverse=True)
 
 
-def test_numpy_texts_are_taken(model: StandIn, tmp_path: Path) -> None:
+def test_numpy_classifier_is_accepted(model: StandIn, tmp_path: Path) -> None:
     image = paint(tmp_path / "a.png", "blue")
     texts: Any = np.array(zeroshot.build_zero_shot_classifier(model, StandInProcessor(), LABELS))
     (best,) = zeroshot.classify(model, StandInProcessor(), [image], LABELS, classifier=texts)
     assert best[0].label == "blue"
 
 
-def test_what_is_no_list_of_texts() -> None:
+def test_tokenizer_accepts_lists_of_texts_only() -> None:
     tokenizer = clip_tokenizer()
     for texts in ({"a"}, {"a": 1}, (t for t in ["a"]), 3, None, np.array("a"), "a", b"a", []):
         with pytest.raises(PromptError, match="takes a list"):
@@ -109,7 +109,7 @@ def test_scale_is_clipped_and_ties_keep_the_order(model: StandIn, tmp_path: Path
     assert best[0].probability == best[1].probability == pytest.approx(0.5)
 
 
-def test_refusals(model: StandIn, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(model: StandIn, tmp_path: Path) -> None:
     processor = StandInProcessor()
     image = paint(tmp_path / "a.png", "red")
     for labels, templates, match in (
@@ -118,9 +118,9 @@ def test_refusals(model: StandIn, tmp_path: Path) -> None:
         (["cat"], [], "no templates"),
         (["cat"], ["a photo"], "has no {}"),
         ({"cat"}, TEMPLATES, "no labels"),
-        (["caf\udce9"], TEMPLATES, "no text in UTF-8"),
-        ([1], TEMPLATES, "no text in UTF-8"),
-        (["cat"], ["\udce9 {}"], "no text in UTF-8"),
+        (["caf\udce9"], TEMPLATES, "not UTF-8 text"),
+        ([1], TEMPLATES, "not UTF-8 text"),
+        (["cat"], ["\udce9 {}"], "not UTF-8 text"),
     ):
         with pytest.raises(DataError, match=match):
             zeroshot.build_zero_shot_classifier(model, processor, labels, templates)
@@ -152,7 +152,7 @@ def test_data_files_name_their_source() -> None:
 
 
 @pytest.mark.parity
-def test_parity_with_open_clip(model: StandIn) -> None:
+def test_classifier_equals_open_clip(model: StandIn) -> None:
     """open_clip's own classifier builder, run on the stand-in's embeddings."""
     from unittest.mock import patch
 

@@ -1,4 +1,4 @@
-"""What callers pass from Python: it works as it is meant, or is refused by name."""
+"""Arguments of the Python API work as meant, or are refused with an error that names them."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ PIXELS = np.asarray(Image.open(SCENE).convert("RGB"))
 DATA = SCENE.read_bytes()
 
 
-class OfAnotherLibrary:
+class ArrayOfAnotherLibrary:
     def __array__(self, *_: Any, **__: Any) -> Any:
         return PIXELS
 
@@ -42,20 +42,20 @@ SOURCES: dict[str, Any] = {
     "file object": io.BytesIO(DATA),
     "NumPy": PIXELS,
     "MLX": mx.array(PIXELS),
-    "another library": OfAnotherLibrary(),
+    "another library": ArrayOfAnotherLibrary(),
     "PIL": Image.fromarray(PIXELS),
 }
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_images_of_every_kind(demo: Any, clip: Any, kind: str) -> None:
+def test_every_kind_of_image_is_accepted(demo: Any, clip: Any, kind: str) -> None:
     source = SOURCES[kind]
     assert generate(*demo, QUESTION, source).text == ANSWER
     expected, found = clip[1].images([SCENE, source])
     assert mx.array_equal(expected, found).item()
 
 
-def test_a_batch_of_pixels(clip: Any) -> None:
+def test_batch_of_pixels_equals_paths(clip: Any) -> None:
     batch = np.stack([PIXELS, PIXELS])
     labels = ["a square", "a circle"]
     by_path = classify(*clip, [SCENE, SCENE], labels, cache=False)
@@ -64,7 +64,7 @@ def test_a_batch_of_pixels(clip: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         (mx.array(PIXELS) / 255, "must be uint8"),
         (mx.array(PIXELS).astype(mx.bfloat16), "cannot be converted to NumPy"),
@@ -73,14 +73,14 @@ def test_a_batch_of_pixels(clip: Any) -> None:
         (3, "an image cannot be a int"),
     ],
 )
-def test_what_is_no_image(demo: Any, clip: Any, source: Any, words: str) -> None:
-    with pytest.raises(ImageError, match=words):
+def test_unusable_images_are_refused(demo: Any, clip: Any, source: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
         generate(*demo, QUESTION, source)
-    with pytest.raises(ImageError, match=words):
+    with pytest.raises(ImageError, match=message):
         clip[1].pixels(source)
 
 
-def test_images_that_are_closed(demo: Any, clip: Any) -> None:
+def test_closed_images_are_refused(demo: Any, clip: Any) -> None:
     after_loading, before, drawn = Image.open(SCENE), Image.open(SCENE), Image.new("RGB", (9, 9))
     after_loading.load()
     file = io.BytesIO(DATA)
@@ -106,12 +106,12 @@ def test_images_that_are_closed(demo: Any, clip: Any) -> None:
         {"system": None},
     ],
 )
-def test_options_that_work(demo: Any, options: dict[str, Any]) -> None:
+def test_valid_option_types(demo: Any, options: dict[str, Any]) -> None:
     assert generate(*demo, QUESTION, SCENE, **options).text == ANSWER
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"max_tokens": 3.0}, "max_tokens is 3.0"),
         ({"max_tokens": "3"}, "max_tokens is '3'"),
@@ -123,12 +123,12 @@ def test_options_that_work(demo: Any, options: dict[str, Any]) -> None:
         ({"system": 3}, "system must be a text, not a int"),
     ],
 )
-def test_options_that_do_not(demo: Any, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(PromptError, match=words):
+def test_wrong_option_types_are_refused(demo: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         generate(*demo, QUESTION, SCENE, **options)
 
 
-def test_kv_bits_and_resolution(demo: Any) -> None:
+def test_float_kv_bits_and_resolution_are_refused(demo: Any) -> None:
     with pytest.raises(ConfigError, match=r"kv_bits is 8.0"):
         generate(*demo, QUESTION, SCENE, kv_bits=8.0)
     with pytest.raises(ImageError, match=r"resolution 256.0"):
@@ -136,14 +136,14 @@ def test_kv_bits_and_resolution(demo: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.int8, mx.float64, "int8", np.float32, 3])
-def test_dtypes_that_are_no_precision(dtype: Any) -> None:
+def test_unsupported_dtypes_are_refused(dtype: Any) -> None:
     for read in (load, load_mobileclip):
         with pytest.raises(ConfigError, match="is not one of float16, bfloat16, float32") as caught:
             read("demo", dtype=dtype)
         assert ("use quantize=" in str(caught.value)) == ("int8" in str(dtype))
 
 
-def test_counts_of_classify(clip: Any) -> None:
+def test_classify_checks_top_k_and_batch_size(clip: Any) -> None:
     labels = ["a square", "a circle"]
     found = classify(*clip, [SCENE], labels, top_k=np.int64(1), batch_size=np.int64(4), cache=False)
     assert len(found[0]) == 1

@@ -1,4 +1,4 @@
-"""The loop: streaming, stopping, sampling, guards."""
+"""Generation: streaming, stopping, sampling, errors."""
 
 import threading
 import warnings
@@ -20,7 +20,7 @@ from mlx_fastvlm import (
     load,
     stream_generate,
 )
-from mlx_fastvlm.generation.sampling import BLOCK, BLOCKS, Sampler, Sampling, _least_of_top_p
+from mlx_fastvlm.generation.sampling import BLOCK, BLOCKS, Sampler, Sampling, _top_p_threshold
 
 IMAGE = np.full((30, 40, 3), 77, np.uint8)
 
@@ -31,7 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[FastVLM, Processor]:
 
 
 class Scripted:
-    """A model whose next token is fixed by how many came before; the rest is the loop's."""
+    """A model that emits given tokens in turn, to test the loop alone."""
+
+    _group = None  # one process
 
     def __init__(self, ids: list[int], vocab_size: int = 300, fill: float = 0.0):
         self.ids, self.vocab_size, self.fill = ids, vocab_size, fill
@@ -52,8 +54,8 @@ class Scripted:
 
 
 def scripted(processor: Processor, text: str, end: str | None = "<|im_end|>") -> Any:
-    words = processor.tokenizer
-    return Scripted(words.encode(text) + ([words.added[end]] if end else []))
+    tokenizer = processor.tokenizer
+    return Scripted(tokenizer.encode(text) + ([tokenizer.added[end]] if end else []))
 
 
 def answer(processor: Processor, text: str, **options: Any) -> Any:
@@ -71,13 +73,13 @@ def test_prefill_is_one_pass_and_computes_one_row(tiny: tuple[FastVLM, Processor
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
-def test_both_end_tokens_stop(tiny: tuple[FastVLM, Processor], end: str) -> None:
+def test_both_end_tokens_end_the_answer(tiny: tuple[FastVLM, Processor], end: str) -> None:
     result = generate(scripted(tiny[1], "in the", end), tiny[1], "q")
     assert result.text == "in the" and result.finish_reason == "stop"
     assert result.token_ids == tiny[1].tokenizer.encode("in the")
 
 
-def test_max_tokens(tiny: tuple[FastVLM, Processor]) -> None:
+def test_max_tokens_ends_the_answer(tiny: tuple[FastVLM, Processor]) -> None:
     result = answer(tiny[1], "abcdef", max_tokens=4)
     assert (result.text, result.finish_reason) == ("abcd", "length")
     assert result.stats.generation_tokens == 4
@@ -98,19 +100,19 @@ def test_stop_texts_across_tokens(tiny: tuple[FastVLM, Processor], stop: Any, te
     chunks = list(stream_generate(scripted(tiny[1], "the cat and dog"), tiny[1], "q", stop=stop))
     assert "".join(chunk.text for chunk in chunks) == text
     assert chunks[-1].finish_reason == "stop"
-    shown = ""
-    for chunk in chunks:  # nothing is shown that a stop text takes back
-        shown += chunk.text
-        assert text.startswith(shown)
+    streamed = ""
+    for chunk in chunks:  # no chunk contains what a stop text removes later
+        streamed += chunk.text
+        assert text.startswith(streamed)
 
 
-def test_characters_are_never_torn(tiny: tuple[FastVLM, Processor]) -> None:
+def test_multibyte_characters_are_not_split(tiny: tuple[FastVLM, Processor]) -> None:
     text = "née 日本 👩‍👧"
     chunks = list(stream_generate(scripted(tiny[1], text), tiny[1], "q"))
     assert "".join(chunk.text for chunk in chunks) == text
     assert not any("�" in chunk.text for chunk in chunks)
-    torn = generate(scripted(tiny[1], "né"), tiny[1], "q", max_tokens=2)
-    assert torn.text == "n�"
+    cut = generate(scripted(tiny[1], "né"), tiny[1], "q", max_tokens=2)
+    assert cut.text == "n�"
 
 
 def test_streamed_equals_whole(tiny: tuple[FastVLM, Processor]) -> None:
@@ -121,8 +123,8 @@ def test_streamed_equals_whole(tiny: tuple[FastVLM, Processor]) -> None:
     assert [chunk.token for chunk in chunks][: len(whole.token_ids)] == whole.token_ids
 
 
-def test_greedy_is_the_same_as_recomputing_everything(tiny: tuple[FastVLM, Processor]) -> None:
-    """The cache changes nothing: each token is the argmax over the whole sequence so far."""
+def test_greedy_equals_recomputation_without_cache(tiny: tuple[FastVLM, Processor]) -> None:
+    """Each token is the argmax over the whole sequence so far, computed without a cache."""
     model, processor = tiny
     inputs = processor("in", IMAGE)
     assert inputs.pixels is not None
@@ -136,15 +138,15 @@ def test_greedy_is_the_same_as_recomputing_everything(tiny: tuple[FastVLM, Proce
     assert generate(*tiny, "in", IMAGE, max_tokens=10).token_ids == expected
 
 
-def test_ids_beyond_the_tokenizer_are_never_drawn(tiny: tuple[FastVLM, Processor]) -> None:
+def test_ids_beyond_the_tokenizer_are_never_sampled(tiny: tuple[FastVLM, Processor]) -> None:
     model = Scripted([290], vocab_size=300)
     options = {"max_tokens": 50, "temperature": 1.0, "seed": 1}
     result = generate(model, tiny[1], "q", **options)
     assert all(token < tiny[1].tokenizer.size for token in result.token_ids)
 
 
-def test_counts_and_times(tiny: tuple[FastVLM, Processor]) -> None:
-    images = [IMAGE + 1, IMAGE + 2]  # not seen before
+def test_statistics(tiny: tuple[FastVLM, Processor]) -> None:
+    images = [IMAGE + 1, IMAGE + 2]  # not cached yet
     stats = generate(*tiny, "hi", images, max_tokens=5).stats
     assert stats.image_tokens == 32
     assert stats.prompt_tokens == tiny[1]("hi", images).input_ids.size
@@ -153,9 +155,9 @@ def test_counts_and_times(tiny: tuple[FastVLM, Processor]) -> None:
     assert stats.peak_memory_bytes > 0 and stats.decode_tokens_per_s > 0
 
 
-def test_not_finite_is_an_error_not_a_text(tiny: tuple[FastVLM, Processor], tmp_path: Path) -> None:
+def test_non_finite_values_are_errors(tiny: tuple[FastVLM, Processor], tmp_path: Path) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(ModelError, match=r"logits are not finite; get the checkpoint again"):
+        with pytest.raises(ModelError, match="logits are not finite; download the checkpoint"):
             generate(Scripted([5], fill=bad), tiny[1], "q")
     model, processor = load(synthetic.write_layout(tmp_path, "llava_qwen2"))
     model.vision_tower.stem.conv_bias = mx.full((8,), mx.inf)
@@ -179,19 +181,21 @@ def test_not_finite_is_an_error_not_a_text(tiny: tuple[FastVLM, Processor], tmp_
         {"stop": ["a", ""]},
     ],
 )
-def test_bad_options(tiny: tuple[FastVLM, Processor], options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_refused(
+    tiny: tuple[FastVLM, Processor], options: dict[str, Any]
+) -> None:
     with pytest.raises(PromptError):
         generate(*tiny, "q", **options)
 
 
-def test_a_full_context_leaves_no_room(tiny: tuple[FastVLM, Processor]) -> None:
+def test_full_context_is_refused(tiny: tuple[FastVLM, Processor]) -> None:
     rest = tiny[1].max_length - tiny[1]("").input_ids.size
     with pytest.raises(PromptError, match="leaves no room for an answer"):
         generate(*tiny, "1" * rest)
 
 
-def test_a_stream_can_move_between_threads(tiny: tuple[FastVLM, Processor]) -> None:
-    """As in a server that takes each piece in whatever thread is free."""
+def test_stream_can_move_between_threads(tiny: tuple[FastVLM, Processor]) -> None:
+    """As in a server that takes each chunk in whichever thread is free."""
     options: dict[str, Any] = {"max_tokens": 8, "temperature": 1.0, "repetition_penalty": 1.3}
     alone = [c.token for c in stream_generate(*tiny, "the", IMAGE, seed=1, **options)]
     stream = stream_generate(*tiny, "the", IMAGE, seed=1, **options)
@@ -211,15 +215,17 @@ def test_same_seed_same_answer(tiny: tuple[FastVLM, Processor]) -> None:
     assert draw(1) == draw(1) != draw(2)
     before = mx.random.state[0].tolist()
     assert draw(None) != draw(None)
-    assert mx.random.state[0].tolist() == before  # the caller's generator is left alone
+    assert mx.random.state[0].tolist() == before  # the caller's generator is unchanged
 
 
-# The sampler against numpy, by the distribution it draws from.
+# The sampler's distribution against NumPy
 
 
-def drawn(sampling: Sampling, logits: np.ndarray, prompt: list[int], n: int = 1500) -> np.ndarray:
+def sample_frequencies(
+    sampling: Sampling, logits: np.ndarray, prompt: list[int], n: int = 1500
+) -> np.ndarray:
     sampler = Sampler(sampling, logits.size, prompt)
-    tokens = [sampler._draw(mx.array(logits)) for _ in range(n)]
+    tokens = [sampler._sample(mx.array(logits)) for _ in range(n)]
     return np.bincount(np.array(mx.stack(tokens)), minlength=logits.size) / n
 
 
@@ -254,7 +260,7 @@ def test_sampler_draws_from_the_right_distribution(options: dict[str, Any]) -> N
     logits = np.array([1.0, 2.0, -1.0, 0.5, 2.5, 0.0, 1.5, -3.0], np.float32)
     sampling = Sampling(**{"temperature": 1.0, "seed": 0, **options})
     expected = filtered(sampling, logits) if sampling.top_p else np.eye(8)[4]
-    observed = drawn(sampling, logits, [])
+    observed = sample_frequencies(sampling, logits, [])
     assert np.all((observed > 0) <= (expected > 0))
     assert np.abs(observed - expected).max() < 0.06
 
@@ -264,7 +270,7 @@ def test_sampler_draws_from_the_right_distribution(options: dict[str, Any]) -> N
 def test_top_p_of_many_tokens_without_sorting_them(
     top_p: float, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The likeliest blocks give what all logits give, or say that they cannot tell."""
+    """The blocks of largest logits give the same threshold as all, or report it undecided."""
     logits = np.random.default_rng(0).normal(0, spread, 151_646).astype(np.float32)
     p = np.exp(logits.astype(np.float64) - logits.max())
     ranked = np.sort(p / p.sum())[::-1]
@@ -275,17 +281,17 @@ def test_top_p_of_many_tokens_without_sorting_them(
     monkeypatch.setattr(
         mx, "argpartition", lambda x, k: sorted_sizes.append(x.size) or partition(x, k)
     )
-    least, decided = _least_of_top_p(mx.array(logits), top_p, thorough=False)
+    least, decided = _top_p_threshold(mx.array(logits), top_p, full_sort=False)
     assert max(sorted_sizes) <= BLOCKS * BLOCK
     assert decided.item() if kept <= BLOCKS else kept <= BLOCKS * BLOCK or not decided.item()
     if decided.item():
-        # Sums in float32 may take a token more or less where the p is reached in the far tail.
+        # Sums in float32 may keep a token more or less where p is reached in the far tail.
         assert abs(np.sum(logits >= least.item()) - kept) <= 1e-3 * kept
-    assert _least_of_top_p(mx.array(logits), top_p, thorough=True)[1].item()
+    assert _top_p_threshold(mx.array(logits), top_p, full_sort=True)[1].item()
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_an_undecided_token_is_drawn_again(
+def test_undecided_token_is_sampled_again(
     penalty: float, tiny: tuple[FastVLM, Processor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"temperature": 2.0, "top_p": 0.95, "seed": 1, "max_tokens": 12}
@@ -293,7 +299,7 @@ def test_an_undecided_token_is_drawn_again(
     sampler = "mlx_fastvlm.generation.sampling"
     expected = generate(*tiny, "the", IMAGE, **options).token_ids
     flags: list[bool] = []
-    original = _least_of_top_p
+    original = _top_p_threshold
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         flags.append(bool(original(*args, **kwargs)[1].item()))
@@ -301,9 +307,9 @@ def test_an_undecided_token_is_drawn_again(
 
     monkeypatch.setattr(f"{sampler}.BLOCKS", 2)
     monkeypatch.setattr(f"{sampler}.BLOCK", 4)
-    monkeypatch.setattr(f"{sampler}._least_of_top_p", spy)
+    monkeypatch.setattr(f"{sampler}._top_p_threshold", spy)
     assert generate(*tiny, "the", IMAGE, **options).token_ids == expected
-    assert not flags[0] and all(flags[2:])  # the first, what was queued after it, and no more
+    assert not flags[0] and all(flags[2:])  # undecided: only the first and the one queued with it
 
 
 def test_repetition_penalty_follows_its_formula() -> None:
@@ -316,8 +322,10 @@ def test_repetition_penalty_follows_its_formula() -> None:
 
 
 @pytest.mark.parametrize("value", [2e4, 6e4])
-def test_a_tower_that_overflows_in_half_runs_in_float32(tmp_path: Path, value: float) -> None:
-    """It says so, the answer is that of float32, and the embeddings are kept like any others."""
+def test_tower_that_overflows_in_half_precision_runs_in_float32(
+    tmp_path: Path, value: float
+) -> None:
+    """It warns, the answer is that of float32, and the embeddings are cached as usual."""
     synthetic.write_layout(tmp_path, "llava_qwen2")
     answers = []
     for dtype in (mx.float16, mx.float32):
@@ -329,8 +337,8 @@ def test_a_tower_that_overflows_in_half_runs_in_float32(tmp_path: Path, value: f
                 model, processor, "the", IMAGE, max_tokens=4, prompt_cache=PromptCache()
             )
             again = generate(model, processor, "the", IMAGE, max_tokens=4)
-        said = ["run again in float32" in str(warning.message) for warning in caught]
-        assert said == ([True] if dtype == mx.float16 else [])
+        warned = ["run again in float32" in str(warning.message) for warning in caught]
+        assert warned == ([True] if dtype == mx.float16 else [])
         assert again.token_ids == first.token_ids
         assert model.vision_tower.stem.conv_bias.dtype == dtype
         answers.append(first.token_ids)
@@ -338,12 +346,12 @@ def test_a_tower_that_overflows_in_half_runs_in_float32(tmp_path: Path, value: f
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_cache(bits: int) -> None:
-    """With 8 bits the demo says what it says with floats; with 4 it still answers."""
+def test_quantized_kv_cache(bits: int) -> None:
+    """With 8 bits the demo answers as with floats; with 4 bits it still answers."""
     model, processor = load("demo")
     image = Path(__file__).parents[2] / "examples" / "scene.png"
     question = "How many circles are there?"
     plain = generate(model, processor, question, image)
-    packed = generate(model, processor, question, image, kv_bits=bits)
-    assert packed.text.startswith("There are ")
-    assert bits == 4 or packed.token_ids == plain.token_ids
+    quantized = generate(model, processor, question, image, kv_bits=bits)
+    assert quantized.text.startswith("There are ")
+    assert bits == 4 or quantized.token_ids == plain.token_ids

@@ -1,4 +1,4 @@
-"""Images are encoded once; what is kept is never wrong."""
+"""Images are encoded once, and cached embeddings are never stale or wrong."""
 
 import copy
 import io
@@ -34,8 +34,8 @@ def tiny(checkpoint: Path) -> tuple[FastVLM, Processor]:
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is done to images: "pixels" for each that is resized, "encode" for each encoded."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Record "pixels" for each image that is resized and "encode" for each encoded."""
     done: list[str] = []
     pixels, encode = Picture.pixels, FastVLM.encode_image
     monkeypatch.setattr(Picture, "pixels", lambda *a: done.append("pixels") or pixels(*a))
@@ -53,84 +53,84 @@ def png(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_second_question_neither_resizes_nor_encodes(
-    tiny: tuple[FastVLM, Processor], work: list[str], tmp_path: Path
+def test_second_question_neither_resizes_nor_encodes(
+    tiny: tuple[FastVLM, Processor], calls: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "scene.png"
     path.write_bytes(png(SCENE))
     first = generate(*tiny, "the", path, max_tokens=4)
-    assert work == ["pixels", "encode"]
+    assert calls == ["pixels", "encode"]
     again = generate(*tiny, "the", path.read_bytes(), max_tokens=4)
     assert again.token_ids == first.token_ids and again.stats.image_tokens == 16
     assert first.stats.vision_s > 0 == again.stats.vision_s
     assert generate(*tiny, "another", str(path), max_tokens=4).stats.image_tokens == 16
-    assert work == ["pixels", "encode"]
-    ask(tiny, SCENE)  # not encoded as a file: content of its own
+    assert calls == ["pixels", "encode"]
+    ask(tiny, SCENE)  # an array's key is not that of the file
     ask(tiny, Image.fromarray(SCENE))
-    assert work == ["pixels", "encode"] * 2
+    assert calls == ["pixels", "encode"] * 2
 
 
-def test_what_is_kept_is_what_was_computed(tiny: tuple[FastVLM, Processor]) -> None:
+def test_cached_embeddings_equal_computed_ones(tiny: tuple[FastVLM, Processor]) -> None:
     model, processor = tiny
     pixels = processor("the", SCENE).pixels
     assert pixels is not None
     cache = ImageCache()
     ask(tiny, SCENE, image_cache=cache)
     (picture,) = processor.prepare("the", SCENE)[1]
-    kept = cache.get(model, image_weights(model), picture.key, 16)
-    assert kept is not None and mx.array_equal(kept, model.encode_image(pixels)).item()
+    cached = cache.get(model, image_weights(model), picture.key, 16)
+    assert cached is not None and mx.array_equal(cached, model.encode_image(pixels)).item()
 
 
-def test_another_content_size_or_mode_is_another_image(
-    tiny: tuple[FastVLM, Processor], work: list[str], tmp_path: Path
+def test_other_content_size_or_mode_is_encoded_anew(
+    tiny: tuple[FastVLM, Processor], calls: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "scene.png"
     path.write_bytes(png(SCENE))
     ask(tiny, path)
     for options in ({"resolution": 128}, {"image_mode": "crop"}):
         ask(tiny, path, **options)
-    path.write_bytes(png(255 - SCENE))  # the name is the same, the answer must not be
+    path.write_bytes(png(255 - SCENE))  # same path, other content
     ask(tiny, path)
     ask(tiny, SCENE.reshape(40, 30, 3))
     ask(tiny, SCENE)  # the same bytes in another shape
-    assert work.count("encode") == 6
+    assert calls.count("encode") == 6
 
 
-def test_an_image_twice_in_a_prompt_is_encoded_once(
-    tiny: tuple[FastVLM, Processor], work: list[str]
+def test_repeated_image_in_a_prompt_is_encoded_once(
+    tiny: tuple[FastVLM, Processor], calls: list[str]
 ) -> None:
     model, processor = tiny
     images = [SCENE, 255 - SCENE, SCENE]
     answer = ask(tiny, images)
-    assert work.count("encode") == 2
+    assert calls.count("encode") == 2
     inputs = processor("the", images)
     assert inputs.pixels is not None
     plain = model(inputs.input_ids[None], pixels=inputs.pixels)[0, -1, : processor.tokenizer.size]
     assert answer[0] == mx.argmax(plain).item()
 
 
-def test_memory_is_bounded(tiny: tuple[FastVLM, Processor], work: list[str]) -> None:
+def test_memory_is_bounded_by_max_bytes(tiny: tuple[FastVLM, Processor], calls: list[str]) -> None:
     images = [np.full((8, 8, 3), value, np.uint8) for value in range(3)]
     first = ImageCache()
     ask(tiny, images[0], image_cache=first)
     (one,) = first._entries.values()
     cache = ImageCache(max_bytes=2 * one.nbytes)
-    work.clear()
-    for i in (0, 1, 0, 2):  # 1 makes room for 2: it was not used for longest
+    calls.clear()
+    for i in (0, 1, 0, 2):  # 1, least recently used, is dropped for 2
         ask(tiny, images[i], image_cache=cache)
-    assert work.count("encode") == 3
+    assert calls.count("encode") == 3
     ask(tiny, images[0], image_cache=cache)
-    assert work.count("encode") == 3
+    assert calls.count("encode") == 3
     ask(tiny, images[1], image_cache=cache)
-    assert work.count("encode") == 4
+    assert calls.count("encode") == 4
     assert sum(entry.nbytes for entry in cache._entries.values()) == 2 * one.nbytes
     nothing = ImageCache(max_bytes=0)
     ask(tiny, images[0], image_cache=nothing)
     ask(tiny, images[0], image_cache=nothing)
-    assert work.count("encode") == 6
+    assert calls.count("encode") == 6
 
 
-def test_new_weights_forget_what_the_old_ones_saw(checkpoint: Path, work: list[str]) -> None:
+def test_changed_weights_invalidate_entries(checkpoint: Path, calls: list[str]) -> None:
     model, processor = load(checkpoint)
     before = ask((model, processor), SCENE)
     bias = model.vision_tower.stem.conv_bias
@@ -138,10 +138,10 @@ def test_new_weights_forget_what_the_old_ones_saw(checkpoint: Path, work: list[s
     ask((model, processor), SCENE)
     model.vision_tower.stem.conv_bias = bias
     assert ask((model, processor), SCENE) == before
-    assert work.count("encode") == 3
+    assert calls.count("encode") == 3
 
 
-def test_an_image_that_overflows_is_not_kept(checkpoint: Path, tmp_path: Path) -> None:
+def test_overflowing_embeddings_are_not_cached(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = load(checkpoint)
     model.vision_tower.stem.conv_bias = mx.full((8,), mx.inf)
     for _ in range(2):
@@ -150,21 +150,21 @@ def test_an_image_that_overflows_is_not_kept(checkpoint: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_serves_the_next_run(
-    checkpoint: Path, work: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_directory_serves_the_next_run(
+    checkpoint: Path, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(**options: Any) -> list[int]:
-        cache = ImageCache(directory=tmp_path / "kept")
+        cache = ImageCache(directory=tmp_path / "cached")
         return ask(load(checkpoint, **options), SCENE, image_cache=cache)
 
     first = answer()
-    assert len(list((tmp_path / "kept").iterdir())) == 1
-    assert answer() == first and work == ["pixels", "encode"]
+    assert len(list((tmp_path / "cached").iterdir())) == 1
+    assert answer() == first and calls == ["pixels", "encode"]
     answer(dtype="float16")  # other weights
-    assert work == ["pixels", "encode"] * 2
+    assert calls == ["pixels", "encode"] * 2
     monkeypatch.setattr("mlx_fastvlm.generation.image_cache.__version__", "9")
     assert answer() == first
-    assert work == ["pixels", "encode"] * 3
+    assert calls == ["pixels", "encode"] * 3
 
 
 def _flip(data: bytearray) -> None:
@@ -174,8 +174,8 @@ def _flip(data: bytearray) -> None:
 @pytest.mark.parametrize(
     "damage", [_flip, bytearray.clear, lambda d: d.pop(), lambda d: d.append(0)]
 )
-def test_a_damaged_entry_is_computed_again_and_mended(
-    damage: Any, tiny: tuple[FastVLM, Processor], work: list[str], tmp_path: Path
+def test_damaged_entry_is_recomputed_and_replaced(
+    damage: Any, tiny: tuple[FastVLM, Processor], calls: list[str], tmp_path: Path
 ) -> None:
     def answer() -> list[int]:
         return ask(tiny, SCENE, image_cache=ImageCache(directory=tmp_path))
@@ -185,47 +185,41 @@ def test_a_damaged_entry_is_computed_again_and_mended(
     data = bytearray(entry.read_bytes())
     damage(data)
     entry.write_bytes(data)
-    assert answer() == first and work.count("encode") == 2
-    assert answer() == first and work.count("encode") == 2
+    assert answer() == first and calls.count("encode") == 2
+    assert answer() == first and calls.count("encode") == 2
 
 
-def test_a_sound_entry_of_another_width_is_not_used(
-    tiny: tuple[FastVLM, Processor], work: list[str], tmp_path: Path
+def test_entry_of_another_width_is_not_used(
+    tiny: tuple[FastVLM, Processor], calls: list[str], tmp_path: Path
 ) -> None:
     first = ask(tiny, SCENE, image_cache=ImageCache(directory=tmp_path))
     (entry,) = tmp_path.iterdir()
     disk_cache.DiskCache(tmp_path).write(entry.stem, np.ones((16, 8), np.float32))
     again = ask(tiny, SCENE, image_cache=ImageCache(directory=tmp_path))
-    assert again == first and work.count("encode") == 2
+    assert again == first and calls.count("encode") == 2
 
 
-def test_a_directory_that_cannot_be_written_is_no_error(
-    tiny: tuple[FastVLM, Processor], tmp_path: Path
-) -> None:
+def test_unwritable_directory_is_ignored(tiny: tuple[FastVLM, Processor], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     expected = ask(tiny, SCENE)
     cache = ImageCache(directory=tmp_path / "file" / "below")
     assert ask(tiny, SCENE, image_cache=cache) == expected
 
 
-def test_each_model_has_a_cache_of_its_own_that_ends_with_it(
-    checkpoint: Path, work: list[str]
-) -> None:
+def test_default_cache_of_a_model_is_freed_with_it(checkpoint: Path, calls: list[str]) -> None:
     models = [load(checkpoint), load(checkpoint)]
     for _ in range(3):
         for model in models:
             ask(model, SCENE)
-    assert work.count("encode") == 2
+    assert calls.count("encode") == 2
     before = len(image_cache._default_caches)
     del model, models
     assert len(image_cache._default_caches) == before - 2
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_shared_cache_serves_one_model_at_a_time(
-    checkpoint: Path, tmp_path: Path, on_disk: bool
-) -> None:
-    """Two models whose towers differ: each answers as it does alone, in turns and in threads."""
+def test_shared_cache_does_not_mix_models(checkpoint: Path, tmp_path: Path, on_disk: bool) -> None:
+    """Two models with different towers answer as they do alone, in turns and in threads."""
     pair = [load(checkpoint), load(checkpoint)]
     other = pair[1][0].vision_tower.stem
     other.conv_bias = mx.array(np.linspace(-3, 3, 8, dtype=np.float32))
@@ -241,8 +235,8 @@ def test_a_shared_cache_serves_one_model_at_a_time(
     assert [ask(each, SCENE, image_cache=afresh) for each in pair] == alone
 
 
-def test_embeddings_of_old_weights_are_not_kept(tiny: tuple[FastVLM, Processor]) -> None:
-    """An answer that began before the weights changed, and ends after another one has begun."""
+def test_embeddings_of_old_weights_are_not_cached(tiny: tuple[FastVLM, Processor]) -> None:
+    """An answer begins before the weights change, and ends after another has begun."""
     model, _ = tiny
     cache, before = ImageCache(), image_weights(model)
     assert cache.get(model, before, "key", 16) is None
@@ -264,8 +258,8 @@ def test_embeddings_of_old_weights_are_not_kept(tiny: tuple[FastVLM, Processor])
         lambda m: setattr(m, "projector", m.projector[::-1]),
     ],
 )
-def test_every_way_to_change_weights_is_seen(
-    change: Any, tiny: tuple[FastVLM, Processor], work: list[str]
+def test_every_way_to_change_weights_is_detected(
+    change: Any, tiny: tuple[FastVLM, Processor], calls: list[str]
 ) -> None:
     ask(tiny, SCENE)
     before = image_weights(tiny[0])
@@ -273,7 +267,7 @@ def test_every_way_to_change_weights_is_seen(
     assert not before.same_as(image_weights(tiny[0]))
 
 
-def test_a_model_can_be_copied_and_pickled(tiny: tuple[FastVLM, Processor]) -> None:
+def test_model_can_be_copied_and_pickled(tiny: tuple[FastVLM, Processor]) -> None:
     model, processor = tiny
     expected = ask(tiny, SCENE)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

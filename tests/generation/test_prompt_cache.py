@@ -1,4 +1,4 @@
-"""What is taken from an earlier prompt is what would be computed again."""
+"""Keys and values reused from an earlier prompt equal recomputed ones."""
 
 import threading
 from pathlib import Path
@@ -26,22 +26,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[FastVLM, Processor]:
 
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> list[mx.array]:
-    """The logits of every pass of a model, last position."""
+    """Record the logits of the last position in every forward pass."""
     seen: list[mx.array] = []
     call = FastVLM.__call__
 
     def spy(*args: Any, **kwargs: Any) -> mx.array:
         seen.append(call(*args, **kwargs)[0, -1])
-        return seen[-1]
+        return seen[-1][None, None]
 
-    def told(*args: Any, **kwargs: Any) -> mx.array:
-        return spy(*args, **kwargs)[None, None]
-
-    monkeypatch.setattr(FastVLM, "__call__", told)
+    monkeypatch.setattr(FastVLM, "__call__", spy)
     return seen
 
 
-def assert_warm_is_cold(
+def assert_warm_equals_cold(
     tiny: tuple[FastVLM, Processor],
     logits: list[mx.array],
     cache: PromptCache,
@@ -49,7 +46,7 @@ def assert_warm_is_cold(
     tolerance: float = REUSED,
     **options: Any,
 ) -> Result:
-    """Ask with and without the cache: the same tokens, and the logits of each pass agree."""
+    """Ask with and without the cache; tokens must be equal and the logits of each pass close."""
     options = {"max_tokens": 6, **options}
     logits.clear()
     cold = generate(*tiny, *question, **options)
@@ -64,20 +61,20 @@ def assert_warm_is_cold(
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("junk", [0, 9])
-def test_taken_back_and_put_in_again_is_bit_equal(bits: int | None, batch: int, junk: int) -> None:
-    """The same passes over the same tokens: nothing is rounded anew, whatever came after them."""
+def test_copied_prefix_is_bit_equal(bits: int | None, batch: int, junk: int) -> None:
+    """Copying the first 30 positions rounds nothing again, whatever follows them."""
     mx.random.seed(0)
     model = Qwen2(Qwen2Config(128, 2, 4, 2, 96, 300, 1e-6, 1e6, 4096, True))
     ids = mx.random.randint(0, 250, (batch, 40), key=mx.random.key(batch))
-    straight, longer, warm = (model.make_cache(8, bits) for _ in range(3))
-    model(ids[:, :30], straight)
-    expected = model(ids[:, 30:], straight)
+    uninterrupted, longer, warm = (model.make_cache(8, bits) for _ in range(3))
+    model(ids[:, :30], uninterrupted)
+    expected = model(ids[:, 30:], uninterrupted)
     model(ids[:, :30], longer)
     if junk:
         model(ids[:, :junk], longer)
     for source, target in zip(longer, warm, strict=True):
         target.append(source.first(30))
-    if junk:  # what the first cache is used for next must not reach the copy
+    if junk:  # later use of the first cache must not change the copy
         for layer in longer:
             layer.trim(junk + 20)
         model(ids[:, 3 : 3 + junk], longer)
@@ -85,21 +82,21 @@ def test_taken_back_and_put_in_again_is_bit_equal(bits: int | None, batch: int, 
     assert mx.array_equal(model(ids[:, 30:], warm), expected).item()
 
 
-def test_a_second_question_about_an_image(
+def test_second_question_reuses_the_image(
     tiny: tuple[FastVLM, Processor], logits: list[mx.array]
 ) -> None:
     cache = PromptCache()
-    first = assert_warm_is_cold(tiny, logits, cache, "the cat", A)
+    first = assert_warm_equals_cold(tiny, logits, cache, "the cat", A)
     assert first.stats.cached_tokens == 0
-    second = assert_warm_is_cold(tiny, logits, cache, "a dog", A)
+    second = assert_warm_equals_cold(tiny, logits, cache, "a dog", A)
     ids = [tiny[1].prepare(text, A)[0] for text in ("the cat", "a dog")]
     common = next(i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b)
     assert second.stats.cached_tokens == common > ids[0].index(-200) + 16
-    same = assert_warm_is_cold(tiny, logits, cache, "a dog", A)
+    same = assert_warm_equals_cold(tiny, logits, cache, "a dog", A)
     assert same.stats.cached_tokens == same.stats.prompt_tokens - 1
 
 
-def test_a_conversation_goes_on_from_its_last_answer(logits: list[mx.array]) -> None:
+def test_conversation_reuses_its_last_answer(logits: list[mx.array]) -> None:
     demo = load("demo")
     cache = PromptCache()
     messages: list[dict[str, str]] = []
@@ -107,7 +104,7 @@ def test_a_conversation_goes_on_from_its_last_answer(logits: list[mx.array]) -> 
     for question in ("How many circles are there?", "What colour is the square?", "Is it red?"):
         messages.append({"role": "user", "content": question})
         options = {"max_tokens": 30}
-        answer = assert_warm_is_cold(demo, logits, cache, messages, SCENE, **options)
+        answer = assert_warm_equals_cold(demo, logits, cache, messages, SCENE, **options)
         assert answer.finish_reason == "stop" and answer.stats.cached_tokens == known
         messages.append({"role": "assistant", "content": answer.text})
         known = answer.stats.prompt_tokens + len(answer.token_ids)
@@ -117,44 +114,44 @@ def test_a_conversation_goes_on_from_its_last_answer(logits: list[mx.array]) -> 
     ("images", "shared"),
     [([A, C], 1), ([C, B], 0), ([B, A], 0), ([A, A], 1), ([A], 1), ([A, B, C], 2), ([A, B], 2)],
 )
-def test_another_image_in_the_middle_ends_what_is_shared(
+def test_reuse_ends_at_the_first_different_image(
     images: list[Any], shared: int, tiny: tuple[FastVLM, Processor], logits: list[mx.array]
 ) -> None:
     cache = PromptCache()
-    assert_warm_is_cold(tiny, logits, cache, "the cat", [A, B])
-    answer = assert_warm_is_cold(tiny, logits, cache, "the cat", images)
+    assert_warm_equals_cold(tiny, logits, cache, "the cat", [A, B])
+    answer = assert_warm_equals_cold(tiny, logits, cache, "the cat", images)
     start = tiny[1].prepare("the cat", A)[0].index(-200)
     cached = answer.stats.cached_tokens
     assert start + 17 * shared <= cached < start + 17 * (shared + 1)
 
 
-def test_a_system_prompt_is_shared(tiny: tuple[FastVLM, Processor], logits: list[mx.array]) -> None:
+def test_system_prompt_is_reused(tiny: tuple[FastVLM, Processor], logits: list[mx.array]) -> None:
     cache, system = PromptCache(), {"system": "in the the the and and in in"}
-    assert_warm_is_cold(tiny, logits, cache, "the cat", A, **system)
-    assert_warm_is_cold(tiny, logits, cache, "the cat", B)
-    answer = assert_warm_is_cold(tiny, logits, cache, "a", **system)
+    assert_warm_equals_cold(tiny, logits, cache, "the cat", A, **system)
+    assert_warm_equals_cold(tiny, logits, cache, "the cat", B)
+    answer = assert_warm_equals_cold(tiny, logits, cache, "a", **system)
     turn = tiny[1].prepare("", **system)[0]
     assert (
         answer.stats.cached_tokens == len(turn) - len(tiny[1].tokenizer.encode("assistant\n")) - 3
     )
 
 
-def test_packed_keys_and_values(logits: list[mx.array]) -> None:
+def test_quantized_keys_and_values_are_reused(logits: list[mx.array]) -> None:
     demo, cache = load("demo"), PromptCache()
     circles, square = "How many circles are there?", "What colour is the square?"
 
     def cached(question: str, **options: Any) -> int:
         options = {"tolerance": KV_8BIT, **options}
-        return assert_warm_is_cold(
+        return assert_warm_equals_cold(
             demo, logits, cache, question, SCENE, **options
         ).stats.cached_tokens
 
     assert cached(circles, kv_bits=8) == 0 < cached(square, kv_bits=8)
-    # Floats are of no use to a packed cache, nor the other way round.
+    # Float entries do not serve a quantised cache, nor quantised ones a float cache.
     assert cached(square) == 0 < cached(circles, kv_bits=8)
 
 
-def test_resolution_and_weights_belong_to_what_is_shared(tmp_path: Path) -> None:
+def test_other_resolution_or_weights_are_not_reused(tmp_path: Path) -> None:
     model, processor = load(synthetic.write_layout(tmp_path, "llava_qwen2"))
     cache = PromptCache()
 
@@ -169,7 +166,7 @@ def test_resolution_and_weights_belong_to_what_is_shared(tmp_path: Path) -> None
     assert cached() == 0 < cached()
 
 
-def test_bytes_are_bounded(tiny: tuple[FastVLM, Processor]) -> None:
+def test_memory_is_bounded_by_max_bytes(tiny: tuple[FastVLM, Processor]) -> None:
     cache = PromptCache(max_bytes=0)
 
     def cached(image: Any) -> int:
@@ -185,17 +182,17 @@ def test_bytes_are_bounded(tiny: tuple[FastVLM, Processor]) -> None:
         cached(image)
     assert len(cache._entries) == 2 and sum(e.nbytes for e in cache._entries) <= cache.max_bytes
     start = tiny[1].prepare("a", A)[0].index(-200)
-    assert cached(A) > start >= cached(B)  # B made room for C
+    assert cached(A) > start >= cached(B)  # B was dropped for C
 
 
-def test_a_longer_prompt_takes_the_place_of_its_beginning(tiny: tuple[FastVLM, Processor]) -> None:
+def test_longer_prompt_replaces_its_prefix(tiny: tuple[FastVLM, Processor]) -> None:
     cache = PromptCache()
     for _ in range(3):
         generate(*tiny, "a", A, max_tokens=3, prompt_cache=cache)
     assert len(cache._entries) == 1
 
 
-def test_an_answer_left_half_way_and_other_threads(tiny: tuple[FastVLM, Processor]) -> None:
+def test_interrupted_answer_is_reused_in_other_threads(tiny: tuple[FastVLM, Processor]) -> None:
     cache = PromptCache()
     expected = generate(*tiny, "the cat", A, max_tokens=6).token_ids
     stream = stream_generate(*tiny, "the cat", A, max_tokens=6, prompt_cache=cache)

@@ -1,4 +1,4 @@
-"""The model against golden tensors, mlx-lm's decoder, and itself."""
+"""FastVLM against golden tensors, mlx-lm's decoder and its own batches, caches and threads."""
 
 import threading
 from pathlib import Path
@@ -51,7 +51,7 @@ def stages(model: FastVLM, pixels: mx.array) -> dict[str, mx.array]:
 
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Compare by name, in order of computation: the first name in the message diverges first."""
+    """Compare by name in order of computation; the message names the first to diverge."""
     order = [name for name in ours if name in theirs]
     errors = {name: relative_error(ours[name].astype(mx.float32), theirs[name]) for name in order}
     assert set(order) == set(theirs)
@@ -87,12 +87,12 @@ def test_multi_branch_tower_equals_pytorch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", FLOAT16), ("bfloat16", BFLOAT16)])
-def test_half_precision(tmp_path: Path, dtype: str, tolerance: float) -> None:
+def test_half_precision_is_close_to_pytorch(tmp_path: Path, dtype: str, tolerance: float) -> None:
     model, _ = load(synthetic.write_layout(tmp_path, "llava_qwen2"), dtype=dtype)
     assert_close(all_outputs(model), golden("fastvlm_tiny"), tolerance)
 
 
-def test_decoder_equals_mlx_lm(tiny: tuple[FastVLM, Processor], keep_limits: None) -> None:
+def test_decoder_equals_mlx_lm(tiny: tuple[FastVLM, Processor], restore_file_limit: None) -> None:
     from mlx_lm.models import qwen2
 
     text = synthetic.apple_config()
@@ -111,7 +111,7 @@ def test_decoder_equals_mlx_lm(tiny: tuple[FastVLM, Processor], keep_limits: Non
 
 @pytest.mark.parametrize("kind", ["ours", "KVCache", "RotatingKVCache"])
 def test_mlx_lm_generates_with_our_model(
-    tiny: tuple[FastVLM, Processor], keep_limits: None, kind: str
+    tiny: tuple[FastVLM, Processor], restore_file_limit: None, kind: str
 ) -> None:
     """mlx-lm's loop and caches run on the model unchanged, image embeddings included."""
     from mlx_lm.generate import generate_step
@@ -141,8 +141,8 @@ def test_mlx_lm_generates_with_our_model(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
-    """What it gives back is what was packed, however it came in, and it takes less room."""
+def test_quantized_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
+    """It returns the quantised values, however they were appended, and needs less memory."""
     mx.random.seed(0)
     keys, values = mx.random.normal((2, 1, 2, 300, 64))
     cache, floats = QuantizedKVCache(10, bits, 32), KVCache(10)
@@ -150,10 +150,10 @@ def test_packed_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
         new = keys[:, :, start:end], values[:, :, start:end]
         got = cache.update_and_fetch(*new)
         floats.update_and_fetch(*new)
-    packing = {"group_size": 32, "bits": bits}
-    for floats_given, returned in zip((keys, values), got, strict=True):
+    quantization = {"group_size": 32, "bits": bits}
+    for original, returned in zip((keys, values), got, strict=True):
         assert mx.array_equal(
-            returned, mx.dequantize(*mx.quantize(floats_given, **packing), **packing)
+            returned, mx.dequantize(*mx.quantize(original, **quantization), **quantization)
         )
     assert cache.trim(5) == 5 and cache.size() == 295 and not cache.empty()
     assert cache.nbytes < floats.nbytes / 2
@@ -161,7 +161,7 @@ def test_packed_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
         tiny[0].make_cache(bits=3)
 
 
-def test_mlx_lm_quantized_cache(keep_limits: None) -> None:
+def test_decoder_runs_with_quantized_cache_of_mlx_lm(restore_file_limit: None) -> None:
     from mlx_lm.models.cache import QuantizedKVCache
 
     config = Qwen2Config(128, 2, 4, 2, 96, 300, 1e-6, 1e6, 4096, True)
@@ -202,7 +202,7 @@ def test_another_thread_can_use_the_model(tiny: tuple[FastVLM, Processor]) -> No
     assert [answer.token_ids for answer in there] == [here.token_ids] * 2
 
 
-def test_model_loaded_in_a_thread_answers_here(tmp_path: Path) -> None:
+def test_model_loaded_in_another_thread_works(tmp_path: Path) -> None:
     synthetic.write_layout(tmp_path, "fast_vlm")
     loaded: list[Any] = []
     thread = threading.Thread(target=lambda: loaded.append(load(tmp_path)))
@@ -212,12 +212,12 @@ def test_model_loaded_in_a_thread_answers_here(tmp_path: Path) -> None:
 
 
 def contrasting_pixels() -> mx.array:
-    """Two images that the tiny model tells apart: of others random weights keep hardly a trace."""
+    """Two images of such contrast that a model with random weights tells them apart."""
     return mx.array(10_000 * make_golden.pixels())
 
 
 def test_images_keep_their_order(tiny: tuple[FastVLM, Processor]) -> None:
-    """The same images the other way round give the rows of embeddings the other way round."""
+    """Images in reverse order give their embeddings in reverse order."""
     model, _ = tiny
     pixels = contrasting_pixels()
     ids = mx.array([make_golden.IDS])
@@ -229,7 +229,7 @@ def test_images_keep_their_order(tiny: tuple[FastVLM, Processor]) -> None:
     assert np.array_equal(there[:, 7:9], back[:, 7:9])
 
 
-def test_a_batch_equals_its_rows(tiny: tuple[FastVLM, Processor]) -> None:
+def test_batch_equals_its_rows(tiny: tuple[FastVLM, Processor]) -> None:
     model, _ = tiny
     pixels = contrasting_pixels()
     row = [1, *[IMAGE_TOKEN] * 4, 2, 3]
@@ -240,7 +240,7 @@ def test_a_batch_equals_its_rows(tiny: tuple[FastVLM, Processor]) -> None:
         assert relative_error(both[1 - i : 2 - i], alone) > 1000 * BATCHED
 
 
-def test_last_only_is_the_last_row(tiny: tuple[FastVLM, Processor]) -> None:
+def test_last_only_equals_the_last_row(tiny: tuple[FastVLM, Processor]) -> None:
     ids = mx.array([[1, 2, 3]])
     last = tiny[0](ids, last_only=True)
     assert relative_error(last, tiny[0](ids)[:, -1:]) < SAME_WEIGHTS
@@ -250,14 +250,16 @@ def test_last_only_is_the_last_row(tiny: tuple[FastVLM, Processor]) -> None:
     ("ids", "images"),
     [([1, IMAGE_TOKEN], 0), ([1, 2], 1), ([IMAGE_TOKEN] * 3, 1), ([1, 384], 0), ([1, -1], 0)],
 )
-def test_wrong_ids_are_errors(tiny: tuple[FastVLM, Processor], ids: list[int], images: int) -> None:
+def test_wrong_ids_are_refused(
+    tiny: tuple[FastVLM, Processor], ids: list[int], images: int
+) -> None:
     pixels = mx.array(make_golden.pixels())[:images] if images else None
     with pytest.raises(PromptError):
         tiny[0](mx.array([ids]), pixels=pixels)
 
 
 @pytest.mark.parametrize("shape", [(1, 100, 128, 3), (128, 128, 3), (1, 128, 128, 4)])
-def test_wrong_pixels_are_errors(tiny: tuple[FastVLM, Processor], shape: tuple[int, ...]) -> None:
+def test_wrong_pixels_are_refused(tiny: tuple[FastVLM, Processor], shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="multiple of 64"):
         tiny[0].encode_image(mx.zeros(shape))
 
@@ -266,7 +268,7 @@ def test_wrong_pixels_are_errors(tiny: tuple[FastVLM, Processor], shape: tuple[i
     ("projector_type", "depth"),
     [("identity", 0), ("linear", 1), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3), ("mlp9x_gelu", -1)],
 )
-def test_projector_types(projector_type: str, depth: int) -> None:
+def test_projector_depth_by_type(projector_type: str, depth: int) -> None:
     assert projector_depth(projector_type) == depth
 
 

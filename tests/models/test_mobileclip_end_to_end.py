@@ -1,4 +1,4 @@
-"""The command line on a real, tiny, converted checkpoint: each run a process of its own."""
+"""The command line, in subprocesses, on a tiny converted checkpoint."""
 
 import json
 import os
@@ -57,7 +57,9 @@ def run(tmp_path: Path, *options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_classify(model: Path, images: list[Path], tmp_path: Path, dtype: str) -> None:
+def test_classify_equals_python_api(
+    model: Path, images: list[Path], tmp_path: Path, dtype: str
+) -> None:
     options = ["classify", "--model", model, "--image", images[0], "--labels", ",".join(LABELS)]
     options += ["--template", "{}", "--json", "--dtype", dtype]
     result = run(tmp_path, *options)
@@ -69,22 +71,24 @@ def test_classify(model: Path, images: list[Path], tmp_path: Path, dtype: str) -
     logits = np.array(image @ texts.T)[0] * np.exp(clip.logit_scale.item())
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     (answer,) = json.loads(result.stdout)["results"]
-    shares = {found["label"]: found["probability"] for found in answer["predictions"]}
-    assert shares.keys() == set(LABELS)
-    assert all(abs(shares[label] - expected[i]) < 1e-4 for i, label in enumerate(LABELS))
+    probabilities = {found["label"]: found["probability"] for found in answer["predictions"]}
+    assert probabilities.keys() == set(LABELS)
+    assert all(abs(probabilities[label] - expected[i]) < 1e-4 for i, label in enumerate(LABELS))
     if dtype == "float16":
         return
     again = run(tmp_path, *options)
-    assert again.stdout == result.stdout  # the texts now come from the cache
+    assert again.stdout == result.stdout  # text embeddings now come from the cache
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["images", "texts"])
-def test_embed(model: Path, images: list[Path], tmp_path: Path, kind: str, dtype: str) -> None:
-    """As the same model embeds in Python, and near enough to float32 to tell the rows apart."""
+def test_embed_equals_python_api(
+    model: Path, images: list[Path], tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """Rows equal those of the Python API, and each is nearest to its own float32 row."""
     rows = []
-    for kept in (dtype, "float32"):
-        clip, processor = load(model, dtype=kept)
+    for precision in (dtype, "float32"):
+        clip, processor = load(model, dtype=precision)
         if kind == "images":
             rows.append(clip.encode_image(processor.images(images), normalize=True))
         else:

@@ -1,4 +1,4 @@
-"""Towers against formulas, tokenizer, preprocessing, and the Python interface."""
+"""MobileCLIP: towers against formulas, tokenizer, preprocessing and Python interface."""
 
 import io
 import subprocess
@@ -23,7 +23,7 @@ from mlx_mobileclip.preprocess import tokenizer
 from mlx_mobileclip.preprocess.tokenizer import clip_tokenizer
 
 APPLE = mobileclip.MOBILECLIP_LAYOUTS[0]
-# Ids as open_clip 3.3.0 gives them, without start and end.
+# Ids by open_clip 3.3.0, without start and end tokens.
 GOLDEN = {
     "a photo of a cat": [320, 1125, 539, 320, 2368],
     "  A PHOTO of\n a   Cat &amp;amp; dog\u2019s \u201ctoy\u201d": [
@@ -61,7 +61,7 @@ def test_hybrid_text_tower_follows_the_formulas(full: bool, fused: bool) -> None
 
 @pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.parity)])
 @pytest.mark.parametrize("variant", ["MobileCLIP-B", "MobileCLIP-B:open_clip"])
-def test_b_follows_the_formulas(variant: str, full: bool) -> None:
+def test_vit_b_follows_the_formulas(variant: str, full: bool) -> None:
     config = VARIANTS[variant] if full else tiny_config(variant)
     model, tensors = apple_model(config, "MobileCLIP-B")
     size = config.preprocess.image_size
@@ -80,18 +80,18 @@ def test_b_follows_the_formulas(variant: str, full: bool) -> None:
 
 @pytest.mark.parametrize("text", GOLDEN)
 @pytest.mark.parametrize("ftfy", [True, False])
-def test_golden_ids(text: str, ftfy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_equal_open_clip(text: str, ftfy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ftfy:
-        monkeypatch.setattr(tokenizer, "_mender", lambda: tokenizer._mend)
+        monkeypatch.setattr(tokenizer, "_text_fixer", lambda: tokenizer._fix_text)
     expected = np.zeros((1, 77), np.int32)
     ids = [49406, *GOLDEN[text], 49407]
     expected[0, : len(ids)] = ids
     assert np.array_equal(clip_tokenizer()([text]), expected)
 
 
-def test_long_texts_keep_their_end_and_say_so() -> None:
-    room = "cat " * 75
-    assert clip_tokenizer()([room])[0].tolist() == [49406, *[2368] * 75, 49407]
+def test_long_texts_are_truncated_with_a_warning() -> None:
+    longest = "cat " * 75
+    assert clip_tokenizer()([longest])[0].tolist() == [49406, *[2368] * 75, 49407]
     for text in ("cat " * 76, "dog " * 10_000):
         with pytest.warns(UserWarning, match="has 76 tokens|has more than 2500 tokens"):
             ids = clip_tokenizer()([text])
@@ -108,7 +108,7 @@ def test_special_tokens_cannot_be_typed() -> None:
         assert (ids == 49407).sum() == (ids == 49406).sum() == 1
 
 
-def test_texts_that_are_no_list() -> None:
+def test_texts_must_be_a_list_of_strings() -> None:
     for texts in ("a cat", [], [1], b"a"):
         with pytest.raises(PromptError):
             clip_tokenizer()(texts)  # type: ignore[arg-type]
@@ -136,12 +136,12 @@ def test_pixels_follow_the_reference() -> None:
             assert np.array_equal(found, expected), (variant, width, height)
 
 
-def test_every_kind_of_image() -> None:
+def test_image_modes_arrays_and_exif() -> None:
     processor = Processor(VARIANTS["MobileCLIP2-S0"].preprocess)
     upright = Image.new("RGB", (40, 20), "red")
     upright.paste("blue", (0, 0, 20, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     file = io.BytesIO()
     upright.save(file, "JPEG", exif=exif, quality=100, subsampling=0)
     turned = np.asarray(processor.images([file.getvalue()]))[0]
@@ -164,7 +164,7 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MobileC
     return load(synthetic_clip.write(tmp_path / "mobileclip2_s0.pt", tensors))
 
 
-def test_works_from_another_thread(tiny_model: tuple[MobileCLIP, Processor]) -> None:
+def test_another_thread_can_use_the_model(tiny_model: tuple[MobileCLIP, Processor]) -> None:
     model, processor = tiny_model
     here = np.asarray(model.encode_text(processor.texts(["a cat"])))
     found = []
@@ -180,7 +180,7 @@ def test_works_from_another_thread(tiny_model: tuple[MobileCLIP, Processor]) -> 
     assert np.array_equal(found[0], here)
 
 
-def test_arrays_that_do_not_fit(tiny_model: tuple[MobileCLIP, Processor]) -> None:
+def test_arrays_of_wrong_shape_are_refused(tiny_model: tuple[MobileCLIP, Processor]) -> None:
     model, _ = tiny_model
     for shape in ((64, 64, 3), (1, 64, 64, 4), (0, 64, 64, 3)):
         with pytest.raises(ImageError):
@@ -208,8 +208,8 @@ def test_half_precision_stays_close(variant: str, dtype: str) -> None:
         assert mx.sum(a * b, axis=-1).min().item() > 0.999
 
 
-def test_embedding_needs_no_heavy_package(tmp_path: Path) -> None:
-    """Nor does reading a .pt file; ftfy is the only guest."""
+def test_embedding_imports_no_heavy_package(tmp_path: Path) -> None:
+    """Neither embedding nor reading a .pt file does; only the optional ftfy is imported."""
     path = tmp_path / "mobileclip2_s0.pt"
     synthetic_clip.write(path, values(tiny_shapes("MobileCLIP2-S0", "open_clip")))
     code = f"""

@@ -1,6 +1,6 @@
-"""Export towers with coremltools as Apple's are: its formulas, its settings.
+"""Export towers with coremltools as Apple does: the same formulas and settings.
 
-Image towers of FastViT are timm's with fused branches; what Apple's code computes otherwise (the
+Image towers of FastViT are timm's with fused branches; what Apple's code computes differently (the
 LayerNorm of FastViTHD, text towers, ViT-B) is written down here from apple/ml-mobileclip 4144bb1
 and apple/ml-fastvlm 592b4ad. Modules carry Apple's names, so that its checkpoints can be loaded.
 """
@@ -20,7 +20,7 @@ from torch import nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # coremltools says of each missing library of macOS
+    logging.disable(logging.WARNING)  # coremltools warns about missing macOS libraries
     import coremltools as ct
     from coremltools.converters.mil.frontend.torch import ops as torch_ops
 
@@ -175,7 +175,7 @@ class LayerNormChannel(nn.Module):
 
 
 class Features(nn.Module):
-    """FastViTHD as FastVLM's export has it: the map's positions in a row."""
+    """FastViTHD as in FastVLM's export: the feature map flattened to a sequence."""
 
     def __init__(self, trunk: Any):
         super().__init__()
@@ -220,9 +220,9 @@ def apple_towers(config: Any, tensors: Tensors) -> tuple[Any, Any]:
 
 
 def folded_and_rounded(module: Any) -> Any:
-    """The module with BatchNorm and layer scales in its convolutions, in values of float16.
+    """Fold BatchNorm and layer scales into convolutions, and round weights to float16.
 
-    A package in float16 then holds the very weights that PyTorch computes with.
+    A package in float16 then holds exactly the weights that PyTorch computes with.
     """
     for part in module.modules():
         names = dict(part.named_children())
@@ -256,7 +256,7 @@ def load(module: Any, tensors: Tensors, prefix: str, names: dict[str, str]) -> N
 
 
 def export(module: Any, given: Any, path: Path, *, half: bool, target: Any = None) -> Any:
-    """Trace, convert and save; `given` is what the module is traced with."""
+    """Trace with the input `given`, convert and save."""
     pixels = given.ndim == 4
     if isinstance(module, Features):
         kind = ct.TensorType(name="images", shape=given.shape)

@@ -1,4 +1,4 @@
-"""The reference: transformers' FastVLM on CPU PyTorch, given the same synthetic weights."""
+"""The reference: transformers' FastVLM on CPU PyTorch, with the same synthetic weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 import synthetic
 
-# PyPI has no CPU build of torchvision for Linux; without its compiled operators its Python part
-# still imports, once it is kept from describing them to torch.
+# PyPI has no CPU build of torchvision for Linux. Its Python part imports without the compiled
+# operators if the registration of their fakes is disabled.
 with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
     import torch
     import torchvision  # noqa: F401
@@ -21,7 +21,7 @@ IMAGE_ID = 151646
 
 
 def fast_vlm(tensors: synthetic.Tensors, size: str) -> Any:
-    """The whole model with weights given in Apple's names."""
+    """The whole model, from weights with Apple's names."""
     config = synthetic.transformers_config(size)
     config.pop("model_type")
     if size == "tiny":
@@ -33,7 +33,7 @@ def fast_vlm(tensors: synthetic.Tensors, size: str) -> Any:
     state |= {key: torch.zeros((), dtype=torch.int64) for key in counters(model)}
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    # Rotary frequencies are no weights: compute on the CPU what "meta" left out.
+    # Rotary frequencies are not weights; compute them on the CPU, as "meta" has none.
     rotary = model.model.language_model.rotary_emb
     text = model.config.text_config
     model.model.language_model.rotary_emb = type(rotary)(text)
@@ -46,7 +46,7 @@ def counters(model: Any) -> list[str]:
 
 
 def tower(tensors: synthetic.Tensors, **options: Any) -> Any:
-    """timm's trunk with weights given in Apple's names, fused or with all its branches."""
+    """timm's trunk, fused or with all branches, from weights with Apple's names."""
     model = timm.create_model("fastvit_mci3", num_classes=0, global_pool="", **options)
     prefix = synthetic.TOWER
     named = synthetic.renamed(
@@ -65,12 +65,12 @@ def recorded(modules: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
     outputs: dict[str, np.ndarray] = {}
 
     def hook(name: str) -> Any:
-        def keep(_: Any, __: Any, output: Any) -> None:
+        def record(_: Any, __: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
             value = output.detach().numpy()
             outputs[name] = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
 
-        return keep
+        return record
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -87,11 +87,11 @@ def tower_modules(trunk: Any) -> dict[str, Any]:
 
 
 def nchw(pixels: Any) -> Any:
-    """NHWC pixels of ours as a torch tensor."""
+    """NHWC pixels as an NCHW torch tensor."""
     return torch.from_numpy(np.ascontiguousarray(np.array(pixels).transpose(0, 3, 1, 2)))
 
 
 def ids(input_ids: Any, image_id: int = IMAGE_ID) -> Any:
-    """Ids of ours, with the reference's image placeholder."""
+    """Our ids, with the image token of the reference."""
     values = np.array(input_ids).astype(np.int64)
     return torch.from_numpy(np.where(values < 0, image_id, values))[None]

@@ -1,7 +1,7 @@
-"""Core ML packages that coremltools makes of full-size towers, read back, against PyTorch.
+"""Full-size towers that coremltools exports are read back and compared with PyTorch.
 
-Weights are random. Apple's own files could not be had: that they are of the form that coremltools
-gives its published code today is what these tests rest on.
+Weights are random. Apple's own files were not available: the tests assume that they have the form
+that coremltools gives to Apple's published code today.
 """
 
 import warnings
@@ -59,7 +59,7 @@ def map_stages(trunk: FastViT, pixels: np.ndarray) -> dict[str, Any]:
     return outputs | {"final_conv": trunk.final_conv(x)}
 
 
-def folded(path: Path, config: FastViTConfig) -> FastViT:
+def load_tower(path: Path, config: FastViTConfig) -> FastViT:
     """Our tower with the weights of a package."""
     source = Source(read_image_tower(path, path.name, config), lambda name: name, path.name)
     trunk = FastViT(config)
@@ -68,7 +68,7 @@ def folded(path: Path, config: FastViTConfig) -> FastViT:
     return trunk
 
 
-def test_fastvithd_as_apple_exports_it(tmp_path: Path) -> None:
+def test_fastvithd_equals_pytorch(tmp_path: Path) -> None:
     """iOS 16 and float32; each of the 24 + 20 blocks' weights, and every stage at 256 px."""
     trunk = core_ml_export.fastvithd(synthetic.apple_tensors("0.5b"))
     path = tmp_path / "fastvithd.mlpackage"
@@ -78,7 +78,7 @@ def test_fastvithd_as_apple_exports_it(tmp_path: Path) -> None:
     pixels = pixels_of(256)
     with oracle.recorded(oracle.tower_modules(trunk)) as theirs, torch.no_grad():
         trunk.forward_features(oracle.nchw(pixels))
-    compare(map_stages(folded(path, PRESETS["fastvithd"]), pixels), theirs)
+    compare(map_stages(load_tower(path, PRESETS["fastvithd"]), pixels), theirs)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,9 @@ def test_fastvithd_as_apple_exports_it(tmp_path: Path) -> None:
         ("MobileCLIP-B-LT", "blt", True),
     ],
 )
-def test_both_towers_of_mobileclip(variant: str, stem: str, half: bool, tmp_path: Path) -> None:
+def test_mobileclip_towers_equal_pytorch(
+    variant: str, stem: str, half: bool, tmp_path: Path
+) -> None:
     """In float32 coremltools folds; in float16 PyTorch has the same rounded weights."""
     config = VARIANTS[variant]
     towers = core_ml_export.apple_towers(config, values(listing(variant, "apple", fused=True)))
@@ -144,7 +146,7 @@ SHALLOW = replace(PRESETS["mci0"], layers=(1, 1, 1, 1))
 
 
 def compressions(target: str) -> dict[str, Callable[[Any], Any]]:
-    """What coremltools offers for programs of iOS 16, and more of iOS 18."""
+    """Compressions of coremltools for programs of iOS 16 or iOS 18."""
     import coremltools.optimize.coreml as optimize
 
     def using(apply: Any, config: Any) -> Callable[[Any], Any]:
@@ -173,8 +175,8 @@ def compressions(target: str) -> dict[str, Callable[[Any], Any]]:
 
 
 @pytest.mark.parametrize(("target", "half"), [("iOS16", False), ("iOS18", True)])
-def test_compressed_forms(target: str, half: bool, tmp_path: Path) -> None:
-    """Against PyTorch with the weights as coremltools itself unpacks them."""
+def test_compressed_weights_equal_pytorch(target: str, half: bool, tmp_path: Path) -> None:
+    """PyTorch has the weights as decompressed by coremltools."""
     import coremltools.optimize.coreml as optimize
     import timm
 
@@ -208,4 +210,4 @@ def test_compressed_forms(target: str, half: bool, tmp_path: Path) -> None:
         with oracle.recorded(oracle.tower_modules(trunk)) as theirs, torch.no_grad():
             trunk.forward_features(oracle.nchw(pixels))
         print(form)
-        compare(map_stages(folded(tmp_path / "compressed.mlpackage", SHALLOW), pixels), theirs)
+        compare(map_stages(load_tower(tmp_path / "compressed.mlpackage", SHALLOW), pixels), theirs)

@@ -1,4 +1,4 @@
-"""The demo models' training, a few steps of each phase, and what MLX makes of the result."""
+"""A few training steps of the demo models; the results in MLX equal those in PyTorch."""
 
 import random
 from pathlib import Path
@@ -35,7 +35,7 @@ def states(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.pt"))}
 
 
-def test_fastvlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_fastvlm_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, train_fastvlm, **FEW, FEATURES=32)
     trained = train_fastvlm.run(tmp_path).eval()
     first = states(tmp_path)
@@ -52,8 +52,8 @@ def test_fastvlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         question = ask(shown, random.Random(0), task)
         if question is None:
             continue
-        said = conversations.encode(1, [question])
-        prompt = [token for token, label, _ in said if label < 0]
+        encoded = conversations.encode(1, [question])
+        prompt = [token for token, label, _ in encoded if label < 0]
         inputs = processor(question.text, render(shown))
         assert np.array(inputs.input_ids).tolist() == prompt
         with torch.no_grad():
@@ -64,7 +64,7 @@ def test_fastvlm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(logits, expected) < ROUNDED
 
 
-def test_mobileclip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_mobileclip_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"TOWER_STEPS": 2, "TEXT_STEPS": 2, "TOGETHER_STEPS": 2, "SCENES": 40}
     batches = dict.fromkeys(("TOWER_BATCH", "TEXT_BATCH", "TOGETHER_BATCH"), 8)
     shrink(monkeypatch, train_mobileclip, **few, **batches)

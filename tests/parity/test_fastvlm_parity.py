@@ -1,7 +1,7 @@
 """Full-size FastVLM-0.5B against PyTorch: every stage, every layout, greedy answers.
 
 The weights are random, rounded to bfloat16 as in Apple's files, with non-trivial BatchNorm
-statistics and layer scales. Run with a real BLAS preloaded (see README).
+statistics and layer scales. Run with a fast BLAS preloaded (see README).
 """
 
 import shutil
@@ -78,7 +78,7 @@ def our_stages(model: FastVLM, pixels: mx.array) -> dict[str, mx.array]:
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Errors by stage; prints them, so that a failure shows the first stage that differs."""
+    """Compare by stage; prints the errors, so that a failure shows where they begin."""
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < STAGE_FLOAT32, errors
@@ -177,8 +177,8 @@ def test_multi_branch_tower_is_folded_exactly(tmp_path: Path) -> None:
     tensors = synthetic.apple_tensors("0.5b", unfused=True)
     trunk = oracle.tower(tensors, inference_mode=False)
     config = synthetic.apple_config("0.5b", num_hidden_layers=1)
-    kept = {k: v for k, v in tensors.items() if not _deep_layer(k)}
-    synthetic.write(tmp_path, kept, config)
+    shallow = {k: v for k, v in tensors.items() if not _deep_layer(k)}
+    synthetic.write(tmp_path, shallow, config)
     model, processor = load(tmp_path, dtype="float32")
     pixels = processor("", [IMAGES[1]], resolution=256).pixels
     assert pixels is not None

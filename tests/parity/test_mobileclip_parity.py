@@ -51,7 +51,7 @@ TEXTS = ["a photo of a cat", "", "Two dogs & a 3rd one play in the snow, 日本!
 
 
 def photos(size: int) -> np.ndarray:
-    """Three unlike images: dark with a gradient, bright with stripes, noise."""
+    """Three different images: dark with a gradient, bright with stripes, noise."""
     x, y = np.meshgrid(np.linspace(0, 1, size), np.linspace(0, 1, size))
     dark = np.stack([0.3 * x, 0.2 * y, 0.1 * x * y], axis=-1)
     stripes = np.stack([0.5 + 0.5 * np.sin(40 * x), 0.9 - 0.2 * y, np.cos(9 * y) ** 2], axis=-1)
@@ -60,11 +60,11 @@ def photos(size: int) -> np.ndarray:
 
 
 @contextmanager
-def kept(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
+def our_outputs(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
     """Outputs of our modules of these classes, in order; a batch may pass in several parts."""
     outputs: dict[int, list[mx.array]] = {}
 
-    def keeping(call: Any) -> Any:
+    def recording(call: Any) -> Any:
         def inner(self: Any, *arguments: Any, **named: Any) -> Any:
             output = call(self, *arguments, **named)
             outputs.setdefault(id(self), []).append(whole(output))
@@ -74,12 +74,12 @@ def kept(*classes: type) -> Iterator[dict[int, list[mx.array]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for kind in classes:
-            patch.setattr(kind, "__call__", keeping(kind.__call__))
+            patch.setattr(kind, "__call__", recording(kind.__call__))
         yield outputs
 
 
 def reference(variant: str, tensors: synthetic_clip.Tensors) -> Any:
-    """open_clip's model with the weights given."""
+    """open_clip's model with the given weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = open_clip.create_model(BUILT[variant])
@@ -104,14 +104,14 @@ def ours(variant: str, tensors: dict[str, Any], layout: Any = OPEN_CLIP) -> Mobi
     return model
 
 
-def assert_close(found: mx.array, expected: np.ndarray, what: str) -> None:
-    """Each stage by the contract; embeddings also in direction and in what tells rows apart."""
-    assert relative_error(found, expected) < STAGE_FLOAT32, what
+def assert_close(found: mx.array, expected: np.ndarray, stage: str) -> None:
+    """Bound the error of a stage; of embeddings also direction and differences of rows."""
+    assert relative_error(found, expected) < STAGE_FLOAT32, stage
     if expected.ndim == 2:
         a, b = np.asarray(found, np.float64), expected.astype(np.float64)
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
-        assert cosine.min() > COSINE, what
-        assert relative_error(a - a.mean(0), b - b.mean(0)) < 1e-3, what
+        assert cosine.min() > COSINE, stage
+        assert relative_error(a - a.mean(0), b - b.mean(0)) < 1e-3, stage
 
 
 @pytest.mark.parametrize("variant", BUILT)
@@ -129,7 +129,7 @@ def test_both_towers_stage_by_stage(variant: str) -> None:
             image = torch_model.encode_image(torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
         blocks = {f"text {i}": part for i, part in enumerate(text.transformer.resblocks)}
         with oracle.recorded(blocks) as text_stages:
-            words = torch_model.encode_text(torch.from_numpy(ids.astype(np.int64)))
+            text_rows = torch_model.encode_text(torch.from_numpy(ids.astype(np.int64)))
     states = [tensors]
     if not vit:
         fused = reparameterize_model(torch_model)
@@ -137,24 +137,24 @@ def test_both_towers_stage_by_stage(variant: str) -> None:
         assert len(states[1]) < len(tensors)
     for state in states:
         model = ours(variant, dict(state))
-        with kept(*classes) as found:
+        with our_outputs(*classes) as found:
             mx.eval(image_found := model.encode_image(mx.array(pixels)))
         for (what, expected), value in zip(stages.items(), found.values(), strict=True):
             assert_close(mx.concatenate(value), expected, what)
         assert_close(image_found, image.numpy(), "image")
-        with kept(TransformerLayer) as found:
+        with our_outputs(TransformerLayer) as found:
             mx.eval(text_found := model.encode_text(mx.array(ids)))
         for (what, expected), value in zip(text_stages.items(), found.values(), strict=True):
             assert_close(mx.concatenate(value), expected, what)
-        assert_close(text_found, words.numpy(), "text")
+        assert_close(text_found, text_rows.numpy(), "text")
         assert model.logit_scale is not None
         assert abs(model.logit_scale.item() - torch_model.logit_scale.item()) < 1e-6
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP-S1", "MobileCLIP-S2"])
-def test_apples_image_tower_is_timms(variant: str, fused: bool) -> None:
-    """Apple's names at full size, S0's too; its text tower is held to formulas elsewhere."""
+def test_apple_image_tower_equals_timm(variant: str, fused: bool) -> None:
+    """S0 too, whose text tower is compared with formulas elsewhere."""
     import timm
 
     tensors = values(listing(variant, "apple", fused))
@@ -176,7 +176,7 @@ def test_apples_image_tower_is_timms(variant: str, fused: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 def test_texts_stay_apart_in_half_precision(dtype: mx.Dtype) -> None:
-    """Against float32: each text near its own, and what tells the two apart is kept."""
+    """Each text is close to float32, and so is the difference of the two."""
     tensors = values(listing("MobileCLIP2-S0", "open_clip"))
     ids = clip_tokenizer()([TEXTS[0], TEXTS[2]])
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_texts_stay_apart_in_half_precision(dtype: mx.Dtype) -> None:
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > HALF_PRECISION_COSINE
 
 
-def test_the_other_variants_differ_in_name_alone() -> None:
+def test_other_variants_have_a_tested_architecture() -> None:
     def shape(name: str) -> Any:
         config = VARIANTS[name]
         return config.image, config.text, config.embed_dim
@@ -200,7 +200,7 @@ def test_the_other_variants_differ_in_name_alone() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT.values())))
-def test_pixels_are_equal_to_open_clips(name: str) -> None:
+def test_pixels_equal_open_clip(name: str) -> None:
     given = open_clip.get_pretrained_cfg(name, TAGS.get(name, "dfndr2b"))
     preprocess = VARIANTS[name].preprocess
     assert tuple(given["mean"]) == preprocess.mean and tuple(given["std"]) == preprocess.std
@@ -230,7 +230,7 @@ def test_pixels_are_equal_to_open_clips(name: str) -> None:
         assert np.array_equal(processor.pixels(image), expected), mode
 
 
-BLANK = ("Cn", "Cs", "Co")  # not assigned, half a pair, private
+BLANK = ("Cn", "Cs", "Co")  # unassigned, surrogate, private use
 NASTY = [
     "",
     " ",
@@ -255,13 +255,13 @@ NASTY = [
 
 
 def corpus() -> list[str]:
-    """The list above and random text over all code points that Unicode has assigned."""
+    """NASTY, and random texts of assigned code points."""
     rng = random.Random(0)
     ranges = ((32, 127), (0x20, 0x250), (0x20, 0x3100), (0x20, 0xD7FF), (0x1F300, 0x1FB00))
     result = list(NASTY)
     while len(result) < 5_000:
         drawn = [chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 40))]
-        # The regex package has its own view of what is not assigned, and of U+0345.
+        # The regex package differs about unassigned characters and U+0345.
         result.append(
             "".join(c for c in drawn if unicodedata.category(c) != "Cn" and c != "\u0345")
         )
@@ -269,7 +269,7 @@ def corpus() -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:text ")
-def test_ids_are_equal_to_open_clips() -> None:
+def test_ids_equal_open_clip() -> None:
     pytest.importorskip("ftfy", reason="open_clip mends texts with ftfy")
     theirs = open_clip.get_tokenizer("MobileCLIP-S1")
     texts = corpus()
@@ -281,10 +281,10 @@ def test_ids_are_equal_to_open_clips() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:text ")
-def test_ids_without_ftfy_are_equal_for_sound_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_without_ftfy_equal_open_clip_for_sound_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but wrongly decoded text, terminal escapes and private or C1 control characters."""
     theirs = open_clip.get_tokenizer("MobileCLIP-S1")
-    monkeypatch.setattr(tokenizer, "_mender", lambda: tokenizer._mend)
+    monkeypatch.setattr(tokenizer, "_text_fixer", lambda: tokenizer._fix_text)
     texts = [t for t in NASTY if "Ã" not in t and "\x1b" not in t]
     texts += ["\u201cCurly\u201d \u2018quotes\u2019 \u2014 dashes\u2026", "ＷＩＤＥ ﬃ"]
     expected, found = theirs(texts).numpy(), clip_tokenizer()(texts)

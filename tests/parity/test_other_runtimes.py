@@ -1,4 +1,4 @@
-"""What `convert --layout` writes, loaded by the runtimes it is written for."""
+"""Checkpoints of `convert --layout`, loaded by the runtimes that they are written for."""
 
 import importlib.util
 import json
@@ -22,9 +22,9 @@ from mlx_mobileclip.json_fields import Fields
 from mlx_mobileclip.preprocess.image import resize_crop, resize_pad, to_array
 
 pytestmark = pytest.mark.parity
-ONE_LEVEL = 1.01 / 255  # torchvision rounds a resized image otherwise than Pillow
+ONE_LEVEL = 1.01 / 255  # torchvision rounds a resized image differently from Pillow
 QUESTION = "How many shapes are there?"
-# In a process of its own: transformers must not find PyTorch there, nor this one mlx-vlm's patches.
+# In a subprocess, where transformers must not find PyTorch; mlx-vlm's patches stay there.
 MLX_VLM = """
 import json, sys
 sys.modules |= dict.fromkeys(("torch", "torchvision"))
@@ -52,7 +52,7 @@ def convert(target: Path, *options: str) -> None:
     assert command.main([*base, *options]) == 0
 
 
-def test_transformers(tmp_path: Path) -> None:
+def test_transformers_gives_the_same_answer(tmp_path: Path) -> None:
     """The same pixels, prompt, logits and answer."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -76,18 +76,18 @@ def test_transformers(tmp_path: Path) -> None:
     assert np.abs(pixels - np.array(inputs.pixels)).max() < ONE_LEVEL
     with torch.no_grad():
         expected = theirs(**given).logits[0, :, : processor.tokenizer.size].numpy()
-        said = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        generated = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, len(ids) :]
     ours = model(inputs.input_ids[None], pixels=mx.array(pixels))[0, :, : processor.tokenizer.size]
     assert relative_error(ours, expected) < STAGE_FLOAT32
     answer = generate(model, processor, QUESTION, image, max_tokens=24)
     assert answer.finish_reason == "stop"
-    assert said.tolist() == [*answer.token_ids, processor.tokenizer.added["<|im_end|>"]]
-    assert prepare.decode(said, skip_special_tokens=True) == answer.text
+    assert generated.tolist() == [*answer.token_ids, processor.tokenizer.added["<|im_end|>"]]
+    assert prepare.decode(generated, skip_special_tokens=True) == answer.text
 
 
 @pytest.mark.parametrize("question", ["Describe the image.", "What colour is the background?"])
 def test_transformers_ends_its_answers(question: str, tmp_path: Path) -> None:
-    """With nothing but what the directory says; and with no generation_config.json as well."""
+    """With the files of the directory alone, and also without generation_config.json."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     convert(tmp_path / "there", "--layout", "transformers")
@@ -104,18 +104,20 @@ def test_transformers_ends_its_answers(question: str, tmp_path: Path) -> None:
     for _ in range(2):
         theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "there").eval()
         with torch.no_grad():
-            said = theirs.generate(**given, max_new_tokens=60)[0, given["input_ids"].shape[1] :]
-        assert prepare.decode(said, skip_special_tokens=True) == expected.text
+            generated = theirs.generate(**given, max_new_tokens=60)[
+                0, given["input_ids"].shape[1] :
+            ]
+        assert prepare.decode(generated, skip_special_tokens=True) == expected.text
         (tmp_path / "there" / "generation_config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "LlavaImageProcessor"])
 @pytest.mark.parametrize("do_pad", [False, True])
 @pytest.mark.parametrize("size", [(300, 201), (97, 500), (1023, 1025)])
-def test_pixels_of_the_processors_on_tensors(
+def test_pixels_of_the_torchvision_processors(
     kind: str, do_pad: bool, size: tuple[int, int], tmp_path: Path
 ) -> None:
-    """Noise, which is the worst case: where torchvision rounds otherwise, by 2 levels at most."""
+    """Noise is the worst case: torchvision's rounding differs by 2 levels at most."""
     identity = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
     crop = {"height": 256, "width": 256}
     theirs = getattr(transformers, kind)(
@@ -133,7 +135,7 @@ def test_pixels_of_the_processors_on_tensors(
 
 
 @pytest.mark.parametrize("options", [(), ("-q", "--q-mixed")], ids=["float", "mixed"])
-def test_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_mlx_vlm_gives_the_same_answer(options: tuple[str, ...], tmp_path: Path) -> None:
     """The same logits of the same pixels and prompt, and the same whole answer."""
     if any(importlib.util.find_spec(name) is None for name in ("mlx_vlm", "requests")):
         pytest.skip("not installed: pip install --no-deps mlx-vlm; pip install requests")
@@ -144,24 +146,24 @@ def test_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
     inputs = processor(QUESTION, image)
     ids, side = np.array(inputs.input_ids), processor.image_size
     first, last = np.flatnonzero(ids < 0)[[0, -1]]
-    short = np.concatenate([ids[:first], [-200], ids[last + 1 :]])  # mlx-vlm's one id an image
+    short = np.concatenate([ids[:first], [-200], ids[last + 1 :]])  # mlx-vlm has one id per image
     assert inputs.pixels is not None and side == 256
     pixels = np.array(inputs.pixels).transpose(0, 3, 1, 2)
     np.savez(tmp_path / "inputs.npz", ids=short[None], pixels=pixels)
     paths = (tmp_path / name for name in ("there", "inputs.npz", "output.npz", "image.png"))
     command_line = [sys.executable, "-c", MLX_VLM, *map(str, paths), QUESTION]
-    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     theirs = np.load(tmp_path / "output.npz")["arr_0"][0]
     ours = np.array(model(inputs.input_ids[None], pixels=inputs.pixels))[0]
     assert relative_error(ours, theirs) < STAGE_FLOAT32
     answer = generate(model, processor, QUESTION, image, max_tokens=60)
     assert answer.finish_reason == "stop"
-    assert done.stdout.splitlines()[-1] == answer.text
+    assert process.stdout.splitlines()[-1] == answer.text
 
 
-def test_a_text_alone_is_rendered_alike(tmp_path: Path) -> None:
-    """The chat template lays a conversation out as we do."""
+def test_chat_template_renders_the_same_prompt(tmp_path: Path) -> None:
+    """The chat template gives the ids of our processor."""
     from transformers import AutoTokenizer
 
     _, processor = load("demo")

@@ -1,4 +1,4 @@
-"""MobileCLIP checkpoints with a byte-pair vocabulary of their own, sound and hostile."""
+"""MobileCLIP checkpoints with their own merges.txt, valid and hostile."""
 
 import json
 import os
@@ -33,7 +33,7 @@ START, END = SIZE - 2, SIZE - 1
 
 
 def write(path: Path, vocab_size: int = SIZE, context_length: int = 77) -> Path:
-    """A canonical checkpoint of random weights, with MERGES beside them."""
+    """Write a canonical checkpoint of random weights and, if they fit its size, MERGES."""
     config = tiny_config("MobileCLIP2-S0")
     assert config.text is not None
     text = replace(config.text, vocab_size=vocab_size, context_length=context_length)
@@ -53,11 +53,11 @@ def write(path: Path, vocab_size: int = SIZE, context_length: int = 77) -> Path:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("words") / "sound")
+    return write(tmp_path_factory.mktemp("tokenizer") / "sound")
 
 
 def test_ids_follow_from_the_merges(sound: Path) -> None:
-    """256 bytes, 256 bytes at a word's end, merges, start, end: the end is the largest id."""
+    """Ids are 256 bytes, 256 bytes at the end of a word, merges, start and end, in this order."""
     model, processor = load(sound)
     ids = np.array(processor.texts(["Red cat", "é a<end_of_text>"]))
     assert ids.shape == (2, 77) and ids.max() == END
@@ -68,7 +68,7 @@ def test_ids_follow_from_the_merges(sound: Path) -> None:
     assert mx.isfinite(embeddings).all().item()
 
 
-def test_texts_have_the_length_that_the_config_says(tmp_path: Path) -> None:
+def test_context_length_of_the_config_is_used(tmp_path: Path) -> None:
     for vocab_size in (SIZE, 49408):
         model, processor = load(write(tmp_path / f"{vocab_size}", vocab_size, 16))
         assert processor.texts(["a cat"]).shape == (1, 16)
@@ -78,14 +78,14 @@ def test_texts_have_the_length_that_the_config_says(tmp_path: Path) -> None:
         assert model.encode_text(ids).shape[0] == 1
 
 
-def test_clip_s_vocabulary_needs_no_file_and_takes_none(tmp_path: Path) -> None:
+def test_clip_vocabulary_ignores_merges_file(tmp_path: Path) -> None:
     path = write(tmp_path / "clip", 49408)
     (path / "merges.txt").write_text("of another program")
     _, processor = load(path)
     assert processor.tokenizer is clip_tokenizer()
 
 
-def test_conversion_keeps_the_words(sound: Path, tmp_path: Path) -> None:
+def test_conversion_keeps_the_tokenizer(sound: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     options = ["--model", str(sound), "--mlx-path", str(target), "--dtype", "float32", "--verify"]
     assert converter.main(options) == 0
@@ -100,7 +100,7 @@ def json_or_bytes(path: Path) -> object:
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
-def test_the_command_line_reads_the_words(sound: Path, tmp_path: Path) -> None:
+def test_command_line_uses_the_tokenizer(sound: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("red\ncat\n")
     options = ["--model", str(sound), "--texts", str(texts), "--output", str(tmp_path / "x.npz")]
@@ -115,8 +115,8 @@ def test_the_command_line_reads_the_words(sound: Path, tmp_path: Path) -> None:
     assert np.abs(found - np.array(expected)).max() < 1e-5
 
 
-def test_clip_s_own_merges_survive_the_file(tmp_path: Path) -> None:
-    """The format holds everything that CLIP's tokenizer needs."""
+def test_clip_merges_survive_a_round_trip(tmp_path: Path) -> None:
+    """merges.txt can hold CLIP's own merges."""
     import gzip
     from importlib import resources
 
@@ -143,14 +143,14 @@ HOSTILE: dict[str, tuple[Build, str]] = {
         lambda path: (path.touch(), os.truncate(path, MAX_MERGES_BYTES + 1)),
         "larger than 4 MB",
     ),
-    "full of lines": (text("\n" * MAX_MERGES_BYTES), "line 1, '', is not two known pieces"),
+    "full of lines": (text("\n" * MAX_MERGES_BYTES), "line 1, '', is not two known tokens"),
     "one line": (text("a" * MAX_MERGES_BYTES), "line 1, 'a{40}', is not"),
     "no UTF-8": (text(GOOD.encode() + b"\xff \xfe\n"), r"cannot be read \('utf-8'"),
     "half a surrogate": (text(GOOD.encode() + b"\xed\xa0\x80 a\n"), r"cannot be read \('utf-8'"),
     "empty": (text(""), "line 1, '', is not"),
     "a header": (text("#version: 0.2\n" + GOOD), "line 1, '#version: 0.2', is not"),
     "an empty line": (text("c a\n\nca t</w>\n"), "line 2, '', is not"),
-    "line ends of Windows": (text(GOOD.replace("\n", "\r\n")), "line 1, .*, is not"),
+    "Windows line ends": (text(GOOD.replace("\n", "\r\n")), "line 1, .*, is not"),
     "one piece": (text(GOOD + "ab\n"), "line 5, 'ab', is not"),
     "three pieces": (text(GOOD + "a b c\n"), "line 5, 'a b c', is not"),
     "two spaces": (text(GOOD + "a  b\n"), "line 5, 'a  b', is not"),
@@ -160,8 +160,8 @@ HOSTILE: dict[str, tuple[Build, str]] = {
     "pieces known later": (text("ca t</w>\nc a\n"), "line 1, .*, is not"),
     "a character as it is": (text(GOOD + "é \u3042\n"), "line 5, .*, is not"),
     "control characters": (text(GOOD + "a \x1b[2J\n"), "line 5, .*, is not"),
-    "a merge twice": (text(GOOD + "r e\n"), "line 5 makes 're' a second time"),
-    "a token twice": (text(GOOD + "a t</w>\nc at</w>\n"), "line 6 makes 'cat</w>' a second time"),
+    "a merge twice": (text(GOOD + "r e\n"), "line 5 repeats the token 're'"),
+    "a token twice": (text(GOOD + "a t</w>\nc at</w>\n"), "line 6 repeats the token 'cat</w>'"),
     "a byte's token": (text(GOOD + "a </w>\n"), "line 5, .*, is not"),
     "too few": (text(GOOD), "4 merges make a vocabulary of 518, not of 519"),
     "too many": (text(GOOD + "e r\ne n\n"), "6 merges make a vocabulary of 520, not of 519"),
@@ -169,7 +169,7 @@ HOSTILE: dict[str, tuple[Build, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
+def test_hostile_merges_are_refused(name: str, sound: Path, tmp_path: Path) -> None:
     build, reason = HOSTILE[name]
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).hardlink_to(sound / file)
@@ -184,14 +184,14 @@ def test_is_refused(name: str, sound: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [2, 512, 514, 1_000_000])
-def test_a_size_that_the_merges_do_not_make(vocab_size: int, tmp_path: Path) -> None:
+def test_vocabulary_size_must_match_the_merges(vocab_size: int, tmp_path: Path) -> None:
     write_merges(tmp_path, MERGES)
     with pytest.raises(ConfigError, match=f"vocabulary of {SIZE}, not of {vocab_size} as config"):
         read_merges(tmp_path, vocab_size)
 
 
-def test_a_file_as_large_as_allowed_is_quick(tmp_path: Path) -> None:
-    """Each merge as long as the file lets it be: no more work than reading it."""
+def test_largest_allowed_file_is_quick(tmp_path: Path) -> None:
+    """Merges as long as the file allows cost no more than reading them."""
     lines, piece, size = [], "a", 0
     while size + 2 * len(piece) + 2 <= MAX_MERGES_BYTES:
         lines.append(f"{piece} {piece}")
@@ -204,7 +204,7 @@ def test_a_file_as_large_as_allowed_is_quick(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_conversion_refuses_them_too(
+def test_conversion_refuses_hostile_merges(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "source"

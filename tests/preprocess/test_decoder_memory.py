@@ -1,4 +1,4 @@
-"""What image decoders hold at once, in all threads of a process."""
+"""Memory that image decoders hold at once, in all threads of a process."""
 
 import json
 import subprocess
@@ -15,27 +15,27 @@ from mlx_mobileclip.preprocess.decoder_memory import MAX_DECODER_BYTES, MemoryBu
 from mlx_mobileclip.preprocess.image import open_image, open_resized
 
 
-def grown(code: str, *arguments: str) -> float:
-    """By how many MB a new process grows while it runs some code, after its imports."""
+def growth_mb(code: str, *arguments: str) -> float:
+    """Growth in MB of a new process while it runs the part of the code after "# work"."""
     imports, work = code.split("# work\n")
     script = f"""
 import json, sys
 {imports}
-from bench.worker import forget_peak, peak
-forget_peak()
+from bench.worker import reset_peak, peak
+reset_peak()
 before = peak()
 {work}
 print(json.dumps((peak() - before) / 1e6))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True, text=True, check=False, env=isolated.ENVIRONMENT, timeout=100,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return float(json.loads(done.stdout))
+    assert process.returncode == 0, process.stderr
+    return float(json.loads(process.stdout))
 
 
-def test_threads_wait_for_each_other(tmp_path: Path) -> None:
+def test_threads_decode_within_the_memory_budget(tmp_path: Path) -> None:
     """Four images of 400 MB each, in four threads: two at a time."""
     for i in range(4):
         (tmp_path / f"{i}.webp").write_bytes(bombs.webp_canvas(5000, 5000, 1))
@@ -51,8 +51,8 @@ with ThreadPoolExecutor(4) as pool:
         assert pixels.shape == (64, 64, 3)
 """
     options = {"mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
-    # glibc keeps up to a hundred MB of what was freed.
-    assert 700 < grown(code, str(tmp_path), json.dumps(options)) < 1050
+    # glibc keeps up to 100 MB of freed memory.
+    assert 700 < growth_mb(code, str(tmp_path), json.dumps(options)) < 1050
 
 
 def test_calibration_holds_one_image_at_a_time(tmp_path: Path) -> None:
@@ -67,10 +67,10 @@ samples = calibration_samples(Path(sys.argv[1]))
 assert len(samples) == 4
 """
     one = 6000 * 4000 * 5 / 1e6
-    assert grown(code, str(tmp_path)) < 2 * one
+    assert growth_mb(code, str(tmp_path)) < 2 * one
 
 
-def test_an_image_counts_until_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_memory_is_reserved_until_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     budget = MemoryBudget(MAX_DECODER_BYTES)
     monkeypatch.setattr("mlx_mobileclip.preprocess.image.DECODERS", budget)
@@ -89,7 +89,7 @@ def test_an_image_counts_until_it_is_resized(monkeypatch: pytest.MonkeyPatch) ->
     assert budget.left == MAX_DECODER_BYTES
 
 
-def test_who_asks_for_more_than_is_left_waits() -> None:
+def test_reservation_waits_until_memory_is_free() -> None:
     budget, order = MemoryBudget(10), []
     entered = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Preprocessing, bit for bit against the reference steps, and its limits."""
+"""Preprocessing of FastVLM: bit-equal to the reference steps, and its limits."""
 
 import io
 import time
@@ -59,12 +59,14 @@ def test_crop_is_bit_equal_to_the_reference(shape: tuple[int, int]) -> None:
     assert np.array_equal(to_array(resize_crop(image, 256)), reference_crop(image, 256))
 
 
-def test_crop_refuses_what_would_be_huge() -> None:
+def test_crop_refuses_elongated_images() -> None:
     with pytest.raises(ImageError, match="too elongated"):
         resize_crop(noise(2000, 3), 1024)
 
 
-def test_a_tall_image_never_becomes_a_square(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_of_elongated_images_allocates_no_full_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     created = []
     make = Image.new
     monkeypatch.setattr(
@@ -108,7 +110,7 @@ def test_resolution_sets_the_number_of_ids(
 
 
 @pytest.mark.parametrize("resolution", [0, 64, 300, 1600, True, 512.0])
-def test_bad_resolutions(processor: Processor, resolution: Any) -> None:
+def test_bad_resolutions_are_refused(processor: Processor, resolution: Any) -> None:
     with pytest.raises(ImageError, match="128 to 1536 in steps of 64"):
         processor("a", noise(5, 7), resolution=resolution)
 
@@ -122,13 +124,13 @@ def test_images_inside_messages_and_beside_them(processor: Processor) -> None:
     )
 
 
-def test_text_only(processor: Processor) -> None:
+def test_prompt_without_images(processor: Processor) -> None:
     inputs = processor("hello")
     assert inputs.pixels is None and inputs.input_ids.dtype == mx.int32
 
 
-def upright(orientation: int) -> np.ndarray:
-    """Pixels of a JPEG of which only the EXIF orientation says what is up."""
+def opened_with_orientation(orientation: int) -> np.ndarray:
+    """Pixels of an image opened with an EXIF orientation."""
     image = noise(30, 20)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -136,13 +138,13 @@ def upright(orientation: int) -> np.ndarray:
 
 
 def test_exif_orientation_is_applied() -> None:
-    plain = upright(1)
-    assert np.array_equal(upright(3), np.rot90(plain, 2))
-    assert np.array_equal(upright(6), np.rot90(plain, -1))
-    assert np.array_equal(upright(2), plain[:, ::-1])
+    plain = opened_with_orientation(1)
+    assert np.array_equal(opened_with_orientation(3), np.rot90(plain, 2))
+    assert np.array_equal(opened_with_orientation(6), np.rot90(plain, -1))
+    assert np.array_equal(opened_with_orientation(2), plain[:, ::-1])
 
 
-def test_modes() -> None:
+def test_image_modes_are_converted_to_rgb() -> None:
     grey = noise(8, 8).convert("L")
     expected = np.array(grey.convert("RGB"))
     for mode in ("L", "LA", "RGBA", "P", "1"):
@@ -158,13 +160,13 @@ def test_modes() -> None:
     )
 
 
-def test_first_frame_of_an_animation() -> None:
+def test_first_frame_of_an_animation_is_used() -> None:
     frames = [noise(8, 8, i).convert("P") for i in range(3)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.array_equal(np.array(open_image(data)), np.array(frames[0].convert("RGB")))
 
 
-def test_a_mask_of_ones_is_not_taken_for_scaled_floats(processor: Processor) -> None:
+def test_uint8_ones_are_not_taken_for_scaled_floats(processor: Processor) -> None:
     pixels = processor("a", np.ones((9, 9, 3), np.uint8)).pixels
     assert pixels is not None and pixels.max().item() == np.float32(1 / 255)
 
@@ -174,7 +176,7 @@ def test_a_mask_of_ones_is_not_taken_for_scaled_floats(processor: Processor) -> 
     [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), np.zeros((4,), np.uint8),
      np.zeros((0, 4, 3), np.uint8)],
 )  # fmt: skip
-def test_bad_arrays(array: np.ndarray) -> None:
+def test_bad_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ImageError):
         open_image(array)
 
@@ -190,12 +192,12 @@ def test_bad_arrays(array: np.ndarray) -> None:
         (b"%PDF-1.4", "not an image in JPEG"),
     ],
 )
-def test_what_is_no_image(source: Any, message: str) -> None:
+def test_unusable_sources_are_refused(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         open_image(source)
 
 
-def test_a_12_megapixel_photo_is_quick(processor: Processor) -> None:
+def test_12_megapixel_photo_is_quick(processor: Processor) -> None:
     """Well within a second on a busy machine; bench/ measures it properly."""
     image = noise(4032, 3024).resize((4032, 3024))
     data = encoded(image, "JPEG", quality=85)

@@ -1,4 +1,4 @@
-"""Conversations in the forms that people have them in: no image is lost, no key is ignored."""
+"""Conversations in the forms of OpenAI, Ollama and transformers: no image or key is dropped."""
 
 import base64
 import io
@@ -53,14 +53,14 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
         user(content=[{"type": "image_url", "image_url": URI}, TEXT]),
     ],
 )
-def test_every_form_is_the_same_prompt(messages: Any, processor: Processor) -> None:
+def test_every_form_gives_the_same_prompt(messages: Any, processor: Processor) -> None:
     expected = processor("Q", [PNG])
     found = processor(messages)
     assert found.input_ids.tolist() == expected.input_ids.tolist()
     assert found.pixels is not None and (found.pixels == expected.pixels).all().item()
 
 
-def test_paths_and_file_objects(processor: Processor, tmp_path: Path) -> None:
+def test_paths_and_file_objects_are_read(processor: Processor, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(PNG)
     expected = processor("Q", [PNG]).pixels
@@ -76,7 +76,7 @@ def test_paths_and_file_objects(processor: Processor, tmp_path: Path) -> None:
     assert pixels is not None and (pixels == expected).all().item()
 
 
-def test_images_keep_their_places() -> None:
+def test_images_keep_their_order() -> None:
     messages = [
         {"role": "user", "content": [TEXT, {"type": "image"}], "images": [b"1", b"2"]},
         {"role": "assistant", "content": "A"},
@@ -89,28 +89,40 @@ def test_images_keep_their_places() -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (user(content="Q", picture=PNG), "a message has the key 'picture', which is not known"),
+        (user(content="Q", picture=PNG), "a message has the unknown key 'picture'"),
         (user(content="Q", name="me"), "'name'"),
-        (user(content=[{"type": "text", "text": "Q", "image": PNG}]), "a text part has the key"),
-        (user(content=[{"type": "image", "file": "a.jpg"}]), "an image part has the key 'file'"),
+        (
+            user(content=[{"type": "text", "text": "Q", "image": PNG}]),
+            "a text part has the unknown key",
+        ),
+        (
+            user(content=[{"type": "image", "file": "a.jpg"}]),
+            "an image part has the unknown key 'file'",
+        ),
         (user(content=[{"type": "image", "detail": "low"}]), "'detail'"),
         (user(content=[{"type": "image", "path": "a", "url": "b"}]), "path and url; give one"),
         (user(content="Q", image=PNG, images=[PNG]), "both image and images"),
         (user(content="Q", images=PNG), "must be a list, not a bytes"),
-        (user(content=[{"type": "image_url", "url": URI}]), "an image_url part has the key 'url'"),
+        (
+            user(content=[{"type": "image_url", "url": URI}]),
+            "an image_url part has the unknown key 'url'",
+        ),
         (user(content=[{"type": "image_url", "image_url": 7}]), "a data URI or a path"),
         (user(content=[{"type": "image_url"}]), "a data URI or a path"),
         (
             user(content=[{"type": "image_url", "image_url": {"url": URI, "detail": "low"}}]),
             "detail can only be auto",
         ),
-        (user(content=[{"type": "image_url", "image_url": {"url": URI, "x": 1}}]), "the key 'x'"),
+        (
+            user(content=[{"type": "image_url", "image_url": {"url": URI, "x": 1}}]),
+            "the unknown key 'x'",
+        ),
         (user(content=[{"type": "input_image", "image_url": URI}]), "a part must be"),
         (user(content=["Q"]), "a part must be"),
         (user(images=[PNG]), "content must be a text or a list of parts"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(messages: Any, message: str) -> None:
+def test_unknown_keys_and_forms_are_refused(messages: Any, message: str) -> None:
     with pytest.raises(PromptError) as refused:
         read_messages(messages)
     assert message in str(refused.value)
@@ -120,7 +132,7 @@ def test_what_is_not_known_is_refused_by_name(messages: Any, message: str) -> No
 @pytest.mark.parametrize(
     "part", [lambda u: {"type": "image", "url": u}, lambda u: {"type": "image", "path": u}]
 )
-def test_a_url_is_never_fetched(part: Any, scheme: str, processor: Processor) -> None:
+def test_urls_are_never_fetched(part: Any, scheme: str, processor: Processor) -> None:
     with pytest.raises(ImageError, match="URLs are not opened"):
         processor(user(content=[part(f"{scheme}://localhost/a.png"), TEXT]))
     url = {"type": "image_url", "image_url": {"url": f"{scheme}://localhost/a.png"}}
@@ -139,7 +151,7 @@ def test_a_url_is_never_fetched(part: Any, scheme: str, processor: Processor) ->
         (object(), "cannot be a object"),
     ],
 )
-def test_bad_images(image: Any, message: str, processor: Processor) -> None:
+def test_bad_images_are_refused(image: Any, message: str, processor: Processor) -> None:
     with pytest.raises(ImageError, match=message):
         _ = processor("Q", [image]).pixels
 
@@ -147,7 +159,7 @@ def test_bad_images(image: Any, message: str, processor: Processor) -> None:
 @pytest.mark.parametrize(
     "text", ["<image>\nWhat is this?", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"]
 )
-def test_a_text_that_seems_rendered_warns_once(
+def test_text_that_looks_rendered_warns_once(
     text: str, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat_format, "_warned", set())

@@ -1,4 +1,4 @@
-"""Added tokens of a fine-tune: what tokenizers makes of the same file, control tokens apart."""
+"""Added tokens of fine-tunes, against the tokenizers package; control tokens excepted."""
 
 import json
 import re
@@ -26,17 +26,17 @@ ADDED: dict[str, tuple[str, ...]] = {  # with the flags that are set
     "word": ("single_word",),
     "the": ("normalized",),  # also made by merges
     "日本": (),
-    "e\u0301": (),  # never met once the text is normalised
-    "ü": ("normalized",),  # a byte's character as well
-    "<u\u0308>": ("normalized",),  # such a one once it is normalised
+    "e\u0301": (),  # does not occur in normalised text
+    "ü": ("normalized",),  # also the character of a byte
+    "<u\u0308>": ("normalized",),  # contains one once normalised
     "<secret>": ("special",),
     "<hidden>": ("special", "lstrip"),
 }
-OUTSIDE = ("日", "日a", "a b")  # in the vocabulary, with characters that stand for no byte
+OUTSIDE = ("日", "日a", "a b")  # in the vocabulary, with characters that represent no byte
 
 
 def write(directory: Path, added: dict[str, tuple[str, ...]] = ADDED, **changes: Any) -> Path:
-    """A tokenizer.json with everything that tokenizers needs."""
+    """Write a tokenizer.json that the tokenizers package can read."""
     synthetic.write_tokenizer(directory)
     path = directory / "tokenizer.json"
     tokenizer.read(directory).save(path)
@@ -60,18 +60,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Theirs]:
     return tokenizer.read(path.parent), Theirs.from_file(str(path))
 
 
-def control(words: Tokenizer) -> set[int]:
+def control_ids(ours: Tokenizer) -> set[int]:
     special = [token for token, flags in ADDED.items() if "special" in flags]
-    return {words.added[token] for token in (*special, *synthetic.CONTROL_TOKENS)}
+    return {ours.added[token] for token in (*special, *synthetic.CONTROL_TOKENS)}
 
 
-def test_added_tokens_in_a_prompt_and_an_answer(pair: tuple[Tokenizer, Theirs]) -> None:
-    words, theirs = pair
-    ids = words.encode("see <loc_1><loc_11>.")
-    assert {words.added["<loc_1>"], words.added["<loc_11>"]} < set(ids)
-    assert words.decode(ids) == "see <loc_1><loc_11>."
-    assert words.decode([words.added["<secret>"], words.added["<|im_end|>"]]) == ""
-    assert words.decode([theirs.token_to_id("日a"), theirs.token_to_id("a b")]) == "日aa b"
+def test_added_tokens_are_encoded_and_decoded(pair: tuple[Tokenizer, Theirs]) -> None:
+    ours, theirs = pair
+    ids = ours.encode("see <loc_1><loc_11>.")
+    assert {ours.added["<loc_1>"], ours.added["<loc_11>"]} < set(ids)
+    assert ours.decode(ids) == "see <loc_1><loc_11>."
+    assert ours.decode([ours.added["<secret>"], ours.added["<|im_end|>"]]) == ""
+    assert ours.decode([theirs.token_to_id("日a"), theirs.token_to_id("a b")]) == "日aa b"
 
 
 PIECES = [*(t for t, flags in ADDED.items() if "special" not in flags), *OUTSIDE]
@@ -95,23 +95,23 @@ PIECES += [
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=9).map("".join))
-def test_ids_are_those_of_tokenizers(pair: tuple[Tokenizer, Theirs], text: str) -> None:
-    words, theirs = pair
+def test_ids_equal_tokenizers(pair: tuple[Tokenizer, Theirs], text: str) -> None:
+    ours, theirs = pair
     try:
         text.encode()
     except UnicodeEncodeError:
         return
     expected = theirs.encode(text, add_special_tokens=False).ids
-    assert words.encode(text) == expected, text
-    assert words.decode(expected) == theirs.decode(expected)
+    assert ours.encode(text) == expected, text
+    assert ours.decode(expected) == theirs.decode(expected)
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.integers(0, 300), max_size=12))
-def test_text_is_that_of_tokenizers(pair: tuple[Tokenizer, Theirs], ids: list[int]) -> None:
-    words, theirs = pair
-    assert words.decode(ids) == theirs.decode(ids)
-    decoder = TextDecoder(words)
+def test_decoded_text_equals_tokenizers(pair: tuple[Tokenizer, Theirs], ids: list[int]) -> None:
+    ours, theirs = pair
+    assert ours.decode(ids) == theirs.decode(ids)
+    decoder = TextDecoder(ours)
     assert "".join([*map(decoder.feed, ids), decoder.finish()]) == theirs.decode(ids)
 
 
@@ -121,37 +121,39 @@ CONTROL = [t for t, flags in ADDED.items() if "special" in flags] + [*synthetic.
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([*CONTROL, *PIECES]), max_size=9).map("".join))
 def test_typed_control_tokens_stay_text(pair: tuple[Tokenizer, Theirs], text: str) -> None:
-    words, _ = pair
-    assert not set(words.encode(text)) & control(words)
+    ours, _ = pair
+    assert not set(ours.encode(text)) & control_ids(ours)
 
 
 @pytest.mark.parametrize("token", [*synthetic.CONTROL_TOKENS, "<image>"])
-def test_control_tokens_are_such_whatever_the_file_says(token: str, tmp_path: Path) -> None:
+def test_control_tokens_are_special_whatever_the_file_says(token: str, tmp_path: Path) -> None:
     path = write(tmp_path, {"<image>": ()})
     data = json.loads(path.read_text())
     data["added_tokens"] = [entry | {"special": False} for entry in data["added_tokens"]]
     path.write_text(json.dumps(data))
-    words = tokenizer.read(tmp_path)
-    assert words.added[token] not in words.encode(f"a{token}b")
-    assert words.decode(words.encode(f"a{token}b")) == f"a{token}b"
-    assert words.decode([words.added[token]]) == ""
+    ours = tokenizer.read(tmp_path)
+    assert ours.added[token] not in ours.encode(f"a{token}b")
+    assert ours.decode(ours.encode(f"a{token}b")) == f"a{token}b"
+    assert ours.decode([ours.added[token]]) == ""
 
 
 def test_flags_survive_saving(pair: tuple[Tokenizer, Theirs], tmp_path: Path) -> None:
-    words, theirs = pair
-    words.save(tmp_path / "tokenizer.json")
+    ours, theirs = pair
+    ours.save(tmp_path / "tokenizer.json")
     again, saved = tokenizer.read(tmp_path), Theirs.from_file(str(tmp_path / "tokenizer.json"))
     assert saved.get_added_tokens_decoder() == theirs.get_added_tokens_decoder()
     for i, entry in theirs.get_added_tokens_decoder().items():
-        kept = saved.get_added_tokens_decoder()[i]
-        assert [getattr(kept, flag) for flag in FLAGS] == [getattr(entry, flag) for flag in FLAGS]
+        saved_entry = saved.get_added_tokens_decoder()[i]
+        assert [getattr(saved_entry, flag) for flag in FLAGS] == [
+            getattr(entry, flag) for flag in FLAGS
+        ]
     for text in ("see <loc_1> <both> the word words", "u\u0308 e\u0301 日本 日"):
-        assert again.encode(text) == words.encode(text) == saved.encode(text).ids
-    assert again.added == words.added and again.size == words.size
+        assert again.encode(text) == ours.encode(text) == saved.encode(text).ids
+    assert again.added == ours.added and again.size == ours.size
 
 
 @pytest.mark.parametrize("both", [False, True])
-def test_flags_of_the_older_files(both: bool, tmp_path: Path) -> None:
+def test_flags_are_read_from_older_files(both: bool, tmp_path: Path) -> None:
     """vocab.json and merges.txt, with the flags in tokenizer_config.json."""
     synthetic.write_tokenizer(tmp_path, split=True)
     _, _, added = synthetic.tokenizer_tables()
@@ -165,17 +167,17 @@ def test_flags_of_the_older_files(both: bool, tmp_path: Path) -> None:
     path.write_text(json.dumps(added | {"<loc_1>": first, "<only_here>": first + 2}))
     if not both:
         path.unlink()
-    words = tokenizer.read(tmp_path)
-    assert words.encode("<loc_1><loc_2>") == [first, first + 1]
-    assert words.decode([first, added["<|im_end|>"], first + 1]) == "<loc_1><loc_2>"
-    assert ("<only_here>" in words.added) is both
+    ours = tokenizer.read(tmp_path)
+    assert ours.encode("<loc_1><loc_2>") == [first, first + 1]
+    assert ours.decode([first, added["<|im_end|>"], first + 1]) == "<loc_1><loc_2>"
+    assert ("<only_here>" in ours.added) is both
     path.write_text(json.dumps(added | {"<loc_1>": first + 1, "<loc_2>": first}))
     with pytest.raises(ConfigError, match=r"<loc_1>.*another id"):
         tokenizer.read(tmp_path)
 
 
-def test_without_flags_what_is_named_is_special(tmp_path: Path) -> None:
-    """As transformers has it; but Qwen's control tokens are such even if they are not named."""
+def test_named_tokens_without_flags_are_special(tmp_path: Path) -> None:
+    """As in transformers, but Qwen's control tokens are special even if not named."""
     synthetic.write_tokenizer(tmp_path, split=True)
     _, _, added = synthetic.tokenizer_tables()
     names = ("<loc_1>", "<|vision_start|>", "<named>", "<mapped>", "<extra>", "<image>")
@@ -185,10 +187,10 @@ def test_without_flags_what_is_named_is_special(tmp_path: Path) -> None:
     config["extra_special_tokens"] = {"x_token": "<extra>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<mapped>"}))
-    words = tokenizer.read(tmp_path)
-    assert words.encode("".join(names)).count(ids["<loc_1>"]) == 1
-    assert not set(words.encode("".join(names))) & {ids[name] for name in names[1:]}
-    assert words.decode(list(ids.values())) == "<loc_1>"
+    ours = tokenizer.read(tmp_path)
+    assert ours.encode("".join(names)).count(ids["<loc_1>"]) == 1
+    assert not set(ours.encode("".join(names))) & {ids[name] for name in names[1:]}
+    assert ours.decode(list(ids.values())) == "<loc_1>"
 
 
 def changed(name: str, **changes: Any) -> Any:
@@ -215,7 +217,7 @@ def changed(name: str, **changes: Any) -> Any:
         (changed("<|im_start|>", single_word=True), "single_word of <|im_start|> is true"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_inconsistent_added_tokens_are_refused(tmp_path: Path, change: Any, message: str) -> None:
     path = write(tmp_path)
     data = json.loads(path.read_text())
     change(data)

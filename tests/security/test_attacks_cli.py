@@ -1,4 +1,4 @@
-"""The command lines, the Hub and the converter under odd and hostile circumstances."""
+"""Hostile arguments, terminals and Hub contents for the command lines and the converter."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ BAD_ARGUMENTS = [
     (["--resolution", "300"], "resolution 300 is not one of"),
     (["--image", "missing.jpg"], "missing.jpg: no such file"),
     (["--image", "http://localhost/x.png"], "URLs are not opened"),
-    (["--vision-from", "SOUND"], "has an image tower of its own"),
+    (["--vision-from", "SOUND"], "already has an image tower"),
     (["--prompt", "\udcff"], "not valid Unicode"),
     (["--prompt", "x" * 100000], "Shorten it"),
     (["--model", "no/such\n\x1b[2Jplace/"], "no such directory"),
@@ -69,15 +69,15 @@ BAD_CONVERSIONS = [
     (["--mlx-path", "BASE/dangling"], "cannot be written"),
     (["--mlx-path", "."], "give a new directory"),
     (["--mlx-path", ""], "give a new directory"),
-    (["--vision-from", "SOUND"], "has an image tower of its own"),
-    (["--model", "BASE/done", "--vision-from", "SOUND"], "has an image tower of its own"),
+    (["--vision-from", "SOUND"], "already has an image tower"),
+    (["--model", "BASE/done", "--vision-from", "SOUND"], "already has an image tower"),
     (["--model", "BASE/unfit"], "belong to different models"),
 ]
 
 
 @pytest.fixture(scope="module")
 def refusals(sound: Path) -> list[isolated.Outcome]:
-    """What became of all bad arguments, run in one go."""
+    """Outcomes of all bad arguments, run in one process."""
     base = sound.parent
     (base / "loop").symlink_to("loop")
     (base / "dangling").symlink_to("nowhere")
@@ -98,14 +98,14 @@ def refusals(sound: Path) -> list[isolated.Outcome]:
 
 
 @pytest.mark.parametrize("index", range(len(BAD_ARGUMENTS + BAD_CONVERSIONS)))
-def test_bad_argument_is_one_line(refusals: list[isolated.Outcome], index: int) -> None:
+def test_bad_argument_is_a_one_line_error(refusals: list[isolated.Outcome], index: int) -> None:
     reason = (BAD_ARGUMENTS + BAD_CONVERSIONS)[index][1]
     isolated.assert_refused(refusals[index], reason)
 
 
 def test_refused_conversion_leaves_nothing(refusals: list[isolated.Outcome], sound: Path) -> None:
-    left = {path.name for path in sound.parent.iterdir()}
-    assert left == {"sound", "done", "unfit", "loop", "dangling"}
+    names = {path.name for path in sound.parent.iterdir()}
+    assert names == {"sound", "done", "unfit", "loop", "dangling"}
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -138,7 +138,7 @@ def test_error_without_traceback(tmp_path: Path) -> None:
 
 
 def endless(sound: Path) -> list[str]:
-    """An answer of 8,000 tokens: greedy, for one that is drawn may end after a few."""
+    """A command with an answer of 8,000 tokens; greedy, as a sampled answer may end early."""
     options = ["--prompt", "q", "--max-tokens", "8000", "--temp", "0", "--quiet"]
     return [*COMMAND, "--model", str(sound), *options]
 
@@ -183,8 +183,8 @@ def test_full_disk_is_one_line(sound: Path) -> None:
 
 def test_escapes_are_stripped_on_a_terminal_only() -> None:
     code = (
-        "from mlx_fastvlm.cli.run_generate import _shown; "
-        "print(_shown('a\\x1b]0;owned\\x07b\\x9b2J\\x7fc\\r\\td'), end='')"
+        "from mlx_fastvlm.cli.run_generate import _for_stdout; "
+        "print(_for_stdout('a\\x1b]0;owned\\x07b\\x9b2J\\x7fc\\r\\td'), end='')"
     )
     command = [sys.executable, "-c", code]
     piped = subprocess.run(command, capture_output=True, env=isolated.ENVIRONMENT, timeout=60)
@@ -231,8 +231,8 @@ def test_planted_links_are_not_published(sound: Path, tmp_path: Path) -> None:
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_planted_partial_directory(sound: Path, tmp_path: Path) -> None:
-    """What a killed conversion left is replaced; a link there is not followed."""
+def test_planted_partial_directory_is_harmless(sound: Path, tmp_path: Path) -> None:
+    """Leftovers of a killed conversion are replaced; a link there is not followed."""
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "junk").touch()
     assert convert("--model", sound, "--mlx-path", tmp_path / "out").returncode == 0
@@ -251,7 +251,7 @@ def test_planted_partial_directory(sound: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def listing(monkeypatch: pytest.MonkeyPatch, sound: Path, tmp_path: Path) -> Iterator[Any]:
-    """A hub whose one repository holds whatever the test lists."""
+    """A fake Hub with one repository, whose files the test lists."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -284,7 +284,7 @@ def listing(monkeypatch: pytest.MonkeyPatch, sound: Path, tmp_path: Path) -> Ite
     yield fake
 
 
-def test_only_listed_files_are_fetched(listing: Any) -> None:
+def test_only_known_files_are_downloaded(listing: Any) -> None:
     listing.files = [
         *listing.files,
         "modeling_llava.py",
@@ -311,16 +311,16 @@ def test_revision_is_passed_on_and_recorded(listing: Any) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_half_a_download_says_so(listing: Any, missing: str) -> None:
+def test_incomplete_download_is_reported(listing: Any, missing: str) -> None:
     listing.files = [name for name in listing.files if name != missing]
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*connect and run"):
+    with pytest.raises(CheckpointError, match=r"has no usable checkpoint.*connect and run"):
         find_checkpoint("org/name")
 
 
-def test_missing_shard_of_a_download_says_so(listing: Any, sound: Path) -> None:
+def test_missing_shard_is_reported(listing: Any, sound: Path) -> None:
     listing.files.append("model.safetensors.index.json")
     listing.contents = b'{"weight_map": {"x": "model-00002-of-00002.safetensors"}}'
-    with pytest.raises(CheckpointError, match="holds no checkpoint that can be used"):
+    with pytest.raises(CheckpointError, match="has no usable checkpoint"):
         find_checkpoint("org/name")
 
 
@@ -334,14 +334,14 @@ def test_missing_shard_of_a_download_says_so(listing: Any, sound: Path) -> None:
     ],
     ids=str,
 )
-def test_whatever_the_client_raises_is_one_line(listing: Any, error: Exception) -> None:
+def test_errors_of_the_client_are_one_line(listing: Any, error: Exception) -> None:
     listing.error = error
     with pytest.raises(ModelError) as caught:
         find_checkpoint("org/name")
     assert str(caught.value).isprintable()
 
 
-def test_planted_directory_is_not_taken(
+def test_planted_directory_is_not_used(
     listing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)

@@ -17,7 +17,7 @@ from mlx_fastvlm import load
 
 
 def index(files: Any) -> Build:
-    """An index whose first tensor lies in `files`, or that is `files` if it is no text."""
+    """Write an index that maps VICTIM to `files`, or has the weight_map of `files`."""
 
     def build(case: Path) -> None:
         names = header_of(case / "model.safetensors")[0]
@@ -54,8 +54,8 @@ INDICES: Cases = {
     "pickle shard": (index("pytorch_model.bin"), OUTSIDE),
     "number": (index(5), OUTSIDE),
     "nested": (index([["x.safetensors"]]), OUTSIDE),
-    "missing shard": (index("model-9.safetensors"), "the index names this shard"),
-    "shard is a directory": (shard_is_directory, "the index names this shard"),
+    "missing shard": (index("model-9.safetensors"), "the index lists this shard"),
+    "shard is a directory": (shard_is_directory, "the index lists this shard"),
     "tensor in two shards": (in_two_shards, "of another shard"),
     "no map": (index({"weight_map": None}), "has no weight_map"),
     "map a list": (index({"weight_map": ["x"]}), "has no weight_map"),
@@ -84,7 +84,7 @@ def config_loop(case: Path) -> None:
 
 
 def tied_bomb(case: Path) -> None:
-    """Tied tensors are compared; misshapen ones must not be compared at the size claimed."""
+    """Tied tensors are compared, but not expanded to a claimed size."""
     small = {name: mx.ones((2, 2)) for name in ("lm_head.weight", "model.embed_tokens.weight")}
     tensors(lambda t: t.update(small))(case)
     config(vocab_size=1_000_000, hidden_size=65536)(case)
@@ -102,7 +102,7 @@ UNFIT = "tensors do not fit the model its config describes"
 CONFIGS: Cases = {
     "missing": (lambda case: (case / "config.json").unlink(), "cannot be read"),
     "empty": (config_file(""), "not valid JSON"),
-    "no object": (config_file("[]"), "holds no JSON object"),
+    "no object": (config_file("[]"), "is not a JSON object"),
     "no UTF-8": (config_file(b"\xff\xfe\x00{"), "not valid JSON"),
     "2 MB": (config_file(b" " * (2 << 20)), "larger than 1 MB"),
     "100 MB": (config_file(b"[" * (100 << 20)), "larger than 1 MB"),
@@ -132,7 +132,7 @@ CONFIGS: Cases = {
     "eps infinite": (config(rms_norm_eps=float("inf")), "rms_norm_eps"),
     "theta 0": (config(rope_theta=0), "rope_theta"),
     "rope a list": (config(rope_scaling=[1]), "rope_scaling"),
-    "rope yarn": (config(rope_scaling={"type": "yarn"}), "only plain rotary positions"),
+    "rope yarn": (config(rope_scaling={"type": "yarn"}), "only the default rotary embedding"),
     "tying a number": (config(tie_word_embeddings=1), "tie_word_embeddings"),
     "tied bomb": (tied_bomb, UNFIT),
     "projector deep": (config(mm_projector_type="mlp99999999x_gelu"), "projector_type"),
@@ -160,17 +160,19 @@ GROUPS = {"index": INDICES, "config": CONFIGS}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of GROUPS, run in one go."""
+    """Outcomes of all cases of GROUPS."""
     sound = attacks.write_sound(tmp_path_factory.mktemp("checkpoints"))
     return attacks.outcomes(sound, attacks.builds(GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
-def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
+def test_hostile_config_is_refused(
+    outcomes: dict[str, isolated.Outcome], group: str, name: str
+) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])
 
 
-def test_no_config_lifts_the_length_beyond_what_qwen2_was_trained_for(tmp_path: Path) -> None:
+def test_max_length_is_capped_at_the_trained_length(tmp_path: Path) -> None:
     path = attacks.write_sound(tmp_path)
     config(tokenizer_model_max_length=1 << 20, max_position_embeddings=1 << 20)(path)
     assert load(path)[1].max_length == 32768

@@ -18,7 +18,7 @@ from core_ml_file import put as field
 from core_ml_towers import write_app_export
 
 PACKAGE = "fastvithd.mlpackage"
-UNSOUND = "not a sound Core ML model"
+UNSOUND = "not a valid Core ML model"
 WEIGHT = np.ones((8, 3, 3, 3), np.float32)  # of the tiny tower's first layer
 
 
@@ -62,13 +62,13 @@ FILES: Cases = {
     "no manifest": (without("Manifest.json"), "Manifest.json is missing"),
     "no model": (without(MODEL), "model.mlmodel is missing"),
     "no weights": (without(WEIGHTS), "weight.bin is missing"),
-    "package is a file": (a_file, "is no directory"),
+    "package is a file": (a_file, "is not a directory"),
     "weights elsewhere": (linked(WEIGHTS, "CASE/model.safetensors"), "a link to outside"),
     "weights of the system": (linked(WEIGHTS, "/dev/zero"), "a link to outside"),
     "model elsewhere": (linked(MODEL, "/etc/passwd"), "a link to outside"),
     "a link to itself": (linked(WEIGHTS, "weight.bin"), "weight.bin is missing"),
     "a dangling link": (linked(WEIGHTS, "nothing"), "weight.bin is missing"),
-    "a pipe": (pipe, "is no file that can be read"),
+    "a pipe": (pipe, "is not a readable file"),
     "manifest no JSON": (manifest("{"), "not valid JSON"),
     "manifest of a list": (manifest('{"itemInfoEntries": []}'), "does not name"),
     "manifest names another file": (manifest(json.dumps(ELSEWHERE)), "does not name"),
@@ -113,22 +113,22 @@ MESSAGES: Cases = {
     "no main": (model(ml_program(b"", "other")), "has the functions other instead"),
     "no body": (model(ml_program(b"", opset="CoreML5")), "the function has no body"),
     "no result": (model(ml_program(field(3, field(1, "gelu")))), "without result"),
-    "name no UTF-8": (model(ml_program(field(3, field(1, b"\xff") + b"\x1a\0"))), "no UTF-8"),
+    "name no UTF-8": (model(ml_program(field(3, field(1, b"\xff") + b"\x1a\0"))), "not UTF-8"),
     "escapes in a name": (
         model(ml_program(operation("\x1b]0;owned\x07", x="\x1b[31m"))),
         "'\\x1b[31m' is used before",
     ),
-    "undefined": (model(ml_program(operation(x="x"))), "'x' is used before anything gives it"),
+    "undefined": (model(ml_program(operation(x="x"))), "'x' is used before it is defined"),
     "circle": (
         model(ml_program(operation(x="z") + operation(name="z", x="y"))),
         "'z' is used before",
     ),
     "takes itself": (model(ml_program(operation(x="y"))), "'y' is used before"),
-    "given twice": (model(ml_program(operation() + operation())), "'y' is given twice"),
+    "given twice": (model(ml_program(operation() + operation())), "'y' is defined twice"),
     "output undefined": (model(ml_program(field(2, "nothing"))), "'nothing' is used before"),
     "1000 loops deep": (
         model(ml_program(field(3, field(1, "while_loop") + field(3, field(1, "x")) + NESTED))),
-        "holds operations of its own",
+        "contains nested operations",
     ),
 }
 
@@ -137,7 +137,7 @@ MESSAGES: Cases = {
 
 
 def program(make: Callable[[Program], Any]) -> Build:
-    """A program of one convolution, whose weight `make` gives."""
+    """Write a program of one convolution, whose weight `make` adds."""
 
     def build(case: Path) -> None:
         made = Program()
@@ -160,11 +160,11 @@ def value(
     size: int = WEIGHT.nbytes,
     file: str = "@model_path/weights/weight.bin",
 ) -> Build:
-    """A weight whose value is as given, over a blob that would do."""
+    """Write a weight with the given reference to a valid blob."""
 
     def make(made: Program) -> str:
-        place = made.blob(bytes(size), kind)
-        assert place == 64
+        start = made.blob(bytes(size), kind)
+        assert start == 64
         where = field(1, file) + field(2, offset)
         return made.const(field(2, tensor_type(code, shape)) + field(5, where))
 
@@ -193,14 +193,14 @@ def record(**changes: int) -> Build:
 
 
 def not_finite(case: Path) -> None:
-    """The first number of the first layer, in the package of the whole tower."""
+    """Make the first weight of the tower NaN."""
     data = bytearray((case / PACKAGE / WEIGHTS).read_bytes())
     struct.pack_into("<f", data, 128, float("nan"))
     put(case / PACKAGE / WEIGHTS, bytes(data))
 
 
 def overlapping(made: Program) -> str:
-    """The second blob's record stands within the data of the first."""
+    """Put the record of the second blob into the data of the first."""
     inner = struct.pack("<IIQQQ", 0xDEADBEEF, 2, WEIGHT.nbytes, 192, 0).ljust(64, b"\0")
     made.blob(inner + bytes(2000), 2)
     first = field(1, "weights/weight.bin") + field(2, 64)
@@ -315,17 +315,19 @@ GROUPS = {"files": FILES, "messages": MESSAGES, "constants": CONSTANTS}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of GROUPS, run in one go."""
+    """Outcomes of all cases of GROUPS."""
     sound = write_app_export(tmp_path_factory.mktemp("packages") / "sound")
     return attacks.outcomes(sound, attacks.builds(GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
-def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
+def test_hostile_package_is_refused(
+    outcomes: dict[str, isolated.Outcome], group: str, name: str
+) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])
 
 
-def test_the_sound_package_is_read(tmp_path: Path) -> None:
+def test_sound_package_is_read(tmp_path: Path) -> None:
     done = attacks.outcomes(write_app_export(tmp_path / "sound"), {"sound": lambda case: None})[
         "sound"
     ]

@@ -1,4 +1,4 @@
-"""What looks hostile in a checkpoint and does no harm."""
+"""Suspicious checkpoints that are read without harm."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import attacks
 import isolated
 import pytest
 import synthetic
-from attacks import Build, config, put, rewritten, split_tables, tokenizer, twice_named
+from attacks import Build, config, put, rewrite_safetensors, split_tables, tokenizer, with_duplicate
 
 
 def planted_code(case: Path) -> None:
@@ -46,20 +46,22 @@ HARMLESS: dict[str, Build] = {
     "m[1]*?": lambda case: None,
     "-rf {0} %s": lambda case: None,
     "other formats": other_formats,
-    "identical duplicates": rewritten(twice_named),
+    "identical duplicates": rewrite_safetensors(with_duplicate),
     "split tables": split_tables("\n".join(synthetic.MERGES)),
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of HARMLESS, run in one go."""
+    """Outcomes of all cases of HARMLESS."""
     sound = attacks.write_sound(tmp_path_factory.mktemp("checkpoints"))
     return attacks.outcomes(sound, HARMLESS, named=True)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_does_no_harm(outcomes: dict[str, isolated.Outcome], name: str) -> None:
+def test_suspicious_checkpoint_is_read_without_harm(
+    outcomes: dict[str, isolated.Outcome], name: str
+) -> None:
     isolated.assert_done(outcomes[name])
     assert outcomes[name].out == outcomes["as it is"].out
 
@@ -72,7 +74,7 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
         "generate(*load(sys.argv[1]), 'Hello', max_tokens=2); "
         "print([m for m in ('transformers', 'jinja2', 'torch', 'evil') if m in sys.modules])"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, str(case)],
         capture_output=True,
         text=True,
@@ -80,5 +82,5 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=isolated.ENVIRONMENT,
     )
-    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (result.stdout, result.stderr) == ("[]\n", "")
     assert not (case / "pwned").exists()

@@ -20,8 +20,8 @@ RED = (200, 30, 10)
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], grey: bool = True) -> bytes:
     """A black PNG of any size in a few bytes."""
-    packer, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8 if grey else 1 + 3 * width)
-    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    compressor, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8 if grey else 1 + 3 * width)
+    data = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, 1 if grey else 8, 0 if grey else 2, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
     result = b"\x89PNG\r\n\x1a\n"
@@ -41,7 +41,7 @@ def plain(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.new("RGB", size, RED).convert(mode)
 
 
-def upright() -> bytes:
+def rotated_jpeg() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(plain(), "JPEG", exif=exif)
@@ -65,7 +65,7 @@ def sixteen_bits() -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again; each costs a pass over it all."""
+    """A progressive JPEG that repeats its last scan; each costs a pass over the image."""
     data = encoded(plain(size=(2048, 2048)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * count + b"\xff\xd9"
@@ -77,12 +77,12 @@ def tiff_claims(**sizes: int) -> bytes:
     data = bytearray(encoded(plain(), "TIFF", tiffinfo=tags))
     start = struct.unpack("<I", data[4:8])[0]
     for i in range(struct.unpack("<H", data[start : start + 2])[0]):
-        place = start + 2 + 12 * i
-        tag = struct.unpack("<H", data[place : place + 2])[0]
+        entry = start + 2 + 12 * i
+        tag = struct.unpack("<H", data[entry : entry + 2])[0]
         names = {256: "width", 257: "height", 277: "samples"}
         if names.get(tag) in sizes:
             new = sizes[names[tag]]
-            data[place + 2 : place + 12] = struct.pack("<HII", 4, 1, new)
+            data[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, new)
     return bytes(data)
 
 
@@ -153,7 +153,7 @@ READ: dict[str, tuple[bytes, tuple[int, int, int] | None]] = {
     "cmyk.jpg": (encoded(plain("CMYK"), "JPEG"), None),
     "ycbcr.tiff": (encoded(plain("YCbCr"), "TIFF"), None),
     "lab.tiff": (encoded(Image.new("LAB", (9, 9), (128, 128, 128)), "TIFF"), None),
-    "rotated.jpg": (upright(), None),
+    "rotated.jpg": (rotated_jpeg(), None),
     "damaged exif.jpg": (damaged_exif(), None),
     "animated.gif": (frames("GIF"), None),
     "animated.png": (frames("PNG"), RED),
@@ -166,7 +166,7 @@ READ: dict[str, tuple[bytes, tuple[int, int, int] | None]] = {
         (0, 0, 0),
     ),
 }  # fmt: skip
-PLACES = {
+SOURCES = {
     "missing.jpg": "no such file",
     ".": "is a directory",
     "/dev/zero": "no such file",
@@ -187,13 +187,13 @@ TOO_LONG_TO_CROP = ("16384x2.png", "2x8192.png")
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Every file of this module in both modes, in one go."""
+    """Outcomes of all files and sources in both modes."""
     base = tmp_path_factory.mktemp("images")
     cases = []
     for name, (data, _) in (REFUSED | READ).items():
         (base / name).write_bytes(data)
         cases += [(str(base / name), mode) for mode in ("pad", "crop")]
-    cases += [(place, mode) for place in PLACES for mode in ("pad", "crop")]
+    cases += [(source, mode) for source in SOURCES for mode in ("pad", "crop")]
     done = isolated.run([("image", list(case)) for case in cases])
     names = [(path.removeprefix(f"{base}/"), mode) for path, mode in cases]
     return dict(zip(names, done, strict=True))
@@ -201,21 +201,21 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_is_refused(outcomes: Outcomes, name: str, mode: str) -> None:
+def test_hostile_image_is_refused(outcomes: Outcomes, name: str, mode: str) -> None:
     isolated.assert_refused(outcomes[name, mode], REFUSED[name][1], seconds=3, megabytes=300)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_place_is_refused(outcomes: Outcomes, place: str) -> None:
-    isolated.assert_refused(outcomes[place, "pad"], PLACES[place], seconds=1, megabytes=50)
+@pytest.mark.parametrize("source", SOURCES)
+def test_hostile_source_is_refused(outcomes: Outcomes, source: str) -> None:
+    isolated.assert_refused(outcomes[source, "pad"], SOURCES[source], seconds=1, megabytes=50)
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 @pytest.mark.parametrize("name", READ)
-def test_is_read(outcomes: Outcomes, name: str, mode: str) -> None:
+def test_odd_image_is_read(outcomes: Outcomes, name: str, mode: str) -> None:
     outcome = outcomes[name, mode]
     if mode == "crop" and name in (*TOO_LONG_TO_CROP, "1x999.png", "999x1.png"):
-        isolated.assert_refused(outcome, "too elongated to cut a square from")
+        isolated.assert_refused(outcome, "too elongated for a central square")
         return
     isolated.assert_done(outcome)
     assert outcome.seconds < 5
@@ -225,7 +225,7 @@ def test_is_read(outcomes: Outcomes, name: str, mode: str) -> None:
 
 
 def test_orientation_is_applied() -> None:
-    assert open_image(upright()).size == (30, 40)
+    assert open_image(rotated_jpeg()).size == (30, 40)
 
 
 def test_later_frames_are_ignored() -> None:
@@ -265,7 +265,7 @@ def test_source_is_refused(source: object) -> None:
 
 
 def test_damaged_pil_image_is_refused(tmp_path: Path) -> None:
-    """PIL reads lazily, so an image given open may still turn out damaged."""
+    """Pillow reads lazily, so damage may show only after an image was opened."""
     path = tmp_path / "x.jpg"
     path.write_bytes(REFUSED["truncated.jpg"][0])
     with Image.open(path) as image, pytest.raises(ImageError):

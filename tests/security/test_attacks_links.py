@@ -1,4 +1,4 @@
-"""Links that are planted in a checkpoint: only those of the Hub's cache are followed out of it."""
+"""Planted links in a checkpoint; only links of the Hub's cache are followed out of it."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snapshot(base: Path, sound: Path, repository: str = "models--org--name") -> Path:
-    """A checkpoint as the Hub's cache keeps it: links to blobs."""
+    """Write a checkpoint as in the Hub's cache: links to blobs."""
     home = base / repository
     found = home / "snapshots" / COMMIT
     found.mkdir(parents=True)
@@ -39,7 +39,7 @@ def snapshot(base: Path, sound: Path, repository: str = "models--org--name") -> 
     return found
 
 
-def test_the_cache_of_the_hub_is_followed(sound: Path, tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_are_followed(sound: Path, tmp_path: Path) -> None:
     found = snapshot(tmp_path, sound)
     mlx_fastvlm.load(found)
     (tmp_path / "elsewhere").symlink_to(found)  # the user may give any name to it
@@ -60,7 +60,7 @@ def not_a_repository(base: Path, sound: Path) -> Path:
     return snapshot(base, sound, "pictures")
 
 
-PLACES = {"beside": plain, "no commit": not_a_commit, "no repository": not_a_repository}
+DIRECTORIES = {"beside": plain, "no commit": not_a_commit, "no repository": not_a_repository}
 TARGETS: dict[str, Callable[[Path, Path], None]] = {
     "a parent": lambda link, secret: link.symlink_to(secret),
     "through a link": lambda link, secret: (
@@ -75,13 +75,13 @@ TARGETS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("directory", DIRECTORIES)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_planted_licence_is_not_copied(
-    place: str, target: str, sound: Path, tmp_path: Path
+def test_planted_licence_link_is_not_copied(
+    directory: str, target: str, sound: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "id_rsa").write_text("secret")
-    found, output = PLACES[place](tmp_path / "base", sound), tmp_path / "out"
+    found, output = DIRECTORIES[directory](tmp_path / "base", sound), tmp_path / "out"
     (found / "LICENSE").unlink(missing_ok=True)
     TARGETS[target](found / "LICENSE", tmp_path / "id_rsa")
     output.mkdir()
@@ -89,7 +89,7 @@ def test_a_planted_licence_is_not_copied(
     assert [path.name for path in output.iterdir()] == ["NOTICE"]
 
 
-def test_blobs_that_are_a_link_are_not_followed(sound: Path, tmp_path: Path) -> None:
+def test_linked_blobs_directory_is_not_followed(sound: Path, tmp_path: Path) -> None:
     found = snapshot(tmp_path, sound)
     (tmp_path / "models--org--name" / "blobs").rename(tmp_path / "home")
     (tmp_path / "models--org--name" / "blobs").symlink_to(tmp_path / "home")
@@ -101,7 +101,7 @@ NAMES = ("config.json", "tokenizer.json", "model.safetensors", "processor_config
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_that_is_read_is_checked(name: str, sound: Path, tmp_path: Path) -> None:
+def test_links_of_fastvlm_files_are_refused(name: str, sound: Path, tmp_path: Path) -> None:
     source = Path(
         shutil.copytree(synthetic.write_layout(tmp_path / "x", "fast_vlm"), tmp_path / "s")
     )
@@ -114,7 +114,7 @@ def test_every_file_that_is_read_is_checked(name: str, sound: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "merges.txt"])
-def test_files_of_a_mobileclip(name: str, tmp_path: Path) -> None:
+def test_links_of_mobileclip_files_are_refused(name: str, tmp_path: Path) -> None:
     source = Path(shutil.copytree(DEMO_DIRECTORY, tmp_path / "demo"))
     (source / name).rename(tmp_path / name)
     (source / name).symlink_to(tmp_path / name)
@@ -122,7 +122,7 @@ def test_files_of_a_mobileclip(name: str, tmp_path: Path) -> None:
         mlx_mobileclip.load(source)
 
 
-def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
+def test_path_given_by_the_user_may_be_a_link(tmp_path: Path) -> None:
     sound = Path(shutil.copytree(DEMO_DIRECTORY, tmp_path / "demo"))
     (tmp_path / "alone").mkdir()
     weights = tmp_path / "alone" / "named.safetensors"
@@ -135,7 +135,7 @@ def test_what_the_user_names_may_be_a_link(tmp_path: Path) -> None:
     read_json(tmp_path / "named.json", follow_links=True)
 
 
-def test_licences_are_bounded(tmp_path: Path) -> None:
+def test_size_of_licences_is_bounded(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()

@@ -71,8 +71,8 @@ def test_endless_prompt_is_refused_at_once(processor: Processor, text: str) -> N
 @pytest.mark.parametrize(
     "unit", ["x", " ", "\n", "\t ", "'s", "1", "\u0301", "漢", " \r", "aA1!", "\U0001f468\u200d"]
 )
-def test_longest_prompt_is_tokenised_in_time(processor: Processor, unit: str) -> None:
-    """As much text as the limit on characters lets through."""
+def test_longest_prompt_is_tokenized_in_time(processor: Processor, unit: str) -> None:
+    """With as much text as the limit on characters allows."""
     text = (unit * 70000)[: 8 * processor.max_length - 200]
     started = time.perf_counter()
     with pytest.raises(PromptError, match=r"has \d+ tokens"):
@@ -80,14 +80,14 @@ def test_longest_prompt_is_tokenised_in_time(processor: Processor, unit: str) ->
     assert time.perf_counter() - started < 2
 
 
-def test_nothing_is_cut_silently(processor: Processor) -> None:
-    """One token below the limit is kept whole; one above is refused, images untouched."""
-    room = processor.max_length - len(ids(processor, "", [GREY]))
-    full = ids(processor, "1" * room, [GREY])
+def test_prompt_is_never_truncated(processor: Processor) -> None:
+    """A prompt at the limit is kept whole; one more token is refused."""
+    available = processor.max_length - len(ids(processor, "", [GREY]))
+    full = ids(processor, "1" * available, [GREY])
     assert len(full) == processor.max_length
     assert full.count(IMAGE_TOKEN) == TOKENS_PER_IMAGE
     with pytest.raises(PromptError, match=rf"has {processor.max_length + 1} tokens, 16 of them"):
-        processor("1" * (room + 1), [GREY])
+        processor("1" * (available + 1), [GREY])
     with pytest.raises(PromptError, match="give fewer images"):
         processor("x", [GREY] * 520)
 
@@ -95,7 +95,7 @@ def test_nothing_is_cut_silently(processor: Processor) -> None:
 def test_answer_must_fit_as_well(loaded: tuple[FastVLM, Processor]) -> None:
     length = len(ids(loaded[1], "x"))
     for max_tokens in (0, -1, 8192 - length + 1, 1 << 62):
-        with pytest.raises(PromptError, match=f"it can be 1 to {8192 - length}"):
+        with pytest.raises(PromptError, match=f"it must be 1 to {8192 - length}"):
             generate(*loaded, "x", max_tokens=max_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Quantisation that lies, and hostile configs of converted checkpoints: each is refused."""
+"""False quantisation claims and hostile configs of converted checkpoints are refused."""
 
 import contextlib
 import io
@@ -12,15 +12,15 @@ import attacks
 import isolated
 import mlx.core as mx
 import pytest
-from attacks import Build, Cases, config, packing, put, tensors
+from attacks import Build, Cases, config, put, quantization_block, tensors
 
 from convert.__main__ import main as convert
 
-# Quantisation that lies
+# False claims about quantisation
 
 
 def quantized(claim: Any, *, columns: int = 3) -> Build:
-    """One layer in groups of 32 at 4 bits, whatever the config claims."""
+    """Quantise one layer with 4 bits in groups of 32, whatever the config claims."""
 
     def change(loaded: dict[str, Any]) -> None:
         name = "model.layers.0.mlp.down_proj"  # 64 x 96
@@ -37,23 +37,29 @@ def quantized(claim: Any, *, columns: int = 3) -> Build:
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUANTIZED: Cases = {
-    "no word of it": (quantized(None), "config.json does not say how it is quantised"),
+    "no claim": (quantized(None), "config.json does not say how it is quantised"),
     "no object": (quantized([4, 32]), "quantization: is not an object"),
     **{
-        f"bits {bits!r}": (quantized(packing(bits=bits)), "bits")
+        f"bits {bits!r}": (quantized(quantization_block(bits=bits)), "bits")
         for bits in (0, -4, 1, 7, 10**9, "4", True, 4.5, None)
     },
     **{
-        f"group {size!r}": (quantized(packing(group_size=size)), "group_size")
+        f"group {size!r}": (quantized(quantization_block(group_size=size)), "group_size")
         for size in (0, -32, 48, 10**9, "32", None)
     },
-    "group too wide": (quantized(packing(group_size=64)), "no multiple of the group_size 64"),
-    "other bits": (quantized(packing(bits=8)), "has shape (64, 12) instead of (64, 24)"),
-    "scales one too many": (quantized(packing(), columns=4), "has shape (64, 4)"),
-    "scales one too few": (quantized(packing(), columns=2), "has shape (64, 2)"),
-    "unknown mode": (quantized(packing(mode="exec")), "mode: 'exec' is not one of"),
-    "float scales for mxfp4": (quantized(packing(mode="mxfp4")), "is mlx.core.float32"),
-    "layer override": (quantized({**packing(), DOWN: packing(bits=0)}), "bits"),
+    "group too wide": (
+        quantized(quantization_block(group_size=64)),
+        "not a multiple of the group_size 64",
+    ),
+    "other bits": (quantized(quantization_block(bits=8)), "has shape (64, 12) instead of (64, 24)"),
+    "scales one too many": (quantized(quantization_block(), columns=4), "has shape (64, 4)"),
+    "scales one too few": (quantized(quantization_block(), columns=2), "has shape (64, 2)"),
+    "unknown mode": (quantized(quantization_block(mode="exec")), "mode: 'exec' is not one of"),
+    "float scales for mxfp4": (quantized(quantization_block(mode="mxfp4")), "is mlx.core.float32"),
+    "layer override": (
+        quantized({**quantization_block(), DOWN: quantization_block(bits=0)}),
+        "bits",
+    ),
 }
 
 
@@ -81,24 +87,28 @@ CANONICAL: Cases = {
     "source a list": (canonical(source=[1, 2]), "source: is not an object"),
     "source nested": (canonical(source={"model": {"a": 1}}), "source: model: is not a string"),
     "source with escapes": (canonical(source={"layout": "\x1b[2J"}), "source: layout: is not a"),
-    "packs nothing": (
-        canonical(quantization={"x.y": packing()}),
+    "quantises nothing": (
+        canonical(quantization={"x.y": quantization_block()}),
         "not a layer that can be quantised",
     ),
-    "packs a convolution": (
-        canonical(quantization={"vision_tower.stem.conv": packing()}),
+    "quantises a convolution": (
+        canonical(quantization={"vision_tower.stem.conv": quantization_block()}),
         "not a layer that can be quantised",
     ),
-    "packs a norm": (
-        canonical(quantization={"language_model.norm": packing()}),
+    "quantises a norm": (
+        canonical(quantization={"language_model.norm": quantization_block()}),
         "not a layer that can be quantised",
     ),
-    "packs floats": (
-        canonical(quantization={"language_model.embed_tokens": packing()}),
+    "quantises floats": (
+        canonical(quantization={"language_model.embed_tokens": quantization_block()}),
         "its tensors do not fit its config",
     ),
-    "packs uneven": (
-        canonical(quantization={"language_model.layers.0.mlp.down_proj": packing(group_size=64)}),
+    "quantises uneven": (
+        canonical(
+            quantization={
+                "language_model.layers.0.mlp.down_proj": quantization_block(group_size=64)
+            }
+        ),
         "not a multiple of group_size 64",
     ),
     "deeper": (canonical(text_config__num_hidden_layers=256), "missing language_model.layers."),
@@ -117,16 +127,18 @@ GROUPS = {"quantization": QUANTIZED, "canonical": CANONICAL}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of GROUPS, run in one go."""
+    """Outcomes of all cases of GROUPS."""
     sound = attacks.write_sound(tmp_path_factory.mktemp("checkpoints"))
     target = str(sound.parent / "canonical")
-    asked = ["--model", str(sound), "--mlx-path", target, "--dtype", "float32", "--quiet"]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert convert(asked) == 0
-    assert said.getvalue() == ""
+    arguments = ["--model", str(sound), "--mlx-path", target, "--dtype", "float32", "--quiet"]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        assert convert(arguments) == 0
+    assert stderr.getvalue() == ""
     return attacks.outcomes(sound, attacks.builds(GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
-def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
+def test_false_claim_is_refused(
+    outcomes: dict[str, isolated.Outcome], group: str, name: str
+) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])

@@ -18,10 +18,10 @@ from attacks import (
     Cases,
     header_of,
     put,
-    rewritten,
+    rewrite_safetensors,
     safetensors,
     tensors,
-    twice_named,
+    with_duplicate,
 )
 
 # Malformed files
@@ -61,7 +61,7 @@ def many_tensors(header: dict[str, Any], data: bytes) -> bytes:
     return safetensors(tiny, bytes(20000))
 
 
-UNSOUND = "not a sound safetensors file"
+UNSOUND = "not a valid safetensors file"
 MALFORMED: Cases = {
     "64-bit product wraps": (entry(shape=[65536] * 4), UNSOUND),
     "product wraps, no data": (entry(shape=[65536] * 4, data_offsets=[0, 0]), UNSOUND),
@@ -75,16 +75,16 @@ MALFORMED: Cases = {
     "zero dimension": (entry(shape=[0, (1 << 31) - 1, (1 << 31) - 1]), UNSOUND),
     "100000 dimensions": (entry(shape=[64] + [1] * 100000), "has the shape"),
     "5 dimensions": (entry(shape=[64, 1, 1, 1, 1]), "has the shape"),
-    "overlap": (rewritten(overlapping), UNSOUND),
-    "hole": (rewritten(with_hole), UNSOUND),
-    "trailing bytes": (rewritten(lambda h, d: safetensors(h, d + bytes(64))), UNSOUND),
-    "truncated data": (rewritten(lambda h, d: safetensors(h, d[:-1])), UNSOUND),
+    "overlap": (rewrite_safetensors(overlapping), UNSOUND),
+    "hole": (rewrite_safetensors(with_hole), UNSOUND),
+    "trailing bytes": (rewrite_safetensors(lambda h, d: safetensors(h, d + bytes(64))), UNSOUND),
+    "truncated data": (rewrite_safetensors(lambda h, d: safetensors(h, d[:-1])), UNSOUND),
     "duplicate with other shape": (
-        rewritten(lambda h, d: twice_named(h, d, shape=[8, 8])),
+        rewrite_safetensors(lambda h, d: with_duplicate(h, d, shape=[8, 8])),
         "has shape (8, 8) instead of (64,)",
     ),
     "duplicate with other data": (
-        rewritten(lambda h, d: twice_named(h, d, data_offsets=[0, 256])),
+        rewrite_safetensors(lambda h, d: with_duplicate(h, d, data_offsets=[0, 256])),
         UNSOUND,
     ),
     "offsets reversed": (entry(data_offsets=[256, 0]), UNSOUND),
@@ -101,12 +101,12 @@ MALFORMED: Cases = {
     "header no UTF-8": (raw(safetensors(b'{"\xff": 1}', b"")), UNSOUND),
     "header a list": (raw(safetensors(b"[1, 2]", b"")), UNSOUND),
     "header nested": (raw(safetensors(b'{"a":' + b"[" * 1000000, b"")), UNSOUND),
-    "header without tensors": (raw(safetensors(b"{}", b"")), "named like no known FastVLM"),
+    "header without tensors": (raw(safetensors(b"{}", b"")), "match no known FastVLM layout"),
     "metadata no texts": (
-        rewritten(lambda h, d: safetensors(h | {"__metadata__": {"a": [1]}}, d)),
+        rewrite_safetensors(lambda h, d: safetensors(h | {"__metadata__": {"a": [1]}}, d)),
         UNSOUND,
     ),
-    "20000 tensors": (rewritten(many_tensors), "named like no known FastVLM"),
+    "20000 tensors": (rewrite_safetensors(many_tensors), "match no known FastVLM layout"),
     "empty": (raw(b""), UNSOUND),
     "7 bytes": (raw(b"1234567"), "a header of"),
     "GGUF": (raw(b"GGUF\x03\0\0\0" + b"\xff" * 64), "a header of"),
@@ -155,7 +155,7 @@ MISFITS: Cases = {
 
 
 def with_index(file: str, index: Build | None = None) -> Build:
-    """Put an index of one other file beside model.safetensors."""
+    """Put an index that names one other file beside model.safetensors."""
 
     def build(case: Path) -> None:
         path = case / "model.safetensors.index.json"
@@ -169,7 +169,7 @@ def with_index(file: str, index: Build | None = None) -> Build:
 
 
 INDEXES: Cases = {
-    "old index": (with_index("model-00001-of-00001.safetensors"), "remove the one that is out of"),
+    "old index": (with_index("model-00001-of-00001.safetensors"), "remove whichever is out of"),
     "a pipe": (with_index("", os.mkfifo), "is not a regular file"),
     "a link to nothing": (with_index("", lambda path: path.symlink_to("nowhere")), "No such file"),
     "outside": (with_index("", lambda path: path.symlink_to("/etc/passwd")), "link to outside"),
@@ -179,13 +179,15 @@ GROUPS = {"file": MALFORMED, "tensors": MISFITS, "index": INDEXES}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of GROUPS, run in one go."""
+    """Outcomes of all cases of GROUPS."""
     sound = attacks.write_sound(tmp_path_factory.mktemp("checkpoints"))
     return attacks.outcomes(sound, attacks.builds(GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
-def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
+def test_hostile_safetensors_are_refused(
+    outcomes: dict[str, isolated.Outcome], group: str, name: str
+) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])
 
 
@@ -201,8 +203,8 @@ def test_flipped_bytes_never_crash(tmp_path: Path) -> None:
         shutil.copytree(sound, case, copy_function=os.link)
         damaged = bytearray(data)
         # Most of the file is values; most of the attack surface is the header.
-        for place in rng.integers(0, header_bytes if i % 4 else len(data), 1 + i % 3):
-            damaged[place] ^= 1 << int(rng.integers(8))
+        for position in rng.integers(0, header_bytes if i % 4 else len(data), 1 + i % 3):
+            damaged[position] ^= 1 << int(rng.integers(8))
         put(case / "model.safetensors", bytes(damaged))
         cases.append(("answer", ["--model", str(case), "--prompt", "x", "--max-tokens", "1"]))
     statuses = []

@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint or a file is called reaches a terminal as more than text."""
+"""Control characters in names of checkpoints and files do not reach a terminal."""
 
 import os
 import subprocess
@@ -29,8 +29,8 @@ def fail(error: Exception) -> Callable[[], None]:
 
 
 def wait() -> None:
-    with progress(EVIL, quiet=False) as tell:
-        tell(EVIL)
+    with progress(EVIL, quiet=False) as set_status:
+        set_status(EVIL)
 
 
 def count() -> None:
@@ -38,63 +38,63 @@ def count() -> None:
         bar.say(EVIL)
 
 
-WAYS: dict[str, Callable[[], object]] = {
+MESSAGES: dict[str, Callable[[], object]] = {
     "say": lambda: say(EVIL),
     "progress": wait,
     "bar": count,
-    "an error that nobody foresaw": lambda: run_command(fail(RuntimeError(EVIL)), debug=False),
+    "an unexpected error": lambda: run_command(fail(RuntimeError(EVIL)), debug=False),
     "a traceback": lambda: run_command(fail(RuntimeError(EVIL)), debug=True),
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_what_is_said_is_plain(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    WAYS[name]()
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_have_no_control_characters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    MESSAGES[name]()
     err = capsys.readouterr().err
-    assert HARMLESS in err.replace("2J cod", "2Jcod")  # white space within an error is one blank
+    assert HARMLESS in err.replace("2J cod", "2Jcod")  # white space in an error becomes one space
     assert printable(err, keep="\n") == err
 
 
-def test_usage_errors_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    """A shell puts names of files in the place of a star."""
+def test_usage_errors_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    """A shell expands a star to names of files."""
     with pytest.raises(SystemExit):
         generate.main([EVIL])
     err = capsys.readouterr().err
     assert HARMLESS in err and printable(err, keep="\n") == err
 
 
-def test_scripts_and_emoji_stay() -> None:
+def test_scripts_and_emoji_are_kept() -> None:
     for text in ("日本", "עברית", "क्\u200dष", "👩\u200d💻", "é"):
         assert printable(text) == text
 
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in a directory with such a name, which also says so in its config."""
+    """A checkpoint in a directory whose name has control characters."""
     return synthetic.write_layout(tmp_path_factory.mktemp("names") / EVIL, "llava_qwen2")
 
 
-def test_a_run_and_what_it_writes_are_plain(evil: Path, tmp_path: Path) -> None:
+def test_output_and_files_have_no_control_characters(evil: Path, tmp_path: Path) -> None:
     target = tmp_path / f"out{EVIL}"
     for command in (
         ["mlx_fastvlm.generate", "--model", str(evil), "--prompt", "q", "--max-tokens", "1"],
         ["convert", "--model", str(evil), "--mlx-path", str(target)],
     ):
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", *command],
             capture_output=True,
             env=isolated.ENVIRONMENT,
             timeout=60,
         )
-        err = done.stderr.decode()
-        assert done.returncode == 0, err
+        err = result.stderr.decode()
+        assert result.returncode == 0, err
         assert HARMLESS in err and printable(err, keep="\n") == err
     for name in ("NOTICE", "README.md"):
         text = (target / name).read_text(encoding="utf-8")
         assert HARMLESS in text and printable(text, keep="\n") == text
 
 
-def test_what_mlx_cannot_open_is_a_checkpoint_error(
+def test_files_that_mlx_cannot_open_are_checkpoint_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     odd = tmp_path / os.fsdecode(b"\xff.safetensors")

@@ -47,7 +47,7 @@ TOKENIZERS: Cases = {
     "id a list": (vocab(x=[1]), "the id of 'x' is not"),
     "id beyond the embedding": (vocab(xyz=384), "belong to different models"),
     "ids shared": (vocab(xyz=7), "two tokens share an id"),
-    "id also added": (vocab(xyz=264), "is both an added token and another one"),
+    "id also added": (vocab(xyz=264), "an added token has the id 264 of another token"),
     "bytes missing": (
         tokenizer(lambda d: d["model"]["vocab"].update(a1=d["model"]["vocab"].pop("a"))),
         "has no token for 1 of the 256 bytes",
@@ -56,7 +56,7 @@ TOKENIZERS: Cases = {
         tokenizer(lambda d: d | {"added_tokens": d["added_tokens"][:2]}),
         "has no <|im_end|>",
     ),
-    "no vocabulary": (tokenizer(lambda d: d["model"].update(vocab={})), "an empty table"),
+    "no vocabulary": (tokenizer(lambda d: d["model"].update(vocab={})), "token table is empty"),
     "Unigram": (tokenizer(lambda d: d["model"].update(vocab=[[1, 2]])), "a token is not a text"),
     "half a surrogate": (vocab(**{"\ud800": 300}), "unusable tables"),
     "merge of unknowns": (merges("zz qq"), "unusable tables"),
@@ -70,7 +70,7 @@ TOKENIZERS: Cases = {
     "merges.txt of three": (split_tables("a b c"), "cannot be read"),
     "merges by the million": (
         merges(*["a b"] * 500_001),
-        "merges, more than 500000; this is no FastVLM tokenizer",
+        "merges, more than 500000; this is not a FastVLM tokenizer",
     ),
     "a token of 5 MB": (vocab(**{"a" * 5_000_000: 300}), "has more than 1024 characters"),
     "an added token of 5 MB": (
@@ -86,11 +86,13 @@ GROUPS = {"tokenizer": TOKENIZERS}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Outcome]:
-    """Every case of GROUPS, run in one go."""
+    """Outcomes of all cases of GROUPS."""
     sound = attacks.write_sound(tmp_path_factory.mktemp("checkpoints"))
     return attacks.outcomes(sound, attacks.builds(GROUPS))
 
 
 @pytest.mark.parametrize(("group", "name"), attacks.refused(GROUPS))
-def test_is_refused(outcomes: dict[str, isolated.Outcome], group: str, name: str) -> None:
+def test_hostile_tokenizer_is_refused(
+    outcomes: dict[str, isolated.Outcome], group: str, name: str
+) -> None:
     isolated.assert_refused(outcomes[f"{group} {name}"], GROUPS[group][name][1])

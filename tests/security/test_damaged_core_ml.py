@@ -1,4 +1,4 @@
-"""Core ML packages that are damaged or odd: each is refused in one line, quickly, or read."""
+"""Damaged and odd Core ML packages are read, or refused quickly in one line."""
 
 import time
 import warnings
@@ -22,8 +22,8 @@ PACKAGE = "fastvithd.mlpackage"
 TOWER_CONFIG = replace(PRESETS["fastvithd"], layers=TINY_LAYERS, embed_dims=TINY_DIMS)
 
 
-def refused_or_read(path: Path) -> bool:
-    """Whether a package is refused, in one line and in little time; else it is read."""
+def is_refused(path: Path) -> bool:
+    """Read a package; returns whether it was refused, quickly and in one line."""
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants that nothing uses
@@ -38,7 +38,7 @@ def refused_or_read(path: Path) -> bool:
 
 
 def test_damaged_packages_never_crash(tmp_path: Path) -> None:
-    """Cut off or with bits turned, a package is refused quickly or read."""
+    """Truncated or with flipped bits, a package is refused quickly or read."""
     path = write_app_export(tmp_path) / PACKAGE
     parts = {part: (path / part).read_bytes() for part in (MODEL, WEIGHTS)}
     rng = np.random.default_rng(0)
@@ -48,17 +48,17 @@ def test_damaged_packages_never_crash(tmp_path: Path) -> None:
         damaged = bytearray(parts[part])
         if i % 4:
             last = len(damaged) if i % 2 else 4000  # most of weight.bin is values
-            for place in rng.integers(0, last, 1 + i % 5):
-                damaged[place] ^= 1 << int(rng.integers(8))
+            for position in rng.integers(0, last, 1 + i % 5):
+                damaged[position] ^= 1 << int(rng.integers(8))
         else:
             del damaged[int(rng.integers(len(damaged))) :]
         put(path / part, bytes(damaged))
-        refused += refused_or_read(path)
+        refused += is_refused(path)
         put(path / part, parts[part])
     assert refused > 150
 
 
-class Odd(TowerProgram):
+class OddTower(TowerProgram):
     """Gives one parameter of the first layer of a kind an odd value, or leaves it out."""
 
     def __init__(self, tensors: Any, kind: str, parameter: str, value: Any):
@@ -90,13 +90,13 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)
-def test_odd_parameters(kind: str, tmp_path: Path) -> None:
+def test_odd_parameters_are_read_or_refused(kind: str, tmp_path: Path) -> None:
     tensors = tiny_fastvithd()
     refused = 0
     for parameter in PARAMETERS[kind]:
         for odd in (*ODD, TEXT_AS_FLOAT):
-            made = Odd(tensors, kind, parameter, odd)
+            made = OddTower(tensors, kind, parameter, odd)
             made.x = made.input("images", (1, 3, 256, 256))
             fastvit(made, TINY_LAYERS, "layer", se=False)
-            refused += refused_or_read(made.write(tmp_path / PACKAGE))
+            refused += is_refused(made.write(tmp_path / PACKAGE))
     assert refused

@@ -1,8 +1,8 @@
-"""Files changed at random: each is read, or refused with one of our own errors.
+"""Fuzzing: mutated files are read, or refused with one of the package's errors.
 
     FUZZ_SEED=7 FUZZ_SECONDS=600 python -m pytest tests/security/test_fuzz_files.py
 
-tries others, and for longer.
+runs other mutations, for longer.
 """
 
 import json
@@ -82,14 +82,14 @@ def load_fastvlm(directory: Path) -> None:
 def load_mobileclip(directory: Path) -> None:
     checkpoint = Checkpoint(directory, "fuzzed")
     config, tensors = read_mobileclip(checkpoint)
-    words = read_own_tokenizer(checkpoint, config)
+    tokenizer = read_own_tokenizer(checkpoint, config)
     check_fit(MobileCLIP(config), tensors, "fuzzed")
-    if words is not None:
-        words(["a photo of a cat &#64;"])
+    if tokenizer is not None:
+        tokenizer(["a photo of a cat &#64;"])
 
 
 def read_source(directory: Path) -> None:
-    """Its weights do not fit, so that no more than its config is made use of."""
+    """Its weights do not fit, so that only its config is tested."""
     read_mobileclip(Checkpoint(directory, "fuzzed"))
 
 
@@ -107,7 +107,7 @@ Case = tuple[Path, list[str], Callable[[Path], None]]
 
 
 def sources(base: Path) -> dict[str, Case]:
-    """By name: a sound directory, its files to change, and what reads it."""
+    """Map names to a sound directory, its files to mutate, and the function that reads it."""
     cases: dict[str, Case] = {}
     for layout in ("llava_qwen2", "fast_vlm", "mlx-vlm"):
         path = synthetic.write_layout(base / layout, layout)
@@ -132,35 +132,35 @@ def sources(base: Path) -> dict[str, Case]:
         file = "open_clip_config.json" if name == "open_clip" else "config.json"
         (path / file).write_text(json.dumps(config))
         cases[name] = path, [file], read_source
-    (base / "journal").mkdir()
-    log = ResumeLog(base / "journal" / "x.npz", ABOUT)
+    (base / "log").mkdir()
+    log = ResumeLog(base / "log" / "x.npz", ABOUT)
     with log:
         log.append([(f"{i}.png", f"{i} 1") for i in range(3)], np.ones((3, 4), np.float32))
-    cases["journal"] = base / "journal", ["x.npz.partial"], resume
+    cases["resume log"] = base / "log", ["x.npz.partial"], resume
     DiskCache(base / "cache").write("0" * 64, np.ones((2, 4), np.float32))
     cases["cache"] = base / "cache", [next((base / "cache").iterdir()).name], read_cache
     return cases
 
 
-def changed_record(data: bytes, rng: random.Random) -> bytes:
-    """A journal whose keys are changed and whose checksums are right."""
+def mutated_log(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the keys of a resume log, with valid checksums."""
     magic, keys_bytes, rows_bytes, _ = struct.unpack_from("<4sIII", data)
     keys, rest = data[16 : 16 + keys_bytes], data[16 + keys_bytes :]
-    keys, rows = fuzz.changed(keys, rng), rest[:rows_bytes]
+    keys, rows = fuzz.mutated(keys, rng), rest[:rows_bytes]
     if rest[rows_bytes:] and rng.random() < 0.7:
-        return data[: len(data) - len(rest) + rows_bytes] + changed_record(rest[rows_bytes:], rng)
+        return data[: len(data) - len(rest) + rows_bytes] + mutated_log(rest[rows_bytes:], rng)
     head = struct.pack("<4sIII", magic, len(keys), len(rows), zlib.crc32(rows, zlib.crc32(keys)))
     return head + keys + rest
 
 
-def unforeseen(case: Case, directory: Path, rng: random.Random) -> str | None:
-    """Change a file of the case and read all; what went wrong, or None."""
+def find_fault(case: Case, directory: Path, rng: random.Random) -> str | None:
+    """Mutate a file of the case and read it; returns a description of the fault, or None."""
     sound, files, read = case
     shutil.copytree(sound, directory, copy_function=os.link)
     name = rng.choice(files)
     data = (sound / name).read_bytes()
     by_record = name.endswith(".partial") and rng.random() < 0.8
-    data = (changed_record if by_record else fuzz.changed)(data, rng)
+    data = (mutated_log if by_record else fuzz.mutated)(data, rng)
     (directory / name).unlink()
     (directory / name).write_bytes(data)
     started, problem = time.perf_counter(), ""
@@ -169,7 +169,7 @@ def unforeseen(case: Case, directory: Path, rng: random.Random) -> str | None:
     except ModelError as error:
         if not str(error).isprintable() or len(str(error)) > 5000:
             problem = f"an unprintable message: {error!r}"
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is a fault)
+    except Exception as error:  # noqa: BLE001 (any other exception is a fault)
         problem = f"{type(error).__name__}: {error}"
     shutil.rmtree(directory)
     seconds = time.perf_counter() - started
@@ -178,7 +178,7 @@ def unforeseen(case: Case, directory: Path, rng: random.Random) -> str | None:
     return f"{name}: {problem}; {data[:3000]!r}" if problem else None
 
 
-def test_whatever_a_file_holds_ends_in_our_own_errors(tmp_path: Path) -> None:
+def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     cases = sources(tmp_path)
     rng, count = random.Random(SEED), 0
     end = time.perf_counter() + SECONDS
@@ -187,7 +187,7 @@ def test_whatever_a_file_holds_ends_in_our_own_errors(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         while time.perf_counter() < end:
             for name, case in cases.items():
-                found = unforeseen(case, tmp_path / "fuzzed", rng)
+                found = find_fault(case, tmp_path / "fuzzed", rng)
                 if found is not None:
                     problems.setdefault(f"{name}: {found.partition(';')[0][:150]}", found)
                 count += 1

@@ -1,4 +1,4 @@
-"""Image files that ask for much time or memory: refused, or read within the bounds promised.
+"""Costly image files are refused, or read within the promised bounds.
 
 SECURITY.md promises less than 5 s and 900 MB for a megabyte of hostile input.
 """
@@ -24,7 +24,7 @@ Bomb = Callable[[], bytes]
 
 
 def deflated_square(side: int) -> bytes:
-    """Black RGB, as one tile of a TIFF."""
+    """Compressed black RGB pixels, for one tile of a TIFF."""
     return zlib.compress(bytes(3 * side * side))
 
 
@@ -39,9 +39,9 @@ REFUSED: dict[str, tuple[Bomb, str]] = {
     ),
     "JPEG, 88 MP of coefficients": (
         lambda: bombs.progressive_scans(9, 9400),
-        "88 megapixels coded like this take 884 MB to decode, more than 850; resize it first",
+        "88 megapixels of this format take 884 MB to decode, more than 850; resize it first",
     ),
-    "pieces of EXIF": (lambda: bombs.exif_pieces(70_000), "has 70000 pieces of EXIF"),
+    "pieces of EXIF": (lambda: bombs.exif_pieces(70_000), "has 70000 EXIF segments"),
     "colour profiles": (lambda: bombs.text_bombs(b"iCCP", 900), "has 900 colour profiles"),
     "zTXt": (lambda: bombs.text_bombs(b"zTXt", 900), "Too much memory used in text chunks"),
     "strips": (
@@ -50,15 +50,15 @@ REFUSED: dict[str, tuple[Bomb, str]] = {
     ),
     "strips over and over": (
         lambda: bombs.strips(16_384, 5000, 1000, 1, bytes(900_000)),
-        "cover it many times",
+        "cover it several times",
     ),
-    "tile of 268 MP": (lambda: bombs.tiles(16384, 16, 16, 8, b"x"), "cover it many times"),
-    "tiles of no size": (lambda: bombs.tiles(0, 16, 16, 8, b"x"), "tiles of no size"),
-    "tiles outside of an image that lies": (
+    "tile of 268 MP": (lambda: bombs.tiles(16384, 16, 16, 8, b"x"), "cover it several times"),
+    "tiles of no size": (lambda: bombs.tiles(0, 16, 16, 8, b"x"), "tiles of invalid size"),
+    "tiles outside of a rotated image": (
         lambda: bombs.tiles(8192, 1, 16384, 8, b"x", orientation=6),
-        "cover it many times",
+        "cover it several times",
     ),
-    "tiles outside": (lambda: bombs.tiles(8192, 1, 16384, 8, b"x"), "cover it many times"),
+    "tiles outside": (lambda: bombs.tiles(8192, 1, 16384, 8, b"x"), "cover it several times"),
     "scans in strips": (
         lambda: bombs.strips(5, 5000, 5000, 7, bombs.by_strip(5000, 1000, 90)),
         "scans in 5 strips",
@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Bomb, str]] = {
         lambda: bombs.strips(500, 5000, 5000, 7, bombs.by_strip(5000, 10, 90)),
         "scans in 500 strips",
     ),
-    "LZMA": (lambda: bombs.strips(1, 9, 9, 34925, b"x"), "is coded with lzma, which is not read"),
+    "LZMA": (lambda: bombs.strips(1, 9, 9, 34925, b"x"), "compressed as lzma, which is not"),
     "WebP of 34 bytes": (lambda: bombs.webp_canvas(16384, 5461)[:34], "take 1432 MB to decode"),
     "WebP, a frame": (lambda: bombs.webp_canvas(16383, 5461, 1), "take 1431 MB to decode"),
     "WebP, lossless": (lambda: bombs.encoded(bombs.black(7400), "WEBP", lossless=True), "876 MB"),
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Bomb, str]] = {
 }
 READ: dict[str, Bomb] = {
     "JPEG at the limits of time and memory": lambda: bombs.baseline_scans(14, 9200, 0xC9),
-    "many scans of little": lambda: bombs.baseline_scans(3000, 512),
+    "many small scans": lambda: bombs.baseline_scans(3000, 512),
     "PNG in single bytes": lambda: bombs.png(9400, 940, pieces=80_000),
     "PNG, RGBA": lambda: bombs.png(9400, 2350, colour=6),
     "tile of 17 MP": lambda: bombs.tiles(4096, 16, 16, 8, deflated_square(4096)),
@@ -107,7 +107,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, isolated.Out
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_is_refused(outcomes: dict[str, isolated.Outcome], name: str) -> None:
+def test_costly_image_is_refused(outcomes: dict[str, isolated.Outcome], name: str) -> None:
     reason = REFUSED[name][1]
     isolated.assert_refused(outcomes[name], reason, seconds=SECONDS, megabytes=MEGABYTES)
 
@@ -119,14 +119,14 @@ def test_is_read_within_the_bounds(outcomes: dict[str, isolated.Outcome], name: 
     assert outcomes[name].grown_mb < MEGABYTES, outcomes[name]
 
 
-def test_an_open_image_is_checked_as_well() -> None:
+def test_opened_image_is_checked() -> None:
     """A PIL image that the caller has opened and Pillow has not decoded yet."""
     image = Image.open(io.BytesIO(bombs.baseline_scans(3000)))
     with pytest.raises(ImageError, match="has 3000 scans"):
         open_image(image)
 
 
-def test_a_closed_image_is_refused() -> None:
+def test_closed_image_is_refused() -> None:
     image = Image.open(io.BytesIO(bombs.encoded(bombs.black(9), "PNG")))
     image.close()
     with pytest.raises(ImageError, match="the file of this PIL image is closed; open it again"):
@@ -143,7 +143,7 @@ CODINGS = {
 @pytest.mark.parametrize("rows", [8, 100])
 @pytest.mark.parametrize("coding", CODINGS)
 def test_sound_tiffs_are_read(coding: str, rows: int) -> None:
-    """In one strip and in many, each a JPEG of its own there."""
+    """In one strip and in many; a JPEG-coded strip is a JPEG of its own."""
     image = Image.effect_noise((90, 100), 50).convert(CODINGS[coding])
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[278] = rows
@@ -155,7 +155,7 @@ def test_sound_tiffs_are_read(coding: str, rows: int) -> None:
 
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
-def test_orientation_is_pillow_s(mode: str, orientation: int) -> None:
+def test_orientation_equals_pillow(mode: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = bombs.encoded(Image.effect_noise((9, 5), 50).convert(mode), "JPEG", exif=exif)
@@ -164,14 +164,14 @@ def test_orientation_is_pillow_s(mode: str, orientation: int) -> None:
     assert np.array_equal(np.asarray(open_image(data)), expected)
 
 
-def test_16_bits_are_cut_to_8_in_every_strip() -> None:
+def test_16_bit_pixels_are_reduced_to_8_bits_in_every_strip() -> None:
     grey = np.random.default_rng(0).integers(0, 1 << 16, (1100, 1001), np.uint16)
     read = np.asarray(open_image(bombs.encoded(Image.fromarray(grey), "PNG")))
     assert np.array_equal(read, np.repeat((grey >> 8)[..., None], 3, axis=2))
 
 
-def test_libtiff_keeps_quiet(tmp_path: Path) -> None:
-    """It writes of each damaged row to stderr, past Python, unless it is told not to."""
+def test_libtiff_writes_nothing_to_stderr(tmp_path: Path) -> None:
+    """By default it reports every damaged row there, bypassing Python."""
     path = tmp_path / "damaged.tiff"
     path.write_bytes(bombs.damaged_fax(16_000))
     code = """

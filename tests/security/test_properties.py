@@ -26,7 +26,7 @@ from mlx_mobileclip.preprocess.image import MAX_IMAGE_SIDE, resize_crop, resize_
 
 TOKENS_PER_IMAGE = 16  # (256 / 64)^2
 
-# The same examples every time, and no limit on the time of one: machines differ.
+# The same examples every time, without deadlines, as machines differ.
 few = settings(max_examples=8, deadline=None, derandomize=True)
 many = settings(
     max_examples=100,
@@ -57,7 +57,7 @@ parts = st.lists(st.one_of(st.text(max_size=12), st.integers(0, 255)), max_size=
 
 
 def message(content: list[str | int]) -> list[dict[str, Any]]:
-    """Texts, and images of one brightness."""
+    """A user's message of texts, and of images of one brightness each."""
     return [
         {
             "role": "user",
@@ -93,7 +93,7 @@ def test_one_id_per_embedding(loaded: Any, content: list[str | int]) -> None:
 @settings(few, max_examples=4)
 @given(values=st.lists(st.integers(0, 255), min_size=2, max_size=3), data=st.data())
 def test_images_keep_their_order(loaded: Any, values: list[int], data: st.DataObject) -> None:
-    """Permuting the images permutes the rows in their places, and nothing else."""
+    """Permuting the images permutes their embeddings and nothing else."""
     model, processor = loaded
     order = data.draw(st.permutations(range(len(values))))
     content = [part for value in values for part in ("a", value)]
@@ -101,19 +101,19 @@ def test_images_keep_their_order(loaded: Any, values: list[int], data: st.DataOb
 
     def rows(content: list[str | int]) -> tuple[mx.array, list[int]]:
         inputs = processor(message(content))
-        # Of brightness up to 1 the tiny model's random weights keep hardly a trace.
+        # Scaled up, as random weights hardly distinguish values up to 1.
         features = model.encode_image(10_000 * inputs.pixels)
         embeddings = model.embed(inputs.input_ids[None], features)[0]
-        places = np.flatnonzero(np.array(inputs.input_ids) == IMAGE_TOKEN)
-        found = embeddings[mx.array(places)]
-        return found.reshape(len(values), TOKENS_PER_IMAGE, -1), places.tolist()
+        positions = np.flatnonzero(np.array(inputs.input_ids) == IMAGE_TOKEN)
+        found = embeddings[mx.array(positions)]
+        return found.reshape(len(values), TOKENS_PER_IMAGE, -1), positions.tolist()
 
-    (before, places), (after, same_places) = rows(content), rows(swapped)
-    assert places == same_places
+    (before, positions), (after, same_positions) = rows(content), rows(swapped)
+    assert positions == same_positions
     assert relative_error(after, before[mx.array(order)]) < BATCHED
     for i, j in itertools.combinations(range(len(values)), 2):
-        told_apart = relative_error(before[i], before[j]) > 100 * BATCHED
-        assert told_apart == (values[i] != values[j])
+        differ = relative_error(before[i], before[j]) > 100 * BATCHED
+        assert differ == (values[i] != values[j])
 
 
 # The KV cache
@@ -125,10 +125,10 @@ def test_images_keep_their_order(loaded: Any, values: list[int], data: st.DataOb
     trimmed=st.integers(0, 300),
     data=st.data(),
 )
-def test_prefill_can_be_cut_anywhere(
+def test_prefill_can_be_split_anywhere(
     loaded: Any, ids: list[int], trimmed: int, data: st.DataObject
 ) -> None:
-    """k + m tokens in one pass or in two; tokens trimmed off leave no trace, growth included."""
+    """Two passes equal one, also after trimming tokens and growing the cache."""
     model, _ = loaded
     k = data.draw(st.integers(1, len(ids) - 1))
     whole = model(mx.array([ids]), model.make_cache())
@@ -178,10 +178,10 @@ def replaced(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[
 
 @many
 @given(value=hostile_values, data=st.data())
-def test_any_canonical_config_is_taken_or_named(
+def test_any_canonical_config_is_accepted_or_refused_by_name(
     loaded: Any, value: Any, data: st.DataObject
 ) -> None:
-    """A model is built lazily, as the loader does before it looks at the weights."""
+    """The model is built lazily, as by the loader, which must not allocate memory."""
     good = loaded[0].config.to_json()
     path = data.draw(st.sampled_from(leaves(good)))
     mx.reset_peak_memory()
@@ -196,7 +196,7 @@ def test_any_canonical_config_is_taken_or_named(
 
 @many
 @given(value=hostile_values, which=st.sampled_from(["apple", "transformers"]), data=st.data())
-def test_any_source_config_is_taken_or_refused(
+def test_any_source_config_is_accepted_or_refused(
     directory: Path, value: Any, which: str, data: st.DataObject
 ) -> None:
     good = getattr(synthetic, f"{which}_config")()
@@ -219,14 +219,14 @@ texts = st.one_of(st.text(), st.text(alphabet=tricky, max_size=40))
 
 @many
 @given(text=texts)
-def test_text_comes_back_in_nfc(tokenizer: Tokenizer, text: str) -> None:
+def test_decoded_text_is_in_nfc(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @many
 @given(ids=st.lists(st.integers(-3, 300), max_size=30))
-def test_streaming_gives_the_whole_text(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """For any ids, cut characters and control tokens included."""
+def test_streamed_text_equals_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """For any ids, including incomplete characters and control tokens."""
     data = b"".join(tokenizer.token_bytes(i) for i in ids)
     decoder = TextDecoder(tokenizer)
     streamed = "".join(decoder.feed(i) for i in ids) + decoder.finish()
@@ -235,13 +235,13 @@ def test_streaming_gives_the_whole_text(tokenizer: Tokenizer, ids: list[int]) ->
 
 @many
 @given(pieces=st.lists(texts, min_size=1, max_size=3))
-def test_streamed_text_is_never_taken_back(tokenizer: Tokenizer, pieces: list[str]) -> None:
+def test_streamed_text_is_always_a_prefix(tokenizer: Tokenizer, pieces: list[str]) -> None:
     text = unicodedata.normalize("NFC", "".join(pieces))
-    decoder, shown = TextDecoder(tokenizer), ""
+    decoder, streamed = TextDecoder(tokenizer), ""
     for i in tokenizer.encode(text):
-        shown += decoder.feed(i)
-        assert text.startswith(shown)
-    assert shown + decoder.finish() == text
+        streamed += decoder.feed(i)
+        assert text.startswith(streamed)
+    assert streamed + decoder.finish() == text
 
 
 # Preprocessing
@@ -269,7 +269,7 @@ def test_padding_equals_the_reference(width: int, height: int, size: int, seed: 
 @many
 @given(width=sides, height=sides, size=st.sampled_from([16, 64]), seed=st.integers(0, 9))
 def test_pixels_are_bounded(width: int, height: int, size: int, seed: int) -> None:
-    """And an image of one colour stays of that colour when it is not padded."""
+    """Cropping an image of one colour keeps the colour."""
     assume(max(width, height) * size // min(width, height) <= MAX_IMAGE_SIDE)
     image = noise(width, height, seed)
     for resize in (resize_pad, resize_crop):

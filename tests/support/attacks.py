@@ -1,7 +1,7 @@
-"""Hostile checkpoints: what builds them from a sound one, and what comes of loading them.
+"""Build hostile checkpoints from a sound one, and load them.
 
-A case is a directory whose files are links to those of the sound checkpoint, and a `Build` changes
-it in one way.
+A case is a directory of hard links to the files of the sound checkpoint; its `Build` makes one
+change to it.
 """
 
 import json
@@ -17,11 +17,11 @@ import synthetic
 
 VICTIM = "model.norm.weight"  # (64,), float32
 Build = Callable[[Path], None]
-Cases = dict[str, tuple[Build, str]]  # by name: what builds it, and why it is refused
+Cases = dict[str, tuple[Build, str]]  # name to build function and reason in the error
 
 
 def put(path: Path, data: bytes | str) -> None:
-    """Replace a file; those of a case are links to the sound checkpoint's."""
+    """Replace a file of a case without writing through its hard link."""
     path.unlink(missing_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -37,8 +37,8 @@ def safetensors(header: dict[str, Any] | bytes, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def rewritten(change: Callable[[dict[str, Any], bytes], bytes]) -> Build:
-    """Write the file anew from its header and data."""
+def rewrite_safetensors(change: Callable[[dict[str, Any], bytes], bytes]) -> Build:
+    """Rewrite model.safetensors from its header and data."""
 
     def build(case: Path) -> None:
         put(case / "model.safetensors", change(*header_of(case / "model.safetensors")))
@@ -46,13 +46,13 @@ def rewritten(change: Callable[[dict[str, Any], bytes], bytes]) -> Build:
     return build
 
 
-def twice_named(header: dict[str, Any], data: bytes, **changes: Any) -> bytes:
+def with_duplicate(header: dict[str, Any], data: bytes, **changes: Any) -> bytes:
     again = json.dumps({VICTIM: header[VICTIM] | changes})[1:-1]
     return safetensors((json.dumps(header)[:-1] + ", " + again + "}").encode(), data)
 
 
 def tensors(change: Callable[[dict[str, Any]], Any]) -> Build:
-    """Change the tensors of the sound checkpoint."""
+    """Change the tensors of a case."""
 
     def build(case: Path) -> None:
         path = case / "model.safetensors"
@@ -65,7 +65,7 @@ def tensors(change: Callable[[dict[str, Any]], Any]) -> Build:
 
 
 def config(**changes: Any) -> Build:
-    """Change config.json; a None removes the field."""
+    """Change fields of config.json; None removes a field."""
 
     def build(case: Path) -> None:
         values = json.loads((case / "config.json").read_text()) | changes
@@ -75,7 +75,7 @@ def config(**changes: Any) -> Build:
     return build
 
 
-def packing(bits: Any = 4, group_size: Any = 32, mode: Any = "affine") -> dict[str, Any]:
+def quantization_block(bits: Any = 4, group_size: Any = 32, mode: Any = "affine") -> dict[str, Any]:
     return {"bits": bits, "group_size": group_size, "mode": mode}
 
 
@@ -101,11 +101,11 @@ def split_tables(merges: str | bytes | None, added: str = "added_tokens.json") -
     return build
 
 
-# Running them
+# Running the cases
 
 
 def write_sound(base: Path) -> Path:
-    """The sound checkpoint, in a directory of its own beside which the cases will lie."""
+    """Write the sound checkpoint; the cases are built beside it."""
     return synthetic.write_layout(base / "sound", "llava_qwen2")
 
 
@@ -115,17 +115,16 @@ def refused(groups: Mapping[str, Cases]) -> list[tuple[str, str]]:
 
 
 def builds(groups: Mapping[str, Cases]) -> dict[str, Build]:
-    """What builds each case, by its group and name."""
+    """Build functions by group and name."""
     return {f"{group} {name}": groups[group][name][0] for group, name in refused(groups)}
 
 
 def outcomes(
     sound: Path, builds: Mapping[str, Build], *, named: bool = False
 ) -> dict[str, isolated.Outcome]:
-    """Build each case and ask it a question, all in one process; by the same names.
+    """Build the cases, ask each a question in one subprocess, and return the outcomes by name.
 
-    `named` calls the directory of a case by its name, where that is one of the attacks; all others
-    must not depend on theirs.
+    `named` calls the directory of a case by its name, for attacks through the directory name.
     """
     directories = []
     for i, (name, build) in enumerate(builds.items()):

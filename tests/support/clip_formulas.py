@@ -1,7 +1,7 @@
-"""Towers that no package has, in NumPy float64, straight from their published definition.
+"""Towers that no reference package has, in NumPy float64, from their published definitions.
 
-Nothing here is folded, fused or shared with the product: BatchNorm is computed where training
-has it, convolutions are sums of shifted products. Names are Apple's.
+Nothing is folded, fused or shared with the tested code: BatchNorm is computed where training has
+it, convolutions are sums of shifted products. Tensor names are Apple's.
 """
 
 import math
@@ -28,7 +28,7 @@ def layer_norm(x: Array, t: Tensors, name: str, eps: float) -> Array:
 
 
 def batch_norm(x: Array, t: Tensors, name: str) -> Array:
-    """Over the last axis."""
+    """BatchNorm in inference, over the last axis."""
     deviation = np.sqrt(t[f"{name}.running_var"].astype(np.float64) + BATCH_NORM_EPS)
     return (x - t[f"{name}.running_mean"]) / deviation * t[f"{name}.weight"] + t[f"{name}.bias"]
 
@@ -48,11 +48,11 @@ def transformer(x: Array, t: Tensors, name: str, heads: int, eps: float, causal:
     size = D // heads
     parts = []
     for head in range(heads):
-        own = slice(head * size, (head + 1) * size)
-        scores = queries[:, own] @ keys[:, own].T / math.sqrt(size)
+        columns = slice(head * size, (head + 1) * size)
+        scores = queries[:, columns] @ keys[:, columns].T / math.sqrt(size)
         if causal:
             scores[np.triu_indices(L, 1)] = -np.inf
-        parts.append(softmax(scores) @ values[:, own])
+        parts.append(softmax(scores) @ values[:, columns])
     attended = np.concatenate(parts, axis=1)
     x = x + attended @ t[f"{mha}.out_proj.weight"].T + t[f"{mha}.out_proj.bias"]
     ffn = f"{name}.pre_norm_ffn"
@@ -61,7 +61,7 @@ def transformer(x: Array, t: Tensors, name: str, heads: int, eps: float, causal:
     return x + y @ t[f"{ffn}.4.weight"].T + t[f"{ffn}.4.bias"]
 
 
-def along_text(x: Array, weight: Array) -> Array:
+def depthwise_conv1d(x: Array, weight: Array) -> Array:
     """Depthwise convolution of (L, C) with (C, 1, 1, 11), zeros beyond both ends."""
     kernel = weight[:, 0, 0]
     size = kernel.shape[1]
@@ -73,15 +73,15 @@ def rep_mixer_block(x: Array, t: Tensors, name: str) -> Array:
     mixer = f"{name}.token_mixer"
     fused = f"{mixer}.reparam_conv"
     if f"{fused}.weight" in t:  # the residual is inside the kernel
-        x = along_text(x, t[f"{fused}.weight"]) + t[f"{fused}.bias"]
+        x = depthwise_conv1d(x, t[f"{fused}.weight"]) + t[f"{fused}.bias"]
     else:
-        convolved = along_text(x, t[f"{mixer}.mixer.rbr_conv.0.conv.weight"])
+        convolved = depthwise_conv1d(x, t[f"{mixer}.mixer.rbr_conv.0.conv.weight"])
         mixed = batch_norm(convolved, t, f"{mixer}.mixer.rbr_conv.0.bn")
         mixed = mixed + batch_norm(x, t, f"{mixer}.mixer.rbr_skip")
         mixed = mixed - batch_norm(x, t, f"{mixer}.norm.rbr_skip")
         x = x + t[f"{mixer}.layer_scale"][:, 0, 0] * mixed
     ffn = f"{name}.convffn"
-    y = batch_norm(along_text(x, t[f"{ffn}.conv.conv.weight"]), t, f"{ffn}.conv.bn")
+    y = batch_norm(depthwise_conv1d(x, t[f"{ffn}.conv.conv.weight"]), t, f"{ffn}.conv.bn")
     y = gelu(y @ t[f"{ffn}.fc1.weight"][:, :, 0, 0].T + t[f"{ffn}.fc1.bias"])
     y = y @ t[f"{ffn}.fc2.weight"][:, :, 0, 0].T + t[f"{ffn}.fc2.bias"]
     return x + t[f"{name}.layer_scale"][:, 0, 0] * y
@@ -106,8 +106,8 @@ def hybrid_text(t: Tensors, ids: NDArray[np.int32], heads: int) -> Array:
     return np.array(rows)
 
 
-def stepping(x: Array, weight: Array, padding: int) -> Array:
-    """Convolution whose stride is its size: (H, W, I) with (O, I, k, k)."""
+def patch_conv(x: Array, weight: Array, padding: int) -> Array:
+    """Convolution whose stride is the kernel size: (H, W, I) with (O, I, k, k)."""
     size = weight.shape[2]
     x = np.pad(x, ((padding, padding), (padding, padding), (0, 0)))
     H, W = x.shape[0] // size, x.shape[1] // size
@@ -120,11 +120,11 @@ def vit_b(t: Tensors, pixels: Array, heads: int, padding: int, eps: float) -> Ar
     p, rows = "image_encoder.model", []
     depth = 1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{p}.transformer."))
     for image in pixels:
-        x = stepping(image, t[f"{p}.patch_emb.0.block.conv.weight"], padding)
+        x = patch_conv(image, t[f"{p}.patch_emb.0.block.conv.weight"], padding)
         x = gelu(batch_norm(x, t, f"{p}.patch_emb.0.block.norm"))
-        x = stepping(x, t[f"{p}.patch_emb.1.block.conv.weight"], 0)
+        x = patch_conv(x, t[f"{p}.patch_emb.1.block.conv.weight"], 0)
         x = gelu(batch_norm(x, t, f"{p}.patch_emb.1.block.norm"))
-        x = stepping(x, t[f"{p}.patch_emb.2.block.conv.weight"], 0)
+        x = patch_conv(x, t[f"{p}.patch_emb.2.block.conv.weight"], 0)
         x = x + t[f"{p}.patch_emb.2.block.conv.bias"]
         x = x.reshape(-1, x.shape[-1]) + t[f"{p}.pos_embed.pos_embed.pos_embed"][0, 0]
         x = np.concatenate([t[f"{p}.cls_token"][0], x])

@@ -1,7 +1,7 @@
-"""Several threads ask a model that has just been loaded, all at once; run in a fresh process.
+"""Call a freshly loaded model from several threads at once; run as a script in a new process.
 
-Usage: cold_threads.py fastvlm|images|texts|both THREADS. Prints one JSON list: what each thread
-got, and the same from the main thread afterwards.
+Usage: cold_threads.py fastvlm|images|texts|both THREADS. Prints a JSON list of two lists: the
+results of the threads, and those of the main thread afterwards.
 """
 
 import json
@@ -44,20 +44,20 @@ def mobileclip(kind: str) -> Callable[[int], Any]:
 
 def main(kind: str, threads: int) -> None:
     ask = fastvlm() if kind == "fastvlm" else mobileclip(kind)
-    found: list[Any] = [None] * threads
-    together = threading.Barrier(threads)
+    results: list[Any] = [None] * threads
+    barrier = threading.Barrier(threads)
 
     def work(i: int) -> None:
-        together.wait()
-        found[i] = ask(i)
+        barrier.wait()
+        results[i] = ask(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    alone = [ask(i) for i in range(4)]
-    print(json.dumps([found, [alone[i % 4] for i in range(threads)]]))
+    expected = [ask(i) for i in range(4)]
+    print(json.dumps([results, [expected[i % 4] for i in range(threads)]]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write small Core ML packages without coremltools: messages, blobs, operations.
 
-Field numbers are those of coremltools' MIL.proto. A value is given as a NumPy array, a number, a
-text or a list of numbers; arrays of more than one float are put into weight.bin.
+Field numbers are those of coremltools' MIL.proto. Values are NumPy arrays, numbers, strings or
+lists of numbers; float arrays of more than one element are stored in weight.bin.
 """
 
 import json
@@ -18,7 +18,7 @@ TYPES = {"float32": 11, "float16": 10, "int32": 23, "bool": 1, "int8": 21, "uint
 TYPES |= {"int64": 23, "uint32": 33}
 BLOB_KINDS = {10: 1, 11: 2, 31: 3, 21: 4, 25: 8, 37: 9, 36: 10, 35: 11, 39: 12, 38: 13}
 BLOB_KINDS[33] = 15
-BITS = {25: 4, 35: 4, 36: 2, 37: 1, 38: 6, 39: 3}  # of types that NumPy has not
+BITS = {25: 4, 35: 4, 36: 2, 37: 1, 38: 6, 39: 3}  # of types that NumPy lacks
 
 Reference = str  # the name of a value
 
@@ -33,7 +33,7 @@ def varint(value: int) -> bytes:
 
 
 def put(number: int, value: int | bytes | str) -> bytes:
-    """One field: a number, or anything that has a length."""
+    """Encode one field: a varint, or length-delimited bytes."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     data = value.encode() if isinstance(value, str) else value
@@ -50,14 +50,14 @@ def tensor_type(code: int, shape: tuple[int, ...]) -> bytes:
 
 
 def packed_bits(values: np.ndarray, bits: int) -> bytes:
-    """Elements of `bits` bits each, the first in the lowest bits."""
+    """Pack elements into `bits` bits each, the first in the lowest bits."""
     flat = (values.reshape(-1).astype(np.int64) & ((1 << bits) - 1)).astype(np.uint8)
     stream = np.unpackbits(flat[:, None], axis=1, bitorder="little")[:, :bits]
     return np.packbits(stream.reshape(-1), bitorder="little").tobytes()
 
 
 class Program:
-    """A program that is written operation by operation."""
+    """Builds an ML program operation by operation."""
 
     def __init__(self, dtype: str = "float32"):
         self.dtype = dtype
@@ -70,7 +70,7 @@ class Program:
     # Values
 
     def blob(self, data: bytes, kind: int) -> int:
-        """Append a blob; returns the place of its record."""
+        """Append a blob; returns the offset of its record."""
         offset = 64 + len(self.blobs)
         record = struct.pack("<IIQQQ", 0xDEADBEEF, kind, len(data), offset + 64, 0)
         data += bytes(-len(data) % 64)
@@ -78,11 +78,11 @@ class Program:
         return offset
 
     def stored(self, array: np.ndarray, code: int | None = None) -> bytes:
-        """A value in weight.bin, of a type that NumPy has or of one of `BITS`."""
+        """A value in weight.bin, of a NumPy type or one of `BITS`."""
         code = code or TYPES[array.dtype.name]
         data = packed_bits(array, BITS[code]) if code in BITS else array.tobytes()
-        place = self.blob(data, BLOB_KINDS[code])
-        file = put(1, "@model_path/weights/weight.bin") + put(2, place)
+        offset = self.blob(data, BLOB_KINDS[code])
+        file = put(1, "@model_path/weights/weight.bin") + put(2, offset)
         return put(2, tensor_type(code, array.shape)) + put(5, file)
 
     def value(self, value: Any) -> bytes:
@@ -94,10 +94,10 @@ class Program:
         if array.dtype.kind == "f" and array.size > 1:
             return self.stored(array.astype(self.dtype) if array.dtype != np.float16 else array)
         if array.dtype.kind == "f":
-            kept = array.astype(self.dtype)
-            data = put(7, put(1, kept.tobytes()))
-            if kept.dtype == np.float32:
-                data = put(1, put(1, kept.tobytes()))
+            scalar = array.astype(self.dtype)
+            data = put(7, put(1, scalar.tobytes()))
+            if scalar.dtype == np.float32:
+                data = put(1, put(1, scalar.tobytes()))
             return put(2, tensor_type(TYPES[self.dtype], array.shape)) + put(3, put(1, data))
         numbers = b"".join(varint(int(n)) for n in array.reshape(-1))
         number = 3 if array.dtype == np.bool_ else 2
@@ -145,7 +145,7 @@ class Program:
         return self.raw("const", {}, {"val": data}, array.shape, name or self.name("const"))
 
     def op(self, kind: str, shape: tuple[int, ...] = (), **parameters: Any) -> Reference:
-        """An operation whose parameters that are no names of values become constants."""
+        """An operation; parameters that do not name a value become constants."""
         inputs = {}
         for parameter, given in parameters.items():
             known = isinstance(given, str) and given in self.shapes
@@ -175,7 +175,7 @@ def write_package(path: Path, model: bytes, weights: bytes) -> Path:
     for name, data in {MODEL: model, WEIGHTS: weights}.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
-    model_id = f"model of {path.name}"  # each package has its own
+    model_id = f"model of {path.name}"  # unique to the package
     entries = {
         model_id: {"name": "model.mlmodel", "path": "com.apple.CoreML/model.mlmodel"},
         "weights": {"name": "weights", "path": "com.apple.CoreML/weights"},

@@ -1,7 +1,7 @@
 """Write towers as Core ML programs, as coremltools exports them: BatchNorm and scales folded.
 
-Tensors come under timm's and open_clip's names with branches fused, as `synthetic` and
-`synthetic_clip` make them. The reader's own tables are not used.
+Tensors have timm's and open_clip's names and fused branches, as `synthetic` and `synthetic_clip`
+make them. The name tables of the tested reader are not used.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ EPS = 1e-5
 
 
 class TowerProgram(Program):
-    """Layers on the way from `x`, the latest value."""
+    """Appends layers to `x`, the latest value."""
 
     def __init__(self, tensors: Tensors, dtype: str = "float32"):
         super().__init__(dtype)
@@ -80,7 +80,7 @@ class TowerProgram(Program):
 
 
 def fastvit(program: TowerProgram, layers: tuple[int, ...], norm: str, se: bool) -> None:
-    """A FastViT trunk; `norm` is the one before attention, "layer" (spelled out) or "batch"."""
+    """A FastViT trunk; `norm`, before attention, is "layer" (as elementary ops) or "batch"."""
     t = program.tensors
     C = t["stem.0.reparam_conv.bias"].size
     for i, (stride, groups) in enumerate(((2, 1), (2, C), (1, 1))):
@@ -210,7 +210,7 @@ def transformer_layer(
 
 
 def fastvithd_program(tensors: Tensors, layers: tuple[int, ...], dtype: str = "float32") -> Program:
-    """FastVLM's image tower as Apple's export script sets it; tensors under timm's names."""
+    """FastVLM's image tower as Apple's export script writes it; tensors have timm's names."""
     program = TowerProgram(tensors, dtype)
     program.x = program.input("images", (1, 3, 256, 256))
     fastvit(program, layers, "layer", se=False)
@@ -218,7 +218,7 @@ def fastvithd_program(tensors: Tensors, layers: tuple[int, ...], dtype: str = "f
 
 
 def write_app_export(directory: Path) -> Path:
-    """A tiny app export of FastVLM with its image tower in a package."""
+    """Write a tiny app export of FastVLM with its image tower in a Core ML package."""
     export = synthetic.write_layout(directory, "app export")
     program = fastvithd_program(tiny_fastvithd(), synthetic.TINY_LAYERS)
     program.write(export / "fastvithd.mlpackage")
@@ -226,14 +226,14 @@ def write_app_export(directory: Path) -> Path:
 
 
 def tiny_fastvithd() -> Tensors:
-    """The image tower of the tiny checkpoint under timm's names."""
+    """Tensors of the tiny checkpoint's image tower, with timm's names."""
     prefix = synthetic.TOWER
     tower = {k[len(prefix) :]: v for k, v in synthetic.apple_tensors().items() if prefix in k}
     return synthetic.renamed(tower, synthetic.timm_name)
 
 
 def write_mobileclip(directory: Path, stem: str, config: Any, tensors: Tensors) -> None:
-    """Both packages of a MobileCLIP whose tensors come under open_clip's names."""
+    """Write both packages of a MobileCLIP whose tensors have open_clip's names."""
     image = {
         k.removeprefix("visual.trunk."): v for k, v in tensors.items() if k.startswith("visual.")
     }
@@ -249,8 +249,8 @@ def write_mobileclip(directory: Path, stem: str, config: Any, tensors: Tensors) 
         program.layer("reduce_mean", axes=[2, 3], keep_dims=False)
         program.linear("head.fc.weight", "head.fc.bias" if "head.fc.bias" in image else None)
     program.write(directory / f"{stem}_image.mlpackage")
-    words = {k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")}
-    program = TowerProgram(words)
+    text_tensors = {k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")}
+    program = TowerProgram(text_tensors)
     program.x = program.input("text", (1, config.text.context_length), 23)
     text(program, config.text.layers, config.text.causal, config.text.rep_mixers)
     program.write(directory / f"{stem}_text.mlpackage")

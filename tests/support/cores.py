@@ -1,4 +1,4 @@
-"""Divide MLX's work on the CPU among any number of cores, and see where it goes."""
+"""Divide MLX's CPU work among a given number of cores, and record the streams it uses."""
 
 import io
 import re
@@ -10,10 +10,10 @@ from mlx_mobileclip.cpu import depthwise, executor
 
 
 def divide(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[mx.Stream]:
-    """Divide all work among some cores.
+    """Divide all work among `cores` cores.
 
     Returns:
-        The streams that parts are put on, in order; it grows as work is divided.
+        The streams used, in order; the list grows as work is divided.
     """
     streams = [mx.new_stream(mx.cpu) for _ in range(cores)]
     monkeypatch.setattr(executor, "_streams", lambda: streams)
@@ -27,7 +27,7 @@ def divide(monkeypatch: pytest.MonkeyPatch, cores: int) -> list[mx.Stream]:
 
 
 def graph_names(array: mx.array) -> list[str]:
-    """Names of the primitives that compute an array."""
+    """Names of the primitives in the graph of an array."""
     listing = io.StringIO()
     mx.export_to_dot(listing, array)
     return re.findall(r'label ="(\w+)"', listing.getvalue())

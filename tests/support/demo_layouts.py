@@ -1,4 +1,4 @@
-"""The demo model in the layouts that FastVLM checkpoints come in: conversion backwards."""
+"""Write the demo model in any layout of FastVLM checkpoints: the inverse of conversion."""
 
 import shutil
 from dataclasses import asdict
@@ -13,11 +13,11 @@ from convert.export.unfold import unfold
 from mlx_fastvlm.loader import find_checkpoint, read_canonical
 from mlx_fastvlm.models.config import FastVLMConfig
 
-# Layouts. Apple's names are those of the listing in keys/, so that they are real ones.
+# Apple's names are taken from the listing in keys/, so that they are real.
 
 
 def apple_names() -> dict[str, str]:
-    """Common name to Apple's."""
+    """Map common names to Apple's."""
     return {_common_name(key): key for key in synthetic.read_keys("apple_llava_qwen2_0.5b")}
 
 
@@ -43,7 +43,7 @@ def write(
     names = apple_names()
     whole = {name: tensor.astype(mx.float32) for name, tensor in canonical.items()}
     tensors = {names[common]: np.array(tensor) for common, tensor in unfold(config, whole).items()}
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # stored though it is tied
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # stored although tied
     values = _apple_config(config)
     if layout == "fast_vlm":
         tensors = synthetic.renamed(tensors, synthetic.transformers_name)

@@ -1,4 +1,4 @@
-"""Change files at random, by a seed: the values and structure of their JSON, or their bytes."""
+"""Mutate files at random from a seed: values and structure of their JSON, or their bytes."""
 
 import copy
 import json
@@ -14,30 +14,30 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def changed(data: bytes, rng: random.Random) -> bytes:
-    """The file with one to three changes, most often in the structure of its JSON."""
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return the file with one to three changes, most often in its JSON."""
     if rng.random() < 0.2:
-        return _bytes_changed(data, rng)
+        return _mutated_bytes(data, rng)
     try:
         value = json.loads(data)
     except ValueError:
-        return _bytes_changed(data, rng)
+        return _mutated_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        value = _change(value, rng)
+        value = _mutate(value, rng)
     return json.dumps(value).replace(f'"{LONG}"', "9" * 5000).encode()
 
 
-def _change(value: Any, rng: random.Random) -> Any:
-    """Change one place; the deeper ones as often as those at the top."""
+def _mutate(value: Any, rng: random.Random) -> Any:
+    """Change one value, at any depth."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-        return _instead(value, rng)
+        return _replacement(value, rng)
     key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
-    what = rng.random()
-    if isinstance(value[key], (dict, list)) and what < 0.8:
-        value[key] = _change(value[key], rng)
-    elif what < 0.85:
-        value[key] = _instead(value[key], rng)
-    elif what < 0.93:
+    action = rng.random()
+    if isinstance(value[key], (dict, list)) and action < 0.8:
+        value[key] = _mutate(value[key], rng)
+    elif action < 0.85:
+        value[key] = _replacement(value[key], rng)
+    elif action < 0.93:
         del value[key]
     elif isinstance(value, dict):
         value[rng.choice(("new", "", "\ud800", str(key) + "_"))] = _any(rng)
@@ -46,7 +46,7 @@ def _change(value: Any, rng: random.Random) -> Any:
     return value
 
 
-def _instead(value: Any, rng: random.Random) -> Any:
+def _replacement(value: Any, rng: random.Random) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and rng.random() < 0.5:
         return rng.choice((value + 1, value - 1, value * 2, -value, value / 3, str(value), [value]))
@@ -59,11 +59,11 @@ def _any(rng: random.Random) -> Any:
     return copy.deepcopy(rng.choice(VALUES))
 
 
-def _bytes_changed(data: bytes, rng: random.Random) -> bytes:
+def _mutated_bytes(data: bytes, rng: random.Random) -> bytes:
     result = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.2:
             del result[rng.randrange(len(result) + 1) :]
-        place = rng.randrange(len(result) + 1)
-        result[place : place + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
+        start = rng.randrange(len(result) + 1)
+        result[start : start + rng.randint(0, 2)] = rng.randbytes(rng.randint(0, 2))
     return bytes(result)

@@ -1,4 +1,4 @@
-"""A small server on this machine that speaks the Hub's protocol for one repository."""
+"""A local HTTP server with the Hub's API for one repository."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ REPOSITORY = "someone/FastVLM-tiny"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves one repository; remembers what was asked for."""
+    """Serves one repository and records the requests."""
 
     def __init__(self, directory: Path):
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.directory = directory
         self.fetched: list[str] = []
         self.revisions: set[str] = set()
@@ -26,7 +26,7 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, *_: Any) -> None:
@@ -58,10 +58,10 @@ class Answer(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in names]
             info = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
             return self.send(200, json.dumps(info).encode())
-        start = f"/{REPOSITORY}/resolve/"
-        if not path.startswith(start):
+        prefix = f"/{REPOSITORY}/resolve/"
+        if not path.startswith(prefix):
             return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        revision, _, name = path[len(start) :].partition("/")
+        revision, _, name = path[len(prefix) :].partition("/")
         self.server.revisions.add(revision)
         if self.command == "GET":
             self.server.fetched.append(name)

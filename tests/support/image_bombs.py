@@ -1,4 +1,4 @@
-"""Small files that ask decoders for much work or memory, one generator for each way."""
+"""Small files that cost decoders much time or memory, one generator per technique."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def segment(marker: int, body: bytes) -> bytes:
 def empty_jpeg(
     width: int, height: int, scans: Sequence[bytes], sof: int = 0xC0, sampling: int = 0x11
 ) -> bytes:
-    """A JPEG of three components whose scans, each its header's body, hold no data."""
+    """A three-component JPEG with scans (bodies of their headers) that hold no data."""
     frame = struct.pack(">BHHB", 8, height, width, 3)
     frame += b"".join(bytes([i, sampling if i == 1 else 0x11, 0]) for i in (1, 2, 3))
     codes = bytes([1]) + bytes(15) + bytes([0])  # one code, of one bit, for the symbol 0
@@ -52,7 +52,7 @@ def by_component(count: int) -> list[bytes]:
 
 
 def baseline_scans(count: int, side: int = 2048, sof: int = 0xC0) -> bytes:
-    """A baseline or arithmetic JPEG, sequential, that repeats a component's scan."""
+    """A sequential JPEG, baseline or arithmetic, that repeats the scans of its components."""
     return empty_jpeg(side, side, by_component(count), sof)
 
 
@@ -66,12 +66,12 @@ def exif_of(body: bytes) -> bytes:
 
 
 def by_strip(width: int, height: int, scans: int) -> bytes:
-    """A JPEG of baseline scans, as a strip of a TIFF has it."""
+    """A baseline JPEG with many scans, for a strip of a TIFF."""
     return empty_jpeg(width, height, by_component(scans))
 
 
 def exif_pieces(count: int) -> bytes:
-    """A JPEG whose EXIF comes in many pieces, each appended to all before."""
+    """A JPEG whose EXIF is in many segments, each appended to those before."""
     data = encoded(Image.new("RGB", (8, 8)), "JPEG")
     return data[:2] + segment(0xE1, b"Exif\0\0MM\0*") * count + data[2:]
 
@@ -84,10 +84,10 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes, pieces: int = 0, colour: int = 0) -> bytes:
-    """A black PNG; `colour` 0 is one bit of grey, 2 RGB, 6 RGBA; IDAT in single bytes at first."""
+    """A black PNG; `colour` 0 is 1-bit grey, 2 RGB, 6 RGBA; begins with `pieces` tiny IDATs."""
     row = bytes(1 + {0: (width + 7) // 8, 2: 3 * width, 6: 4 * width}[colour])
-    packer = zlib.compressobj(9)
-    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    compressor = zlib.compressobj(9)
+    data = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, 8 if colour else 1, colour, 0, 0, 0)
     parts = [chunk(b"IDAT", data[i : i + 1]) for i in range(min(pieces, len(data)))]
     parts += [chunk(b"IDAT", b"")] * (pieces - len(parts)) + [chunk(b"IDAT", data[pieces:])]
@@ -96,7 +96,7 @@ def png(width: int, height: int, *chunks: bytes, pieces: int = 0, colour: int = 
 
 
 def text_bombs(kind: bytes, count: int) -> bytes:
-    """A PNG of many chunks that each inflate to a megabyte."""
+    """A PNG with many chunks that each inflate to a megabyte."""
     head = {b"zTXt": b"c%d\0\0", b"iTXt": b"c%d\0\1\0\0\0", b"iCCP": b"c%d\0\0"}[kind]
     body = zlib.compress(bytes(1 << 20), 9)
     return png(9, 9, *[chunk(kind, head % i + body) for i in range(count)])
@@ -108,17 +108,17 @@ Tags = Mapping[int, tuple[int, Sequence[int]]]
 
 
 def tiff(tags: Tags, body: bytes = b"") -> bytes:
-    """A TIFF of tags (number: type 3 or 4, values), with data at 8 and the directory behind it."""
+    """A TIFF with tags (number: type 3 or 4, values); data at offset 8, then the directory."""
     start = 8 + len(body)
     entries, values = [], b""
-    place = start + 2 + 12 * len(tags) + 4
+    offset = start + 2 + 12 * len(tags) + 4
     for tag, (kind, numbers) in sorted(tags.items()):
         data = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
         entries.append(struct.pack("<HHI", tag, kind, len(numbers)))
         if len(data) <= 4:
             entries[-1] += data.ljust(4, b"\0")
         else:
-            entries[-1] += struct.pack("<I", place + len(values))
+            entries[-1] += struct.pack("<I", offset + len(values))
             values += data
     directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
     return b"II*\0" + struct.pack("<I", start) + body + directory + values
@@ -167,7 +167,7 @@ def tiles(
 
 
 def damaged_fax(rows: int) -> bytes:
-    """Group 3 data of nonsense, of which libtiff remarks on each row."""
+    """Random bytes as Group 3 data; libtiff warns about every row."""
     noise = Random(0).randbytes(20_000)
     tags = {256: [1000], 257: [rows], 258: [1], 259: [3], 262: [0], 273: [8], 277: [1],
             278: [rows], 279: [len(noise)]}  # fmt: skip
@@ -184,22 +184,22 @@ def riff(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def three(number: int) -> bytes:
+def uint24(number: int) -> bytes:
     return struct.pack("<I", number)[:3]
 
 
 def webp_canvas(width: int, height: int, frames: int = 0) -> bytes:
     """An animated WebP with a canvas and, if any, frames of 16 x 16 px."""
     picture = encoded(Image.new("RGB", (16, 16), RED), "WEBP")[12:]
-    frame = three(0) + three(0) + three(15) + three(15) + three(9) + b"\0" + picture
-    head = b"\2\0\0\0" + three(width - 1) + three(height - 1)
+    frame = uint24(0) + uint24(0) + uint24(15) + uint24(15) + uint24(9) + b"\0" + picture
+    head = b"\2\0\0\0" + uint24(width - 1) + uint24(height - 1)
     chunks = [(b"VP8X", head), (b"ANIM", bytes(6)), *[(b"ANMF", frame)] * frames]
     return riff(*chunks)
 
 
 def lossy_webp(width: int, height: int) -> bytes:
-    """The header of a lossy WebP, and nothing more."""
-    frame = three(0x10) + b"\x9d\x01\x2a" + struct.pack("<HH", width, height)
+    """A lossy WebP with a header but no image data."""
+    frame = uint24(0x10) + b"\x9d\x01\x2a" + struct.pack("<HH", width, height)
     return riff((b"VP8 ", frame + bytes(20)))
 
 
@@ -212,7 +212,7 @@ def gif(width: int, height: int, extensions: bytes = b"", frames: int = 1) -> by
 
 
 def bmp_rle(width: int, height: int, bits: int, body: bytes) -> bytes:
-    """A BMP of run lengths; `bits` 8 or 4."""
+    """A run-length encoded BMP; `bits` is 8 or 4."""
     colours = bytes(4 << bits)
     start = 54 + len(colours)
     head = b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start)

@@ -1,9 +1,10 @@
-"""Run hostile cases one after the other in a process of their own, so that a crash is seen."""
+"""Run hostile cases one after another in a subprocess, so that a crash is detected."""
 
 import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.worker import forget_peak, peak
+from bench.worker import peak, reset_peak
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -21,7 +22,7 @@ MEMORY_LIMIT_BYTES = 6 << 30
 
 @dataclass
 class Outcome:
-    """How one case ended; `grown_mb` is by how much it raised the process's peak memory."""
+    """Result of one case; `grown_mb` is the growth of the process's peak memory."""
 
     status: int
     out: str = ""
@@ -31,28 +32,34 @@ class Outcome:
 
 
 def run(cases: Sequence[tuple[str, list[str]]], timeout_s: float = 120) -> list[Outcome]:
-    """Run (kind, arguments) cases; one that kills the process has its signal as status."""
+    """Run (kind, arguments) cases; one that kills the process has its return code as status."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(cases):
-        rest = json.dumps(cases[len(outcomes) :])
+        remaining = json.dumps(cases[len(outcomes) :])
         command = [sys.executable, __file__]
-        done = subprocess.run(
-            command, input=rest, capture_output=True, text=True, timeout=timeout_s, env=ENVIRONMENT
+        process = subprocess.run(
+            command,
+            input=remaining,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=ENVIRONMENT,
         )
-        outcomes += [Outcome(**json.loads(line)) for line in done.stdout.splitlines()]
-        if done.returncode:
-            outcomes.append(Outcome(done.returncode, err=f"died: {done.stderr[-500:]}"))
-    if record := os.environ.get("ATTACKS_RECORD"):  # of `python -m bench attacks`
+        outcomes += [Outcome(**json.loads(line)) for line in process.stdout.splitlines()]
+        if process.returncode:
+            outcomes.append(Outcome(process.returncode, err=f"died: {process.stderr[-500:]}"))
+    if record := os.environ.get("ATTACKS_RECORD"):  # set by `python -m bench attacks`
         with Path(record).open("a") as file:
             for (kind, arguments), outcome in zip(cases, outcomes, strict=True):
-                what = outcome.err.partition(": ")[2][:80] or Path(arguments[0]).name
+                message = re.sub(r"\S+/", "", outcome.err.partition(": ")[2])  # no directories
+                label = message[:80].strip() or Path(arguments[0]).name
                 costs = {"seconds": outcome.seconds, "grown_mb": outcome.grown_mb}
-                file.write(json.dumps({"kind": kind, "what": what, **costs}) + "\n")
+                file.write(json.dumps({"kind": kind, "what": label, **costs}) + "\n")
     return outcomes
 
 
 def assert_refused(outcome: Outcome, reason: str, *, seconds: float = 10, megabytes: float = 700):
-    """Exit status 1, nothing on stdout, one printable line that gives the reason; bounded."""
+    """Assert status 1, empty stdout, a one-line error with the reason, and bounded cost."""
     assert outcome.status == 1, outcome
     assert outcome.out == ""
     lines = outcome.err.splitlines()
@@ -60,14 +67,14 @@ def assert_refused(outcome: Outcome, reason: str, *, seconds: float = 10, megaby
     assert lines[0].startswith("error: "), outcome
     assert lines[0].isprintable()
     assert len(lines[0]) < 5000
-    assert "--debug" not in lines[0], outcome  # an exception that nobody foresaw
+    assert "--debug" not in lines[0], outcome  # suggested only for unexpected exceptions
     assert reason in lines[0]
     assert outcome.seconds < seconds, outcome
     assert outcome.grown_mb < megabytes, outcome
 
 
 def assert_done(outcome: Outcome) -> None:
-    """Exit status 0 and not a word on stderr."""
+    """Assert exit status 0 and an empty stderr."""
     assert outcome.status == 0, outcome
     assert outcome.err == ""
 
@@ -85,7 +92,7 @@ def _convert(arguments: list[str]) -> int:
 
 
 def _image(arguments: list[str]) -> int:
-    """Open and preprocess: path, mode; prints the colour in the middle."""
+    """Preprocess an image (arguments: path, mode) and print the colour of its centre."""
     from mlx_mobileclip.preprocess.image import open_image, resize_crop, resize_pad, to_array
     from mlx_mobileclip.terminal import run_command
 
@@ -102,7 +109,7 @@ def _image(arguments: list[str]) -> int:
 KINDS = {"answer": _answer, "convert": _convert, "image": _image}
 
 
-def _work() -> None:
+def _run_cases() -> None:
     if sys.platform == "linux":  # macOS accepts the limit and does not enforce it
         import resource
 
@@ -110,7 +117,7 @@ def _work() -> None:
     report: Any = sys.stdout
     for kind, arguments in json.load(sys.stdin):
         out, err = io.StringIO(), io.StringIO()
-        forget_peak()
+        reset_peak()
         started, before = time.perf_counter(), peak()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = KINDS[kind](arguments)
@@ -125,4 +132,4 @@ def _work() -> None:
 
 
 if __name__ == "__main__":
-    _work()
+    _run_cases()

@@ -18,12 +18,12 @@ import synthetic  # noqa: E402
 
 SCHEMA = "1"
 COMMAND = "python tests/support/make_golden.py"
-PIXELS = 128  # a side; 4 embeddings an image
+PIXELS = 128  # side length; 4 embeddings per image
 IDS = [5, 6, 7, -200, -200, -200, -200, 8, 9, -200, -200, -200, -200, 10]
 
 
 def pixels() -> np.ndarray:
-    """Two images, NHWC, as both sides read them."""
+    """Two random images, NHWC, the input of both models."""
     return synthetic.tensor("pixels", (2, PIXELS, PIXELS, 3))
 
 

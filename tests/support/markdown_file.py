@@ -14,9 +14,9 @@ class Section:
     """The part of a document from one heading to the next.
 
     Attributes:
-        titles: The headings that lead to it, the document's own left out; backticks removed.
+        titles: Its headings, outermost first, without the document's title and without backticks.
         lines: Its lines outside of code blocks.
-        blocks: Its code blocks: language (the whole text after the fence) and code.
+        blocks: Its code blocks: info string after the fence, and code.
     """
 
     titles: tuple[str, ...]
@@ -47,7 +47,7 @@ class Section:
 
 
 def code_spans(text: str) -> list[str]:
-    """What stands between single backticks."""
+    """The texts between single backticks."""
     return re.findall(r"`([^`]+)`", text)
 
 
@@ -81,14 +81,14 @@ class Document:
         assert block is None, f"{name}: a code block does not end"
 
     def __getitem__(self, title: str) -> Section:
-        """The section of a heading that occurs once."""
+        """The section of a heading, which must be unique."""
         found = [section for section in self.sections if section.titles[-1:] == (title,)]
         assert len(found) == 1, f"{self.name} has {len(found)} sections called {title}"
         return found[0]
 
     @property
     def introduction(self) -> Section:
-        """What stands before the first heading but the title."""
+        """The text between the title and the next heading."""
         return self.sections[0]
 
     def under(self, title: str) -> list[Section]:
@@ -96,7 +96,7 @@ class Document:
         return [section for section in self.sections if title in section.titles]
 
     def anchors(self) -> set[str]:
-        """The fragments that links to its headings end in, as GitHub makes them."""
+        """Anchors of its headings, as GitHub generates them."""
         anchors: set[str] = set()
         for heading in self.headings:
             text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
@@ -108,7 +108,7 @@ class Document:
         return anchors
 
     def links(self) -> list[str]:
-        """Targets of links and images, outside of code."""
+        """Targets of links and images outside of code."""
         targets = []
         for section in self.sections:
             text = re.sub(r"`[^`]*`", "", "\n".join(section.lines))

@@ -1,7 +1,7 @@
 """A model small enough to follow by hand, with the API that `mlx_mobileclip.load` returns.
 
-The first three dimensions are red, green and blue, for images and words alike; the rest makes
-embeddings differ in detail.
+The first three dimensions are red, green and blue, for images and texts alike; the others add
+small differences between embeddings.
 """
 
 import os

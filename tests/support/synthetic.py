@@ -1,8 +1,8 @@
 """Random FastVLM checkpoints of any size, in every layout, without torch.
 
 Names and shapes come from the listings in keys/, which were taken from the reference
-classes. The maps between layouts are written here a second time, from Apple's names to the
-others, so that they check the converter's own.
+classes. The name maps between layouts are written independently of the converter's, from Apple's
+names to the others, to check them.
 """
 
 import json
@@ -67,7 +67,7 @@ FULL_TEXT = {
 
 
 def read_keys(name: str) -> dict[str, tuple[int, ...]]:
-    """A listing of keys/: tensor name to shape."""
+    """Read a listing of keys/: tensor names to shapes."""
     shapes = {}
     for line in (KEYS / f"{name}.txt").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -96,7 +96,7 @@ def tiny(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return result
 
 
-# Values: each depends on its name alone, so that torch and this module agree without files.
+# Values depend on the names alone, so that torch and this module agree without files.
 
 
 def tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Array:
@@ -120,7 +120,7 @@ def tensor(name: str, shape: tuple[int, ...], seed: int = 0) -> Array:
 def apple_tensors(
     size: str = "tiny", *, unfused: bool = False, lm_head: str = "tied", seed: int = 0
 ) -> Tensors:
-    """A checkpoint in Apple's names; `lm_head` is "tied" (equal), "differs" or "absent"."""
+    """A checkpoint with Apple's names; `lm_head` is "tied" (equal), "differs" or "absent"."""
     shapes = read_keys(f"apple_llava_qwen2_{'0.5b' if size == 'tiny' else size}")
     if unfused:
         shapes = {k: s for k, s in shapes.items() if not k.startswith(TOWER)}
@@ -187,7 +187,7 @@ def transformers_name(key: str) -> str | None:
 
 
 def mlx_vlm_name(key: str) -> str | None:
-    """Apple's name to mlx-vlm's; tied heads are dropped there."""
+    """Apple's name to mlx-vlm's, which has no tied heads."""
     if key.startswith(TOWER):
         rest = key[len(TOWER) :].replace("patch_embed.", "patch_embed.blocks.")
         return f"vision_tower.vision_model.{rest}"
@@ -294,7 +294,7 @@ def byte_characters() -> list[str]:
 
 
 def tokenizer_tables(size: int = 0) -> tuple[dict[str, int], list[str], dict[str, int]]:
-    """Vocabulary of 264 tokens, filled up to `size`, its merges, and three control tokens."""
+    """Vocabulary of at least 264 and `size` tokens, its merges, and three control tokens."""
     tokens = byte_characters() + [merge.replace(" ", "") for merge in MERGES]
     tokens += [f"Ġfiller{i}" for i in range(len(tokens), size)]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -352,15 +352,15 @@ def write(
     return directory
 
 
-def quantized(tensors: Tensors, packed: Callable[[str], dict[str, Any] | None]) -> dict[str, Any]:
-    """Pack the matrices for which `packed` gives group_size and bits."""
+def quantized(tensors: Tensors, options: Callable[[str], dict[str, Any] | None]) -> dict[str, Any]:
+    """Quantise the matrices for which `options` returns group_size and bits."""
     result: dict[str, Any] = {}
     for key, value in tensors.items():
-        how = packed(key) if key.endswith(".weight") and value.ndim == 2 else None
-        if how is None:
+        chosen = options(key) if key.endswith(".weight") and value.ndim == 2 else None
+        if chosen is None:
             result[key] = value
             continue
-        parts = mx.quantize(mx.array(value), **how)
+        parts = mx.quantize(mx.array(value), **chosen)
         base = key.removesuffix(".weight")
         result |= {
             f"{base}.{n}": p for n, p in zip(("weight", "scales", "biases"), parts, strict=False)
@@ -369,7 +369,7 @@ def quantized(tensors: Tensors, packed: Callable[[str], dict[str, Any] | None]) 
 
 
 def write_layout(directory: Path, layout: str, **options: Any) -> Path:
-    """A tiny checkpoint with the same weights in the layout named."""
+    """Write a tiny checkpoint in a layout; the weights are the same for all layouts."""
     size = options.pop("size", "tiny")
     unfused = options.pop("unfused", False)
     tensors = apple_tensors(size, unfused=unfused)

@@ -1,7 +1,7 @@
-"""Synthetic MobileCLIP checkpoints: random values under the names of any layout.
+"""Synthetic MobileCLIP checkpoints: random values with the names of any layout.
 
-The maps between layouts are written here a second time, from Apple's names to open_clip's, so
-that they check the converter's own.
+The name maps between layouts are written independently of the converter's, from Apple's names to
+open_clip's, to check them.
 """
 
 import re
@@ -22,10 +22,10 @@ from mlx_mobileclip.models.vit import ViTConfig
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, np.ndarray]
 
-TEXT_SHRINK = 16  # text towers and the common space become 32 or 48 wide
+TEXT_SHRINK = 16  # text towers and the joint space become 32 or 48 wide
 TEXT_HEADS_SHRINK = 4
 TINY_STAGE = 4  # channels of a FastViT tower's first stage; attention is then 32 wide or more
-# Blocks kept of each stage: one more where the tower is deeper or wider than its next smaller.
+# Blocks per stage: one more where the published tower is deeper or wider than the next smaller one.
 TINY_BLOCKS = {
     "s0": (1, 1, 1, 1),
     "s1": (1, 2, 1, 1),
@@ -39,7 +39,7 @@ PUBLISHED = [name for name in VARIANTS if ":" not in name]
 
 
 def size_of(variant: str) -> str:
-    """S0 to S4, B or L-14, as the listings are called."""
+    """The size (S0 to S4, B, L-14) as in the file names of keys/."""
     return variant.split("-", 1)[1].removesuffix("-LT").lower().replace("-", "_")
 
 
@@ -61,14 +61,14 @@ def listing(variant: str, layout: str, fused: bool = False) -> Shapes:
 
 
 def layouts_of(variant: str) -> list[str]:
-    """Apple's code has S0, S1, S2 and B; open_clip all but S0; timm trunks go with both."""
+    """Layouts of a variant: Apple's for S0, S1, S2 and B; open_clip and timm for all but S0."""
     apple = ["apple"] if variant in VARIANTS and variant.startswith("MobileCLIP-") else []
     apple = apple if size_of(variant) in ("s0", "s1", "s2", "b") else []
     return apple + ([] if variant == "MobileCLIP-S0" else ["open_clip", "timm"])
 
 
 def tiny_config(variant: str) -> MobileCLIPConfig:
-    """The variant with narrow and shallow towers, unlike each other where the published are."""
+    """The variant with narrow, shallow towers, which differ where the published ones do."""
     config = VARIANTS[variant]
     text = config.text
     assert text is not None
@@ -91,7 +91,7 @@ def tiny_config(variant: str) -> MobileCLIPConfig:
 
 
 def _shrink(value: int, full: int, tiny: int) -> int:
-    """Scale a size that belongs to a width; others (3 channels, kernels, heads) stay."""
+    """Scale a size that depends on a width; others (3 channels, kernels, heads) stay."""
     return value * tiny // full if value * tiny % full == 0 and value >= full // 32 else value
 
 
@@ -143,7 +143,7 @@ def tiny_shapes(variant: str, layout: str, fused: bool = False) -> Shapes:
 
 
 def _block(key: str) -> tuple[int, int]:
-    """Stage and number of the FastViT block that a tensor is of; (0, 0) for those of none."""
+    """Stage and index of a tensor's FastViT block; (0, 0) outside of blocks."""
     found = re.search(r"stages\.(\d+)\.blocks\.(\d+)\.", key)
     if found:
         return int(found[1]), int(found[2])
@@ -180,11 +180,11 @@ def values(shapes: Shapes, seed: int = 0) -> Tensors:
     return result
 
 
-# Apple's names to open_clip's.
+# Apple's names to open_clip's
 
 
 def open_clip_tensors(apple: Tensors) -> Tensors:
-    """An Apple checkpoint under open_clip's names, projections transposed."""
+    """An Apple checkpoint with open_clip's names, projections transposed."""
     result: Tensors = {}
     for key, value in apple.items():
         if key.startswith("image_encoder.model."):
@@ -253,7 +253,7 @@ def _text_name(key: str) -> str:
 
 
 def _fastvit_name(key: str, apple: Tensors) -> str:
-    """Indices of network.N by what stands there: 0 blocks, 1 down, 2 blocks, ... 6 positions."""
+    """Apple's name to timm's; network.N are blocks, downsampling, blocks, ..., 6 positions."""
     kind = {1: "downsample", 3: "downsample", 5: "downsample", 6: "pos_emb"}
     found = re.match(r"network\.(\d)\.", key)
     if found:
@@ -282,7 +282,7 @@ def _fastvit_name(key: str, apple: Tensors) -> str:
 
 
 def write(path: Path, tensors: dict[str, Any], dtype: mx.Dtype = mx.float32) -> Path:
-    """Write one file; its suffix says in which format."""
+    """Write one file in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".safetensors":
         write_torch(path, tensors, dtype)

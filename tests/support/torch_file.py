@@ -1,4 +1,4 @@
-"""Write the files that `torch.save` writes, without torch; and the pickles inside, by hand."""
+"""Write files in the format of `torch.save` without torch; their pickles are built by hand."""
 
 import struct
 import zipfile
@@ -42,8 +42,10 @@ def numbers(values: Any) -> bytes:
 
 
 def storage(key: str, kind: str, items: int) -> bytes:
-    found = tuple_of(text("storage"), name("torch", kind), text(key), text("cpu"), integer(items))
-    return found + b"Q"
+    key_tuple = tuple_of(
+        text("storage"), name("torch", kind), text(key), text("cpu"), integer(items)
+    )
+    return key_tuple + b"Q"
 
 
 def tensor(place: bytes, offset: int, shape: Any, strides: Any) -> bytes:
@@ -57,17 +59,17 @@ def dictionary(items: dict[str, bytes], ordered: bool = True) -> bytes:
     return start + b"(" + b"".join(text(k) + v for k, v in items.items()) + b"u"
 
 
-def metadata(found: bytes) -> bytes:
-    """What a module's state_dict carries: an attribute _metadata."""
-    return found + b"}" + text("_metadata") + b"}sb"
+def metadata(value: bytes) -> bytes:
+    """Add the attribute _metadata, which the state_dict of a module has."""
+    return value + b"}" + text("_metadata") + b"}sb"
 
 
 def contiguous(shape: Any) -> list[int]:
     return [int(np.prod(shape[i + 1 :])) for i in range(len(shape))]
 
 
-def pickle_of(found: bytes) -> bytes:
-    return b"\x80\x02" + found + END
+def pickle_of(value: bytes) -> bytes:
+    return b"\x80\x02" + value + END
 
 
 def write_zip(path: Path, pickled: bytes, storages: dict[str, bytes], **others: bytes) -> Path:
@@ -102,8 +104,8 @@ def write_torch(
         storages[str(i)] = data
         place = storage(str(i), STORAGES[kind], value.size)
         entries[key] = tensor(place, 0, value.shape, contiguous(value.shape))
-    found = metadata(dictionary(entries))
+    state = metadata(dictionary(entries))
     if wrapper is not None:
-        others = {"epoch": integer(3), wrapper: found, "best": b"G" + struct.pack(">d", 0.5)}
-        found = dictionary(others, ordered=False)
-    return write_zip(path, pickle_of(found), storages)
+        others = {"epoch": integer(3), wrapper: state, "best": b"G" + struct.pack(">d", 0.5)}
+        state = dictionary(others, ordered=False)
+    return write_zip(path, pickle_of(state), storages)

@@ -44,7 +44,7 @@ REP_MIXER_NAMES = (  # of a text tower's blocks; their parts are called as in an
 def unfold_mobileclip(config: MobileCLIPConfig, tensors: Tensors, apple: bool) -> Tensors:
     """The tensors that a source checkpoint holds for these canonical ones.
 
-    Apple's code has the weight of the projection transposed.
+    Apple's code stores the weight of the projection transposed.
     """
     trunk, vit = strip_prefix("image.trunk.", tensors), isinstance(config.image, ViTConfig)
     weight, bias = (tensors[f"image.projection.{kind}"] for kind in ("weight", "bias"))

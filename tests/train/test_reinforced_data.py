@@ -61,7 +61,7 @@ def shard(path: Path, *samples: dict[str, Any]) -> Path:
     return path
 
 
-def test_read_shard(tmp_path: Path) -> None:
+def test_shard_is_read(tmp_path: Path) -> None:
     second = members(
         url_txt=None,
         jpg=b"jpeg",
@@ -125,12 +125,12 @@ def augmented(*entries: Any) -> bytes:
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "pickled array": ({"npz": npz(image_emb=np.array([[Gadget()]], object))}, "holds object"),
+    "pickled array": ({"npz": npz(image_emb=np.array([[Gadget()]], object))}, "contains object"),
     "pickle as npz": ({"npz": pickle.dumps(Gadget())}, "damaged .npz"),
     "zip bomb": ({"npz": bomb()}, "unpacks to"),
     "huge shape": (
         {"npz": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (60000, 60000)}")},
-        "does not fit",
+        "does not match",
     ),
     "shape that wraps": (
         {"npz": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296, 4294967296)}")},
@@ -142,7 +142,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nested header": ({"npz": npy("(" * 3000)}, "damaged .npz"),
     "code in header": ({"npz": npy("__import__('os').system('true')")}, "damaged .npz"),
-    "integers": ({"npz": npz(image_emb=np.ones((3, 7), np.int64))}, "not floats"),
+    "integers": ({"npz": npz(image_emb=np.ones((3, 7), np.int64))}, "expected floats"),
     "nan": ({"npz": npz(image_emb=np.full((3, 7), np.nan))}, "not finite"),
     "one dimension": ({"npz": npz(image_emb=np.ones(3))}, "has shape"),
     "no text_emb": ({"npz": npz(image_emb=np.ones((3, 7)))}, "no text_emb"),
@@ -167,29 +167,29 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "caption encoding": ({"txt": b"\xff"}, "not UTF-8"),
     "json": ({"syn_json": b"{"}, "not valid JSON"),
     "deep json": ({"syn_json": b'{"syn_text":' * 100_000}, "not valid JSON"),
-    "json list": ({"syn_json": b"[]"}, "no JSON object"),
+    "json list": ({"syn_json": b"[]"}, "not a JSON object"),
     "no synthetic": ({"syn_json": b'{"text": ["a"]}'}, "0 sets"),
-    "synthetic numbers": ({"syn_json": b'{"syn_text": [1, 2]}'}, "no list of"),
-    "no parameters": ({"paug_json": b"{}"}, "param_aug is no list"),
+    "synthetic numbers": ({"syn_json": b'{"syn_text": [1, 2]}'}, "not a list of"),
+    "no parameters": ({"paug_json": b"{}"}, "param_aug is not a list"),
     "parameters text": ({"paug_json": b'{"param_aug": "[1"}'}, "not valid JSON"),
     "parameters breaking out": (
         {"paug_json": json.dumps({"param_aug": '1, "param_aug": 2'}).encode()},
-        "param_aug is no list",
+        "param_aug is not a list",
     ),
-    "too many": ({"paug_json": augmented(*([[None, None]] * 2000))}, "param_aug is no list"),
-    "crop": ({"paug_json": augmented([[0, 0, 0, 5], None])}, "is no crop"),
-    "crop of floats": ({"paug_json": augmented([[0, 0, 1.5, 5], None])}, "is no crop"),
-    "unknown operation": ({"paug_json": augmented([None, [[14, 0]]])}, "is no operation"),
-    "operation by name": ({"paug_json": augmented([None, [["exec", 0]]])}, "is no operation"),
-    "nan magnitude": ({"paug_json": b'{"param_aug": [[null, [[1, NaN]]]]}'}, "is no operation"),
+    "too many": ({"paug_json": augmented(*([[None, None]] * 2000))}, "param_aug is not a list"),
+    "crop": ({"paug_json": augmented([[0, 0, 0, 5], None])}, "is not a crop"),
+    "crop of floats": ({"paug_json": augmented([[0, 0, 1.5, 5], None])}, "is not a crop"),
+    "unknown operation": ({"paug_json": augmented([None, [[14, 0]]])}, "is not an operation"),
+    "operation by name": ({"paug_json": augmented([None, [["exec", 0]]])}, "is not an operation"),
+    "nan magnitude": ({"paug_json": b'{"param_aug": [[null, [[1, NaN]]]]}'}, "is not an operation"),
     "huge magnitude": (
         {"paug_json": b'{"param_aug": [[null, [[1, 1' + b"0" * 400 + b"]]]]}"},
-        "is no operation",
+        "is not an operation",
     ),
 }
 
 
-def test_bfloat16_embeddings(tmp_path: Path) -> None:
+def test_bfloat16_embeddings_are_read(tmp_path: Path) -> None:
     """As in the data sets whose name ends in -bf16: a compressed PyTorch file."""
     rng = np.random.default_rng(0)
     arrays = {"image_emb": rng.random((3, WIDTH)), "text_emb": rng.random((3, WIDTH))}
@@ -204,7 +204,9 @@ def test_bfloat16_embeddings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_samples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_samples_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     changes, match = HOSTILE[name]
     path = shard(tmp_path / "0.tar", members(**changes))
@@ -216,7 +218,7 @@ def test_hostile_samples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not Path("pwned").exists()
 
 
-def test_hostile_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "0.tar"
     for data in (b"", b"no tar at all" * 100, b"\x1f\x8b" + bytes(600)):
         path.write_bytes(data)
@@ -228,7 +230,7 @@ def test_hostile_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     shard(path, members(jpg=bytes(101)))
     with pytest.raises(DataError, match="101 bytes"):
         list(read_shard(path))
-    # Links and devices are no data, wherever they point.
+    # Links and devices are not read, wherever they point.
     with tarfile.open(path, "w") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo("../../etc/0.txt")
@@ -262,8 +264,8 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_are_bounded(name: str, tmp_path: Path) -> None:
-    """3 GB by the header, and sparse."""
+def test_size_of_headers_is_bounded(name: str, tmp_path: Path) -> None:
+    """Sparse files whose headers claim 3 GB."""
     path = tmp_path / "0.tar"
     path.write_bytes(HEADERS[name])
     os.truncate(path, 3 << 30)
@@ -276,7 +278,7 @@ def test_headers_are_bounded(name: str, tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_members_and_global_headers_are_not_kept(tmp_path: Path) -> None:
+def test_memory_for_members_and_headers_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     fields = {str(i): "v" for i in range(1200)}
     empty = [header(tarfile.REGTYPE, 0, f"{i}.other") for i in range(2000)]
@@ -289,13 +291,13 @@ def test_members_and_global_headers_are_not_kept(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
+def test_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.tar")
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         list(read_shard(tmp_path / "0.tar"))
 
 
-def test_truncated_shard(tmp_path: Path) -> None:
+def test_truncated_shard_is_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "0.tar", members(), members())
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])

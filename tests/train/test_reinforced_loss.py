@@ -1,4 +1,4 @@
-"""The reinforced loss against numpy and PyTorch."""
+"""The reinforced loss against NumPy and PyTorch."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def by_hand(data: dict[str, np.ndarray], kinds: tuple[str, ...], w0: float, w1: float) -> float:
-    """The formulas term by term in float64, without a matrix product in sight."""
+    """The formulas term by term in float64, without matrix products."""
 
     def softmax(scores: list[float]) -> list[float]:
         weights = [np.exp(s - max(scores)) for s in scores]
@@ -86,7 +86,7 @@ def test_loss_equals_the_formula(kinds: tuple[str, ...], weights: tuple[float, f
     assert loss.item() == pytest.approx(by_hand(data, kinds, *weights), rel=1e-5)
 
 
-def test_gradient_equals_differences() -> None:
+def test_gradient_equals_finite_differences() -> None:
     data = batch(3)
     kinds, weights = ("true", "synthetic"), (0.25, 0.75)
     for name in ("images", "true", "synthetic"):
@@ -157,7 +157,7 @@ def test_loss_and_gradient_equal_torch() -> None:
     for name in ("images", *kinds):
         leaves[name].requires_grad_(True)
 
-    def shares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def distribution(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (
             (70 * a[:, :4] @ b[:, :4].T).softmax(1) + (60 * a[:, 4:] @ b[:, 4:].T).softmax(1)
         ) / 2
@@ -166,7 +166,7 @@ def test_loss_and_gradient_equal_torch() -> None:
     for kind in kinds:
         a, b = leaves["teacher_images"], leaves[f"teacher_{kind}"]
         logits = scale.exp() * leaves["images"] @ leaves[kind].T
-        for scores, target in ((logits, shares(a, b)), (logits.T, shares(b, a))):
+        for scores, target in ((logits, distribution(a, b)), (logits.T, distribution(b, a))):
             total = total + weights[0] / 2 * functional.cross_entropy(scores, torch.arange(B))
             total = total + weights[1] / 2 * functional.cross_entropy(scores, target)
     total.backward()

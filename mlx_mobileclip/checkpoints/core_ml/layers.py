@@ -1,8 +1,8 @@
-"""The layers of a program, in the order of the dataflow.
+"""Extract the layers of a program, in the order of the dataflow.
 
 A layer is an operation with weights, an activation or a softmax. A tower is a chain of layers:
-each consumes the output of the one before, which may be reshaped, added or multiplied in between.
-Names are not used.
+each uses the output of the one before, possibly reshaped, added or multiplied in between. Names of
+operations are not used.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ...errors import CheckpointError
 from .constants import Constant
 from .program import Operation, Program
 
-# Operations without weights that may stand between layers. All others are refused, as they could
+# Operations without weights that may be between layers. All others are refused, as they could
 # change the result unnoticed.
 WITHOUT_WEIGHTS = {
     *("add", "sub", "mul", "real_div", "square", "pow", "sqrt", "rsqrt", "matmul"),
@@ -39,8 +39,8 @@ WEIGHTS = {
     "scaled_dot_product_attention": ("attn_mask",),
 }
 ACTIVATIONS = ("gelu", "relu", "sigmoid", "softmax")
-MAX_SETTING = 16  # elements of a setting, such as a padding
-PIXEL_SCALE = 1 / 255  # of image inputs: towers take values from 0 to 1
+MAX_SETTING = 16  # elements of a setting, such as padding
+PIXEL_SCALE = 1 / 255  # image inputs are scaled to values from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,18 @@ class Layer:
     Attributes:
         kind: "conv", "linear", "layer_norm", "batch_norm", "gather", "add", "mul", "concat", or
             an activation.
-        shown: What messages call it.
-        weights: Its weights by parameter; the constant of an "add", "mul" and "concat" is "y".
-        settings: Its other constants by parameter.
-        behind: Kind of the operation that gives its input; empty for an input of the program.
+        description: Its description in messages.
+        weights: Weights by parameter; the constant of an "add", "mul" or "concat" is "y".
+        settings: Other constants by parameter.
+        input_kind: Kind of the operation that computes its input; empty for an input of the
+            program.
     """
 
     kind: str
-    shown: str
+    description: str
     weights: dict[str, Constant]
     settings: dict[str, Constant]
-    behind: str
+    input_kind: str
 
     def integers(self, parameter: str) -> tuple[int, ...]:
         """The integers of a setting; empty if there are none."""
@@ -85,35 +86,34 @@ class Layer:
 
 
 def layers_of(program: Program) -> tuple[list[Layer], list[str]]:
-    """The layers of a program in order, and the names of float arrays that no operation uses.
+    """Return the layers of a program in order, and the names of unused float arrays.
 
     Raises:
-        CheckpointError: the layers are no chain, or an operation is not known or uses weights
-            in a way that is not.
+        CheckpointError: the layers do not form a chain, or an operation or its use of weights is
+            not known.
     """
-    found: list[Layer] = []
-    last = dict.fromkeys(program.inputs, -1)  # by value: index of the latest layer it depends on
-    behind = dict.fromkeys(program.inputs, "")
+    result: list[Layer] = []
+    depends_on = dict.fromkeys(program.inputs, -1)  # by value: index of the last layer before it
+    kinds = dict.fromkeys(program.inputs, "")  # by value: kind of the operation that computes it
     used: set[str] = set()
     for operation in program.operations:
-        given = [last[name] for name in operation.inputs.values()]
-        number = max(given, default=-1)
-        layers = _layers(operation, next((behind[n] for n in operation.inputs.values()), ""))
+        previous = max((depends_on[name] for name in operation.inputs.values()), default=-1)
+        layers = _layers(operation, next((kinds[n] for n in operation.inputs.values()), ""))
         _check_arrays(operation, layers, program.where)
         if not layers:
-            _check(operation, program.where, first=number < 0)
-        elif number != len(found) - 1:
+            _check(operation, program.where, first=previous < 0)
+        elif previous != len(result) - 1:
             raise CheckpointError(
-                f"{program.where}: {operation.shown} does not take up the layer before it, as in "
-                "the towers known here"
+                f"{program.where}: {operation.description} does not use the layer before it, "
+                "unlike any known tower"
             )
-        found += layers
+        result += layers
         for name in operation.outputs:
-            last[name] = len(found) - 1 if layers else number
-            behind[name] = operation.kind
+            depends_on[name] = len(result) - 1 if layers else previous
+            kinds[name] = operation.kind
         used.update(constant.name for constant in operation.constants.values())
     unused = [n for n, c in program.constants.items() if is_array(c) and n not in used]
-    return found, unused
+    return result, unused
 
 
 def is_array(constant: Constant) -> bool:
@@ -121,8 +121,8 @@ def is_array(constant: Constant) -> bool:
     return constant.type.is_float and constant.type.elements > 1
 
 
-def _layers(operation: Operation, behind: str) -> list[Layer]:
-    """The layers of an operation, in most cases one or none."""
+def _layers(operation: Operation, input_kind: str) -> list[Layer]:
+    """Return the layers of an operation, usually one or none."""
     kind, names = operation.kind, WEIGHTS.get(operation.kind, ())
     weights = {n: c for n, c in operation.constants.items() if n in names and is_array(c)}
     settings = {n: c for n, c in operation.constants.items() if n not in weights}
@@ -130,38 +130,41 @@ def _layers(operation: Operation, behind: str) -> list[Layer]:
         if kind in ("add", "mul", "concat"):
             weights = {"y": next(iter(weights.values()))} if len(weights) == 1 else weights
         if kind != "scaled_dot_product_attention":
-            return [Layer(kind, operation.shown, weights, settings, behind)]
+            return [Layer(kind, operation.description, weights, settings, input_kind)]
     if kind == "scaled_dot_product_attention":
         masks = [
-            Layer("add", operation.shown, {"y": mask}, {}, behind) for mask in weights.values()
+            Layer("add", operation.description, {"y": mask}, {}, input_kind)
+            for mask in weights.values()
         ]
-        return [*masks, Layer("softmax", operation.shown, {}, {}, behind)]
+        return [*masks, Layer("softmax", operation.description, {}, {}, input_kind)]
     return []
 
 
 def _check_arrays(operation: Operation, layers: list[Layer], where: str) -> None:
-    """Check that every float array given to an operation is a weight of its layers."""
+    """Check that every float array of an operation is a weight of its layers."""
     weights = [constant for layer in layers for constant in layer.weights.values()]
     for parameter, constant in operation.constants.items():
         if is_array(constant) and constant not in weights:
             raise CheckpointError(
-                f"{where}: {operation.shown} has weights as its {parameter[:40]!r}, which no known "
-                "tower has"
+                f"{where}: {operation.description} has weights as its {parameter[:40]!r}, unlike "
+                "any known tower"
             )
 
 
 def _check(operation: Operation, where: str, *, first: bool) -> None:
     """Check an operation that is not a layer; `first` if no layer comes before it."""
     if operation.kind not in WITHOUT_WEIGHTS:
-        raise CheckpointError(f"{where}: {operation.shown} is of a kind that no known tower has")
+        raise CheckpointError(
+            f"{where}: {operation.description} is of a kind that no known tower has"
+        )
     for constant in operation.constants.values():
         if first and constant.type.is_float and operation.kind in ("add", "sub", "mul", "real_div"):
             value = constant.read().reshape(-1)
             neutral = {"mul": (1, PIXEL_SCALE), "real_div": (1, 255)}.get(operation.kind, (0,))
             if not any(np.allclose(value, each, rtol=1e-3, atol=0) for each in neutral):
                 raise CheckpointError(
-                    f"{where}: {operation.shown} prepares pixels with {value[:1]}; the towers "
-                    "known here take them from 0 to 1"
+                    f"{where}: {operation.description} prepares pixels with {value[:1]}; known "
+                    "towers take them from 0 to 1"
                 )
 
 

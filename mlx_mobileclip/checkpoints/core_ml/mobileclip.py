@@ -1,4 +1,4 @@
-"""MobileCLIP from two Core ML packages, as in apple/coreml-mobileclip.
+"""Read MobileCLIP from two Core ML packages, as in apple/coreml-mobileclip.
 
 A package is named after the variant and the tower, `mobileclip_s2_image.mlpackage`.
 """
@@ -12,43 +12,43 @@ import mlx.core as mx
 from ...errors import CheckpointError, ConfigError
 from ...models.clip import MobileCLIPConfig
 from ...models.variants import variant_named
-from ..hub import Checkpoint, fetch_package, packages_here, packages_on_the_hub
+from ..hub import Checkpoint, fetch_package, hub_packages, local_packages
 from ..layout import Layout
 from .package import SUFFIX
 from .towers import read_image_tower, read_text_tower
 
 PACKAGE_NAME = re.compile(r"(.+)_(image|text)" + re.escape(SUFFIX))
 LAYOUT = Layout("Core ML", {"image": "image.", "text": "text."}, apple=False)
-# Packages hold only the towers. Training clips the factor at 100, which Apple's examples use.
+# Packages have only the towers. Training clips the scale at 100, the value in Apple's examples.
 LOGIT_SCALE = math.log(100)
 
-Towers = dict[str, str]  # name of the package of "image" and of "text"
+Towers = dict[str, str]  # "image" and "text": name of the package
 
 
 def packages_by_variant(names: Iterable[str]) -> dict[str, Towers]:
-    """The packages of published models by variant; others are left out."""
-    found: dict[str, Towers] = {}
+    """Group the packages of published models by variant; others are ignored."""
+    packages: dict[str, Towers] = {}
     for name in names:
         match = PACKAGE_NAME.fullmatch(name)
         variant = variant_named(match[1]) if match else None
         if match and variant:
-            found.setdefault(variant, {})[match[2]] = name
-    return found
+            packages.setdefault(variant, {})[match[2]] = name
+    return packages
 
 
 def find_towers(checkpoint: Checkpoint, variant: str | None) -> tuple[str, Towers] | None:
-    """Which packaged variant of a checkpoint to read, and the names of its packages.
+    """Choose the variant to read from a checkpoint's packages, and the names of its packages.
 
     Args:
-        checkpoint: Where to look.
-        variant: The variant asked for; by default the only one there is.
+        checkpoint: Checkpoint to search.
+        variant: Requested variant; by default the only one there is.
 
     Returns:
         None if the checkpoint has no such packages.
 
     Raises:
-        CheckpointError: there are no packages of the variant, but of others.
-        ConfigError: there are several, and none is asked for.
+        CheckpointError: there are only packages of other variants.
+        ConfigError: there are several variants, and none is requested.
     """
     if not checkpoint.path.is_dir():
         return None
@@ -56,34 +56,35 @@ def find_towers(checkpoint: Checkpoint, variant: str | None) -> tuple[str, Tower
         raise CheckpointError(
             f"{checkpoint.name}: is the package of one tower; give the directory that holds both"
         )
-    wanted = variant_named(variant) if variant is not None else None
-    found = packages_by_variant(packages_here(checkpoint))
-    if wanted is None or len(found.get(wanted, {})) < len(LAYOUT.prefixes):
-        # The Hub may have packages that were not fetched before.
-        on_the_hub = packages_on_the_hub(checkpoint.name, checkpoint.revision)
-        found = packages_by_variant({*packages_here(checkpoint), *on_the_hub})
-    if not found or (variant is not None and wanted is None):
+    requested = variant_named(variant) if variant is not None else None
+    local = local_packages(checkpoint)
+    packages = packages_by_variant(local)
+    if requested is None or len(packages.get(requested, {})) < len(LAYOUT.prefixes):
+        # The Hub may have packages that are not downloaded yet.
+        on_hub = hub_packages(checkpoint.name, checkpoint.revision)
+        packages = packages_by_variant({*local, *on_hub})
+    if not packages or (variant is not None and requested is None):
         return None  # an unknown variant is reported as for any checkpoint
-    names = ", ".join(sorted(found))
-    if wanted is None:
-        if len(found) > 1:
+    names = ", ".join(sorted(packages))
+    if requested is None:
+        if len(packages) > 1:
             raise ConfigError(
                 f"{checkpoint.name}: has Core ML packages of {names}; choose one with --variant "
                 "(variant= in Python)"
             )
-        wanted = next(iter(found))
-    if wanted not in found:
-        raise CheckpointError(f"{checkpoint.name}: has no package of {wanted}, only of {names}")
-    return wanted, found[wanted]
+        requested = next(iter(packages))
+    if requested not in packages:
+        raise CheckpointError(f"{checkpoint.name}: has no package of {requested}, only of {names}")
+    return requested, packages[requested]
 
 
 def read_towers(
     checkpoint: Checkpoint, towers: Towers, config: MobileCLIPConfig
 ) -> dict[str, mx.array]:
-    """The tensors of both packages in `LAYOUT`, fetched if need be.
+    """Read the tensors of both packages in `LAYOUT`, downloading them if necessary.
 
     Raises:
-        CheckpointError: a package cannot be had, is damaged, or holds another tower.
+        CheckpointError: a package is missing, damaged, or of another tower.
     """
     tensors: dict[str, mx.array] = {}
     for part in LAYOUT.prefixes:

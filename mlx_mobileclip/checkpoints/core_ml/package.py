@@ -1,4 +1,4 @@
-"""The files of a Core ML package, and the blobs in its weight.bin.
+"""Read the files of a Core ML package, and the blobs in its weight.bin.
 
 Source of the layout of weight.bin: coremltools 9.0 `mlmodel/src/MILBlob/Blob/StorageFormat.hpp`.
 """
@@ -31,11 +31,11 @@ RECORD_MARK = 0xDEADBEEF
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """One array of weight.bin as it is stored.
+    """One array of weight.bin, as stored.
 
     Attributes:
-        kind: The code of its data type.
-        data: Its bytes, mapped into memory.
+        kind: Code of its data type.
+        data: Its bytes, memory-mapped.
     """
 
     kind: int
@@ -43,32 +43,32 @@ class Blob:
 
 
 class Package:
-    """A package whose parts are all there.
+    """A package that has all its files.
 
     Attributes:
-        path: The directory.
-        where: What messages call it.
+        path: The .mlpackage directory.
+        where: Its name in messages.
     """
 
     def __init__(self, path: Path, where: str):
-        """Check that the parts are files of this package.
+        """Check that the files exist.
 
         Raises:
-            CheckpointError: a part is missing, or is a link to somewhere else.
+            CheckpointError: a file is missing, or is a link to outside the package.
         """
         self.path, self.where = path, where
         if not path.is_dir():
             raise CheckpointError(
-                f"{where}: is no directory, which a Core ML package is; download it again"
+                f"{where}: is not a directory, as a Core ML package must be; download it again"
             )
         for part in PARTS:
             self._check(part)
         self._weights: NDArray[np.uint8] | None = None
-        self._places: list[tuple[int, int]] = []  # start and end of each blob read, sorted
+        self._extents: list[tuple[int, int]] = []  # start and end of each blob read, sorted
 
     def model(self) -> bytes:
         """The contents of model.mlmodel."""
-        manifest = read_json(self.path / MANIFEST, follow_links=True)  # `_check` has seen it
+        manifest = read_json(self.path / MANIFEST, follow_links=True)  # see `_check`
         entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
         entry = entries.get(root) if isinstance(entries, dict) and isinstance(root, str) else None
         stated = entry.get("path") if isinstance(entry, dict) else None
@@ -85,39 +85,41 @@ class Package:
         return path.read_bytes()
 
     def blob(self, offset: int) -> Blob:
-        """The blob whose record is at an offset of weight.bin."""
+        """Return the blob whose record is at an offset of weight.bin."""
         if self._weights is None:
             self._weights = self._map()
         size = len(self._weights)
         if offset % RECORD_BYTES or not RECORD_BYTES <= offset <= size - RECORD_BYTES:
-            raise self._unsound(f"a blob at {offset} of {size} bytes")
+            raise self._invalid(f"a blob at {offset} of {size} bytes")
         record = self._weights[offset : offset + RECORD.size]
         mark, kind, length, start, _ = RECORD.unpack(record.tobytes())
         if mark != RECORD_MARK:
-            raise self._unsound(f"no blob at {offset}")
+            raise self._invalid(f"no blob at {offset}")
         if start != offset + RECORD_BYTES or length > size - start:
-            raise self._unsound(f"the blob at {offset} says {length} bytes at {start} of {size}")
-        place = (offset, start + length)
-        i = bisect(self._places, place)
-        before, after = self._places[max(i - 1, 0) : i], self._places[i : i + 1]
-        if before != [place]:
-            if any(end > offset for _, end in before) or any(at < place[1] for at, _ in after):
-                raise self._unsound(f"the blob at {offset} overlaps another")
-            insort(self._places, place)
+            raise self._invalid(f"the blob at {offset} says {length} bytes at {start} of {size}")
+        extent = (offset, start + length)
+        i = bisect(self._extents, extent)
+        before, after = self._extents[max(i - 1, 0) : i], self._extents[i : i + 1]
+        if before != [extent]:
+            if any(end > offset for _, end in before) or any(at < extent[1] for at, _ in after):
+                raise self._invalid(f"the blob at {offset} overlaps another")
+            insort(self._extents, extent)
         return Blob(kind, self._weights[start : start + length])
 
     def _map(self) -> NDArray[np.uint8]:
         path = self.path / WEIGHTS
         if path.stat().st_size < RECORD_BYTES:
-            raise self._unsound(f"only {path.stat().st_size} bytes")
+            raise self._invalid(f"only {path.stat().st_size} bytes")
         mapped = np.memmap(path, np.uint8, "r")
         _, version = HEADER.unpack(mapped[: HEADER.size].tobytes())
         if version != BLOB_VERSION:
-            raise self._unsound(f"version {version} instead of {BLOB_VERSION}")
+            raise self._invalid(f"version {version} instead of {BLOB_VERSION}")
         return mapped
 
-    def _unsound(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: weight.bin is not sound ({what}); download it again")
+    def _invalid(self, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where}: weight.bin is not valid ({problem}); download it again"
+        )
 
     def _check(self, part: str) -> None:
         path = self.path / part
@@ -131,7 +133,7 @@ class Package:
         if not real.is_relative_to(root) and real.parent != hub_blobs(root.parent):
             raise CheckpointError(
                 f"{self.where}: {part} is a link to outside the package, which is not followed; "
-                "put the file itself there"
+                "replace it by a copy of the file"
             )
         if not regular or not os.access(real, os.R_OK):
-            raise CheckpointError(f"{self.where}: {part} is no file that can be read")
+            raise CheckpointError(f"{self.where}: {part} is not a readable file")

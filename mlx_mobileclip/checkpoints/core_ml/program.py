@@ -1,4 +1,4 @@
-"""The operations of an ML program, in the order in which they run.
+"""Read the operations of an ML program, in the order in which they run.
 
 An ML program has no branches: each operation takes earlier values and names its results.
 
@@ -13,13 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import CheckpointError
-from .constants import MAX_DIMENSIONS, Constant, TensorType, expanded, inline, stored
+from .constants import (
+    MAX_DIMENSIONS,
+    Constant,
+    TensorType,
+    decompress,
+    from_blob,
+    from_values,
+)
 from .package import Package
 from .protobuf import Budget, Message
 
 ML_PROGRAM = 502  # field of a model; other kinds of models use other fields
 WEIGHT_FILES = ("@model_path/weights/weight.bin", "weights/weight.bin")
-MAX_OPERATIONS = 20_000  # constants included; FastViTHD has 2,000
+MAX_OPERATIONS = 20_000  # including constants; FastViTHD has 2,000
 UNKNOWN_SIZE = -1
 
 
@@ -28,10 +35,10 @@ class Operation:
     """One operation that is computed when the model runs.
 
     Attributes:
-        kind: What it computes, "conv" for one.
-        inputs: By parameter, the name of the value it is given, unless that is a constant. One
-            that takes several values has a number after its name, "values.0".
-        constants: By parameter, the constant it is given.
+        kind: Type of operation, such as "conv".
+        inputs: Names of the values passed to each parameter, without constants. Parameters with
+            several values are numbered: "values.0".
+        constants: Constants passed to each parameter.
         outputs: Name and type of each result.
     """
 
@@ -41,7 +48,7 @@ class Operation:
     outputs: dict[str, TensorType]
 
     @property
-    def shown(self) -> str:
+    def description(self) -> str:
         """Its description in messages."""
         return f"operation {self.kind[:40]} {next(iter(self.outputs), '')[:80]!r}"
 
@@ -51,9 +58,9 @@ class Program:
     """The program of a package.
 
     Attributes:
-        where: The package's name, for messages.
+        where: Name of the package in messages.
         inputs: Names and types of the inputs.
-        operations: In the order in which they run, without those that only hold constants.
+        operations: Operations in the order in which they run, without constants.
         constants: All constants by name.
         outputs: Names of the results.
     """
@@ -70,17 +77,17 @@ def read_program(path: Path, where: str) -> Program:
 
     Args:
         path: The .mlpackage directory.
-        where: What messages call it.
+        where: Its name in messages.
 
     Raises:
-        CheckpointError: the package is not whole, damaged, or no straight ML program.
+        CheckpointError: the package is incomplete, damaged, or not a simple ML program.
     """
     package = Package(path, where)
     budget = Budget(where)
     model = Message(memoryview(package.model()), budget)
     if not model.has(ML_PROGRAM):
         raise CheckpointError(
-            f"{where}: holds no ML program, but a model of an older kind, which is not read"
+            f"{where}: holds no ML program, but a model of an older type, which is not supported"
         )
     functions = model.message(ML_PROGRAM).map(2)
     if set(functions) != {"main"}:
@@ -126,8 +133,8 @@ class _Reader:
         first = next(iter(outputs))
         if message.has(4):
             raise CheckpointError(
-                f"{self.result.where}: operation {kind[:40]} {first[:80]!r} holds operations of "
-                "its own, which no known tower does"
+                f"{self.result.where}: operation {kind[:40]} {first[:80]!r} contains nested "
+                "operations, unlike any known tower"
             )
         inputs: dict[str, str] = {}
         constants: dict[str, Constant] = {}
@@ -154,31 +161,33 @@ class _Reader:
             self._define(name)
 
     def _constant(
-        self, kind: str, name: str, found: TensorType, given: dict[str, Constant]
+        self, kind: str, name: str, type_: TensorType, arguments: dict[str, Constant]
     ) -> None:
         if kind != "const":
-            self.result.constants[name] = expanded(kind, name, found, given, self.result.where)
-        elif "val" in given:
-            value = given["val"]
+            self.result.constants[name] = decompress(
+                kind, name, type_, arguments, self.result.where
+            )
+        elif "val" in arguments:
+            value = arguments["val"]
             self.result.constants[name] = Constant(name, value.type, value.read)
         else:
             raise self.budget.error(f"constant {name[:80]!r} without a value")
 
     def _value(self, name: str, message: Message) -> Constant:
-        found = self._type(message.message(2))
+        type_ = self._type(message.message(2))
         if message.has(5):
             file = message.message(5)
             if file.text(1) not in WEIGHT_FILES:
                 raise CheckpointError(
-                    f"{self.result.where}: constant {name[:80]!r} lies in {file.text(1)[:80]!r}; "
+                    f"{self.result.where}: constant {name[:80]!r} is in {file.text(1)[:80]!r}; "
                     "only weights/weight.bin is read"
                 )
             blob = self.package.blob(file.number(2))
-            return stored(name, found, blob, self.result.where)
+            return from_blob(name, type_, blob, self.result.where)
         values = self._immediate(message.message(3).message(1))
-        if values is None or not found.code:  # lists and dictionaries
+        if values is None or not type_.code:  # lists and dictionaries
             return Constant(name, TensorType(0, ()), lambda: np.zeros(0))
-        return inline(name, found, values, self.result.where)
+        return from_values(name, type_, values, self.result.where)
 
     def _immediate(self, tensor: Message) -> NDArray[Any] | None:
         """The flat elements of a tensor value; None if it has none."""
@@ -196,7 +205,7 @@ class _Reader:
         return None
 
     def _type(self, message: Message) -> TensorType:
-        """The type of a value; one without code if it is no tensor."""
+        """The type of a value; with code 0 if it is not a tensor."""
         tensor = message.message(1)
         dimensions = tensor.messages(3)
         if len(dimensions) > MAX_DIMENSIONS:
@@ -208,9 +217,9 @@ class _Reader:
 
     def _define(self, name: str) -> None:
         if name in self.defined:
-            raise self.budget.error(f"{name[:80]!r} is given twice")
+            raise self.budget.error(f"{name[:80]!r} is defined twice")
         self.defined.add(name)
 
     def _check_defined(self, name: str) -> None:
         if name not in self.defined:
-            raise self.budget.error(f"{name[:80]!r} is used before anything gives it")
+            raise self.budget.error(f"{name[:80]!r} is used before it is defined")

@@ -1,7 +1,7 @@
 """Parse protobuf messages from untrusted input, without a schema.
 
-A message is a list of fields, each a number and a value; the caller knows what a value means.
-Messages are decoded lazily, and all those of a file share one budget of fields, which bounds time
+A message is a list of fields, each a number and a value; the caller knows the types of values.
+Messages are decoded lazily, and all messages of a file share a budget of fields, which bounds time
 and memory.
 
 Wire format: protobuf.dev, "Encoding".
@@ -11,7 +11,7 @@ import struct
 
 from ...errors import CheckpointError
 
-MAX_FIELDS = 1_000_000  # of all messages that are decoded; FastViTHD's program has 66,000
+MAX_FIELDS = 1_000_000  # in all decoded messages; FastViTHD's program has 66,000
 MAX_VARINT_BYTES = 10
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
@@ -21,8 +21,8 @@ class Budget:
     """The number of fields that may still be read from one file.
 
     Attributes:
-        where: The file's name, for messages.
-        left: Fields that may still be read.
+        where: Name of the file in messages.
+        left: Number of fields left.
     """
 
     def __init__(self, where: str, left: int = MAX_FIELDS):
@@ -32,15 +32,15 @@ class Budget:
     def error(self, what: str) -> CheckpointError:
         """The error for a malformed file."""
         return CheckpointError(
-            f"{self.where}: not a sound Core ML model ({what}); download it again"
+            f"{self.where}: not a valid Core ML model ({what}); download it again"
         )
 
 
 class Message:
-    """One message: its fields by number, with the values as they are stored."""
+    """One message: its fields by number, with the values as stored."""
 
     def __init__(self, data: memoryview, budget: Budget):
-        """Find the fields of `data`; raises CheckpointError if it is not a message."""
+        """Parse the fields of `data`; raises CheckpointError if it is not a message."""
         self._budget = budget
         self._fields: dict[int, list[int | memoryview]] = {}
         at = 0
@@ -68,14 +68,14 @@ class Message:
             self._fields.setdefault(key >> 3, []).append(value)
 
     def has(self, field: int) -> bool:
-        """Whether the field is there."""
+        """Whether the field exists."""
         return field in self._fields
 
     def number(self, field: int) -> int:
         """The unsigned integer of a field, 0 if it is missing."""
         value = self._fields.get(field, [0])[-1]
         if not isinstance(value, int):
-            raise self._budget.error(f"field {field} is no number")
+            raise self._budget.error(f"field {field} is not a number")
         return value
 
     def data(self, field: int) -> memoryview:
@@ -91,7 +91,7 @@ class Message:
         return [self._decoded(value) for value in self._all(field)]
 
     def message(self, field: int) -> "Message":
-        """The message of a field, one without fields if it is missing."""
+        """The message of a field, empty if it is missing."""
         return Message(self.data(field), self._budget)
 
     def messages(self, field: int) -> list["Message"]:
@@ -99,7 +99,7 @@ class Message:
         return [Message(value, self._budget) for value in self._all(field)]
 
     def map(self, field: int) -> dict[str, "Message"]:
-        """The messages of a map whose keys are texts."""
+        """The messages of a map with string keys."""
         entries = self.messages(field)
         return {entry.text(1): entry.message(2) for entry in entries}
 
@@ -113,7 +113,7 @@ class Message:
             at = 0
             self._budget.left -= len(value)
             if self._budget.left < 0:
-                raise self._budget.error("too many numbers in the model itself")
+                raise self._budget.error("too many numbers outside weight.bin")
             while at < len(value):
                 number, at = _varint(value, at, self._budget)
                 found.append(number)
@@ -137,7 +137,7 @@ class Message:
         try:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
-            raise self._budget.error("a name is no UTF-8") from error
+            raise self._budget.error("a name is not UTF-8") from error
 
 
 def _varint(data: memoryview, at: int, budget: Budget) -> tuple[int, int]:

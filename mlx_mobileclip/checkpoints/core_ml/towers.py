@@ -1,7 +1,7 @@
-"""Match the layers of a program with the tower that the config describes, and take its weights.
+"""Match the layers of a program with the tower in the config, and read its weights.
 
 Layers are compared one by one, and their weights get the common names (timm's and open_clip's) of
-a checkpoint with fused branches. Core ML's converter folds further: BatchNorm into the convolution
+a checkpoint with fused branches. Core ML's converter also folds BatchNorm into the convolution
 before it, which then has a bias, and layer scale into the second layer of the ConvFFN, so that the
 scale becomes 1.
 """
@@ -28,7 +28,7 @@ from .layers import Layer, layers_of, without_leading_ones
 from .program import read_program
 
 Tensors = dict[str, mx.array]
-MASKED = -1e4  # scores of at most this vanish in the softmax
+MASKED = -1e4  # scores up to this become 0 in the softmax
 EPS_TOLERANCE = 0.1  # float16 holds 1e-5 as 1.0014e-5
 
 
@@ -39,12 +39,12 @@ def read_image_tower(
 
     Args:
         path: The .mlpackage directory.
-        where: What messages call it.
-        config: The tower it must be.
-        embed_dim: Width of the projection at its end; None if it has none.
+        where: Its name in messages.
+        config: Expected tower.
+        embed_dim: Width of the final projection; None if there is none.
 
     Raises:
-        CheckpointError: the package is damaged, or holds another tower.
+        CheckpointError: the package is damaged, or is of another tower.
     """
     chain = _Chain(path, where)
     if isinstance(config, ViTConfig):
@@ -79,47 +79,47 @@ def read_text_tower(path: Path, where: str, config: TextConfig, embed_dim: int) 
 
 
 class _Chain:
-    """The layers of a package, each taken once and in order."""
+    """The layers of a package, each taken once, in order."""
 
     def __init__(self, path: Path, where: str):
         program = read_program(path, where)
         self.where = where
         self.tensors: dict[str, Array] = {}
         self._layers, unused = layers_of(program)
-        self._at = 0
+        self._taken = 0
         if unused:
             warnings.warn(
                 f"{where}: nothing uses {name_some(unused)}; not read as weights", stacklevel=2
             )
 
     def next(self, kind: str, *others: str) -> Layer:
-        """The next layer, which must be of this kind or one of the others."""
-        if self._at == len(self._layers):
+        """Take the next layer, which must be of one of these kinds."""
+        if self._taken == len(self._layers):
             raise CheckpointError(
-                f"{self.where}: ends after {self._at} layers, where the tower goes on with {kind}"
+                f"{self.where}: ends after {self._taken} layers, before the {kind} of the tower"
             )
-        layer = self._layers[self._at]
+        layer = self._layers[self._taken]
         if layer.kind not in (kind, *others):
-            raise self.error(layer, f"stands where the tower has {kind}")
-        self._at += 1
+            raise self.error(layer, f"is where the tower has {kind}")
+        self._taken += 1
         return layer
 
     def error(self, layer: Layer, what: str) -> CheckpointError:
         """The error for a layer that does not match the config."""
         return CheckpointError(
-            f"{self.where}: {layer.shown} {what} (layer {self._at}); it is another model, or made "
-            "in a way that is not known here"
+            f"{self.where}: {layer.description} {what} (layer {self._taken}); it is another "
+            "model, or was exported in an unknown way"
         )
 
     def weight(self, layer: Layer, parameter: str) -> Constant:
-        """A weight of a layer, which must have it."""
+        """Get a weight that the layer must have."""
         constant = layer.weights.get(parameter)
         if constant is None:
             raise self.error(layer, f"has no constant array as its {parameter}")
         return constant
 
     def put(self, layer: Layer, name: str, parameter: str, shape: tuple[int, ...]) -> None:
-        """Keep a weight, which must have this shape."""
+        """Store a weight that must have this shape."""
         constant = self.weight(layer, parameter)
         if constant.type.shape != shape:
             raise self.error(
@@ -128,7 +128,7 @@ class _Chain:
         self.tensors[name] = constant.read()
 
     def activation(self, kind: str) -> None:
-        """An activation; GELU must be the exact one."""
+        """Take an activation; GELU must be the exact one."""
         layer = self.next(kind)
         if kind == "gelu" and layer.text("mode") not in ("EXACT", ""):
             raise self.error(layer, f"is {layer.text('mode')[:40]}, not the exact GELU")
@@ -142,40 +142,40 @@ class _Chain:
         groups: int = 1,
         padding: int | None = None,
     ) -> None:
-        """A convolution: weight (O, I, H, W) and bias, by default padded by half its size."""
+        """Take a convolution: weight (O, I, H, W) and bias; by default with "same" padding."""
         layer = self.next("conv")
         sides = [side // 2 if padding is None else padding for side in shape[2:]]
-        wanted = tuple(side for side in sides for _ in range(2))
-        if layer.integers("strides") != (stride, stride) or _padding(layer, shape) != wanted:
+        expected = tuple(side for side in sides for _ in range(2))
+        if layer.integers("strides") != (stride, stride) or _padding(layer, shape) != expected:
             raise self.error(
                 layer,
                 f"has strides {layer.integers('strides')} and padding {_padding(layer, shape)} "
-                f"instead of {(stride, stride)} and {wanted}",
+                f"instead of {(stride, stride)} and {expected}",
             )
         if layer.integers("groups") != (groups,) or set(layer.integers("dilations")) != {1}:
             raise self.error(layer, f"has other groups than {groups}, or dilations")
         self._weight_and_bias(layer, name, shape)
 
     def linear(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> None:
-        """A matrix (O, I) and a bias; without `bias`, one of zeros is accepted."""
+        """Take a linear layer: weight (O, I) and bias; without `bias`, zeros are accepted."""
         layer = self.next("linear", "matmul")
         if layer.kind == "linear":
             self._weight_and_bias(layer, name, shape, keep_bias=bias)
             return
         outputs, inputs = shape
-        turned = bool(sum(layer.integers("transpose_y")))
-        stored = (outputs, inputs) if turned else (inputs, outputs)
+        transposed = bool(sum(layer.integers("transpose_y")))
+        stored = (outputs, inputs) if transposed else (inputs, outputs)
         self.put(layer, f"{name}.weight", "y", stored)
-        if not turned:
+        if not transposed:
             self.tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"].T
         if bias:
             self.tensors[f"{name}.bias"] = np.zeros(outputs, np.float32)
 
     def layer_norm(self, name: str, size: int, eps: float) -> None:
-        """A LayerNorm over the channels, also as single operations.
+        """Take a LayerNorm over the channels, which may be split into single operations.
 
-        Its last step is then a BatchNorm that only scales and shifts: Core ML's converter fuses
-        a product and a sum, so its epsilon has no meaning.
+        Its last step is then a BatchNorm that only scales and shifts, fused by Core ML's
+        converter from a product and a sum; its epsilon has no meaning.
         """
         layer = self.next("layer_norm", "batch_norm")
         if layer.kind == "layer_norm":
@@ -185,43 +185,43 @@ class _Chain:
             self.put(layer, "variance", "variance", (size,))
             mean, variance = self.tensors.pop("mean"), self.tensors.pop("variance")
             neutral = not mean.any() and bool((variance == 1).all())
-            if layer.behind not in ("real_div", "mul") or not neutral:
-                raise self.error(layer, "stands where the tower has a LayerNorm")
+            if layer.input_kind not in ("real_div", "mul") or not neutral:
+                raise self.error(layer, "is where the tower has a LayerNorm")
         self.put(layer, f"{name}.weight", "gamma", (size,))
         self.put(layer, f"{name}.bias", "beta", (size,))
 
     def batch_norm(self, name: str, size: int) -> None:
-        """A BatchNorm that stands by itself."""
+        """Take a BatchNorm that is not folded."""
         layer = self.next("batch_norm")
         self._check_eps(layer, BATCH_NORM_EPS)
         names = {"gamma": "weight", "beta": "bias", "mean": "running_mean"}
-        for ours, theirs in {**names, "variance": "running_var"}.items():
-            self.put(layer, f"{name}.{theirs}", ours, (size,))
+        for parameter, common in {**names, "variance": "running_var"}.items():
+            self.put(layer, f"{name}.{common}", parameter, (size,))
 
     def constant(self, kind: str, name: str, shape: tuple[int, ...]) -> Array:
-        """The array of a lookup, an addition, a product or a concatenation."""
+        """Take the array of a lookup, an addition, a product or a concatenation."""
         layer = self.next(kind)
         weights = list(layer.weights.values())
         if len(weights) != 1:
             raise self.error(layer, "takes more than one array of weights")
-        found = without_leading_ones(weights[0].type.shape)
-        if found != shape:
-            raise self.error(layer, f"has the shape {found} instead of {shape} for {name}")
+        actual = without_leading_ones(weights[0].type.shape)
+        if actual != shape:
+            raise self.error(layer, f"has the shape {actual} instead of {shape} for {name}")
         self.tensors[name] = weights[0].read().reshape(shape)
         return self.tensors[name]
 
     def mask(self, length: int) -> None:
-        """A causal mask, which holds no weights."""
+        """Take a causal mask, which has no weights."""
         self.constant("add", "mask", (length, length))
         mask = self.tensors.pop("mask")
         above = np.triu(np.ones(mask.shape, bool), 1)
         if (mask[above] > MASKED).any() or mask[~above].any():
-            raise self.error(self._layers[self._at - 1], "adds something else than a causal mask")
+            raise self.error(self._layers[self._taken - 1], "does not add a causal mask")
 
     def finish(self) -> Tensors:
-        """The tensors, once all layers are taken."""
-        if self._at < len(self._layers):
-            raise self.error(self._layers[self._at], "goes on where the tower ends")
+        """Return the tensors; raises CheckpointError if layers are left."""
+        if self._taken < len(self._layers):
+            raise self.error(self._layers[self._taken], "continues after the end of the tower")
         return {name: mx.array(np.ascontiguousarray(a)) for name, a in self.tensors.items()}
 
     def _weight_and_bias(
@@ -244,7 +244,7 @@ class _Chain:
 
 
 def _padding(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Rows above and below, columns left and right; empty if that depends on the input."""
+    """Padding above, below, left and right; empty if it depends on the input size."""
     kind = layer.text("pad_type")
     if kind == "custom":
         return layer.integers("pad")
@@ -324,7 +324,7 @@ def _text_mixer(chain: _Chain, name: str, C: int) -> None:
 def _vit(chain: _Chain, config: ViTConfig) -> None:
     D = config.width
     if config.stem != "convolutional":
-        raise CheckpointError(f"{chain.where}: this tower is not read from Core ML packages")
+        raise CheckpointError(f"{chain.where}: this tower is not supported in Core ML packages")
     widths = (3, config.stem_width, config.stem_width, D)
     for i, size in enumerate(STEM_SIZES):
         if i:
@@ -343,7 +343,7 @@ def _vit(chain: _Chain, config: ViTConfig) -> None:
 def _transformer_layer(
     chain: _Chain, name: str, parts: tuple[str, ...], D: int, eps: float, masked: int | None
 ) -> None:
-    """A layer of `transformer.py`; `masked` is the length of texts if they are causal."""
+    """Take a layer of `transformer.py`; `masked` is the context length if it is causal."""
     norm1, qkv, proj, norm2, fc1, fc2 = (f"{name}.{part}" for part in parts)
     chain.layer_norm(norm1, D, eps)
     chain.linear(qkv, (3 * D, D))

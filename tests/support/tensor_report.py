@@ -1,7 +1,7 @@
-"""Account for every tensor of a source checkpoint in the canonical tensors it was read as.
+"""Check that canonical tensors account for every tensor of the source checkpoint.
 
-What was moved, split, transposed or renamed must be equal bit by bit. What was folded must compute
-the same as the source's own tensors (`probe.py`).
+Moved, split, transposed and renamed tensors must be equal bit by bit. Folded modules must compute
+the same as with the source's tensors (`unfolded_modules.py`).
 """
 
 import re
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from probe import MODULES, NamedTensors, kernel
 from unfold_clip import unfold_mobileclip
+from unfolded_modules import MODULES, NamedTensors, kernel
 
 from convert.export.unfold import unfold
 from mlx_fastvlm.checkpoints import fastvlm
@@ -34,17 +34,17 @@ MIN_ERROR = {mx.float32: 0.0, mx.float16: 1e-5, mx.bfloat16: 0.0}
 
 
 class UnaccountedError(AssertionError):
-    """A tensor of the source does not correspond to what was made of it."""
+    """A source tensor does not correspond to the canonical tensors."""
 
 
 class TensorReport(NamedTuple):
-    """How many tensors of a source there are of each kind.
+    """Numbers of source tensors by kind.
 
     Attributes:
-        equal: Are canonical tensors, or parts of them, bit by bit.
-        folded: Were folded into others, which compute the same.
-        dequantized: Belong to layers that are quantised in the source only.
-        unused: Have no effect: step counters, a classifier, a tied output layer.
+        equal: Equal to canonical tensors, or to parts of them, bit by bit.
+        folded: Folded into others that compute the same.
+        dequantized: Of layers that are quantised in the source only.
+        unused: Without effect: step counters, a classifier, a tied output layer.
     """
 
     equal: int
@@ -59,13 +59,13 @@ def report_fastvlm(
     tensors: Tensors,
     vision_from: Checkpoint | None = None,
 ) -> TensorReport:
-    """Account for the tensors of a FastVLM.
+    """Check the tensors of a FastVLM.
 
     Args:
         checkpoint: The source.
-        config: As it was read.
+        config: The config read from it.
         tensors: The canonical tensors.
-        vision_from: Where the image tower was taken from, if elsewhere.
+        vision_from: The source of the image tower, if it is another.
 
     Raises:
         UnaccountedError: naming a tensor of the source.
@@ -74,9 +74,9 @@ def report_fastvlm(
         return _report_fastvlm(checkpoint, config, tensors)
     tower = {name: value for name, value in tensors.items() if name.startswith(TOWER)}
     rest = {name: value for name, value in tensors.items() if name not in tower}
-    there = _report_fastvlm(vision_from, config, tower, only_tower=True)
-    here = _report_fastvlm(checkpoint, config, rest)
-    return TensorReport(*(a + b for a, b in zip(there, here, strict=True)))
+    tower_report = _report_fastvlm(vision_from, config, tower, only_tower=True)
+    rest_report = _report_fastvlm(checkpoint, config, rest)
+    return TensorReport(*(a + b for a, b in zip(tower_report, rest_report, strict=True)))
 
 
 def _report_fastvlm(
@@ -103,7 +103,7 @@ def _report_fastvlm(
 def report_mobileclip(
     checkpoint: Checkpoint, config: MobileCLIPConfig, tensors: Tensors
 ) -> TensorReport:
-    """Account for the tensors of a MobileCLIP that is not canonical; as `report_fastvlm`."""
+    """Check the tensors of a MobileCLIP that is not canonical; see `report_fastvlm`."""
     original, layout = mobileclip.read_source(checkpoint)
     key = mobileclip.mobileclip_source(original, config, layout, checkpoint.name).key
     unfolded = unfold_mobileclip(config, tensors, layout.apple)
@@ -115,11 +115,11 @@ def _compare(source: NamedTensors, unfolded: Tensors, unused: str | None) -> Ten
     ours = NamedTensors(unfolded)
     folded = _compare_folded(source, ours, {name: t.dtype for name, t in unfolded.items()})
     equal, dequantized = _compare_equal(source, ours)
-    left = source.left()
-    for key in left:
+    remaining = source.remaining()
+    for key in remaining:
         if unused is None or not re.search(unused, key):
-            raise UnaccountedError(f"nothing was made of {key}")
-    return TensorReport(equal, folded, dequantized, len(left))
+            raise UnaccountedError(f"{key} was not read")
+    return TensorReport(equal, folded, dequantized, len(remaining))
 
 
 def _compare_folded(source: NamedTensors, ours: NamedTensors, dtypes: dict[str, mx.Dtype]) -> int:
@@ -130,20 +130,20 @@ def _compare_folded(source: NamedTensors, ours: NamedTensors, dtypes: dict[str, 
             module = re.fullmatch(pattern, name)
             if not module or (run is kernel and source.has(name)):  # fused in the source already
                 continue
-            before = source.left()
+            before = source.remaining()
             expected, value = run(source, module[1]), run(ours, module[1])
-            taken = sorted({*before} - {*source.left()})
+            used = sorted({*before} - {*source.remaining()})
             limit = MAX_ERROR[dtype] * np.abs(expected).max() + MIN_ERROR[dtype]
             if not np.abs(value - expected).max() <= limit:  # NaN as well
-                raise UnaccountedError(f"{name_some(taken, 3)} computes something else")
-            folded += len(taken)
+                raise UnaccountedError(f"{name_some(used, 3)} computes something else")
+            folded += len(used)
     return folded
 
 
 def _compare_equal(source: NamedTensors, ours: NamedTensors) -> tuple[int, int]:
     """Compare all other tensors; returns how many are equal, and how many were dequantised."""
     equal = dequantized = 0
-    for name in ours.left():
+    for name in ours.remaining():
         value = ours.take(name)
         if not source.has(name):
             if mx.any(value != 0).item():  # a bias of zeros need not be in the source

@@ -1,4 +1,4 @@
-"""What is given to a model by mistake ends in one line that says what to give."""
+"""Wrong arguments to MobileCLIP and its processor end in a one-line error."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def demo() -> tuple[MobileCLIP, Processor]:
     return load("demo")
 
 
-def test_numpy_arrays_are_taken(demo: tuple[MobileCLIP, Processor]) -> None:
+def test_numpy_arrays_are_accepted(demo: tuple[MobileCLIP, Processor]) -> None:
     model, processor = demo
     pixels, ids = processor.images([SCENE]), processor.texts(["a circle"])
     for dtype in (np.float32, np.float64):
@@ -33,18 +33,18 @@ INTEGERS = mx.zeros((1, 8, 8, 3), mx.int32)
 @pytest.mark.parametrize(
     "pixels", [SCENE[None], mx.array(SCENE)[None], [[1.0]], None, "a.jpg", {1.0}, INTEGERS]
 )
-def test_wrong_pixels(pixels: Any, demo: tuple[MobileCLIP, Processor]) -> None:
-    with pytest.raises(ImageError, match="give what the processor makes of an image"):
+def test_wrong_pixels_are_refused(pixels: Any, demo: tuple[MobileCLIP, Processor]) -> None:
+    with pytest.raises(ImageError, match="pass what the processor returns for an image"):
         demo[0].encode_image(pixels)
 
 
 @pytest.mark.parametrize("ids", [["a circle"], "a circle", None, {1}, np.zeros((1, 77)), [[1, 2]]])
-def test_wrong_ids(ids: Any, demo: tuple[MobileCLIP, Processor]) -> None:
-    with pytest.raises(PromptError, match=r"give what Processor\.texts returns"):
+def test_wrong_ids_are_refused(ids: Any, demo: tuple[MobileCLIP, Processor]) -> None:
+    with pytest.raises(PromptError, match=r"pass what Processor\.texts returns"):
         demo[0].encode_text(ids)
 
 
 @pytest.mark.parametrize("images", [7, None, {"a.jpg"}, iter([SCENE]), "a.jpg", b"x", [], {}])
-def test_wrong_lists_of_images(images: Any, demo: tuple[MobileCLIP, Processor]) -> None:
+def test_wrong_lists_of_images_are_refused(images: Any, demo: tuple[MobileCLIP, Processor]) -> None:
     with pytest.raises(ImageError, match="takes a list of at least one image"):
         demo[1].images(images)

@@ -1,4 +1,4 @@
-"""Each field of open_clip's configs, changed alone: our answers follow open_clip's, or refuse."""
+"""Each field of open_clip's configs, changed alone, acts as in open_clip or is refused."""
 
 import inspect
 import json
@@ -63,7 +63,7 @@ OTHER: dict[str, list[Any]] = {
 
 
 def published() -> dict[str, Any]:
-    """As MobileCLIP2-S0 is described, with a small text tower."""
+    """The config of MobileCLIP2-S0 with a small text tower."""
     model = open_clip.get_model_config("MobileCLIP2-S0")
     model["embed_dim"] = 64
     model["text_cfg"] |= {"width": 64, "layers": 2, "heads": 2}
@@ -122,7 +122,7 @@ def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 
 def theirs(config: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """open_clip's model, preparation of images and tokenizer, as its factory makes them."""
+    """open_clip's model, image transform and tokenizer, as its factory builds them."""
     model_cfg = json.loads(json.dumps(config["model_cfg"]))
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
     kind: Any = CustomTextCLIP if custom else CLIP
@@ -152,7 +152,7 @@ def _tower(embed_dim: int) -> Any:
         return TOWER(embed_dim, published()["model_cfg"]["vision_cfg"])
 
 
-def kept_tower(embed_dim: int, *_: Any) -> Any:
+def cached_tower(embed_dim: int, *_: Any) -> Any:
     """The published image tower, built once."""
     return _tower(embed_dim)
 
@@ -168,7 +168,7 @@ def picture() -> Image.Image:
     changes(),
     ids=lambda x: "-".join(x) if isinstance(x, tuple) else "absent" if x is ABSENT else str(x),
 )
-def test_a_changed_field_counts_as_in_open_clip_or_is_refused(
+def test_changed_field_acts_as_in_open_clip_or_is_refused(
     path: tuple[str, ...],
     value: Any,
     tmp_path: Path,
@@ -185,8 +185,8 @@ def test_a_changed_field_counts_as_in_open_clip_or_is_refused(
         assert path and path[-1].partition("_cfg")[0] in str(error), error
         return
     except CheckpointError:
-        pass  # the config was taken, and the weights, which are none, are looked at
-    build = kept_tower if "vision_cfg" not in path else open_clip.model._build_vision_tower
+        pass  # the config was accepted; then reading the empty weights failed
+    build = cached_tower if "vision_cfg" not in path else open_clip.model._build_vision_tower
     monkeypatch.setattr(open_clip.model, "_build_vision_tower", build)
     try:
         model, transform, tokenizer = theirs(config)
@@ -195,17 +195,17 @@ def test_a_changed_field_counts_as_in_open_clip_or_is_refused(
     save_file({k: t.contiguous() for k, t in model.state_dict().items()}, weights)
     ours, processor = load(tmp_path, dtype="float32")
     with torch.no_grad():
-        words = model.encode_text(tokenizer(TEXTS))
-        assert close(ours.encode_text(processor.texts(TEXTS)), words)
-        seen = model.encode_image(transform(picture)[None])
-        assert close(ours.encode_image(processor.images([picture])), seen)
+        expected = model.encode_text(tokenizer(TEXTS))
+        assert close(ours.encode_text(processor.texts(TEXTS)), expected)
+        expected = model.encode_image(transform(picture)[None])
+        assert close(ours.encode_image(processor.images([picture])), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "size"), [("fastvit_mci0.apple_mclip2_dfndr2b", None), ("fastvit_mci0", 320)]
 )
-def test_what_timm_writes_is_read(name: str, size: int | None, tmp_path: Path) -> None:
-    """With the arguments that the tower was built with, in files since 1.0.31."""
+def test_timm_config_is_read(name: str, size: int | None, tmp_path: Path) -> None:
+    """Files of timm 1.0.31 and later have the arguments that the tower was built with."""
     model = timm.create_model(name, pretrained=False)
     stated = {"input_size": (3, size, size), "crop_pct": 1.0, "interpolation": "bilinear"}
     save_config_for_hf(model, str(tmp_path / "config.json"), data_config=size and stated)
@@ -219,8 +219,8 @@ def test_what_timm_writes_is_read(name: str, size: int | None, tmp_path: Path) -
     assert close(ours.encode_image(mx.array(pixels.permute(0, 2, 3, 1).numpy())), expected)
 
 
-def test_the_comparison_sees_a_difference(tmp_path: Path) -> None:
-    """The field that is refused would have been a wrong answer."""
+def test_comparison_detects_a_difference(tmp_path: Path) -> None:
+    """A field that is refused would have given wrong embeddings."""
     base, other = theirs(published())[0], theirs(changed(("model_cfg", "quick_gelu"), True))[0]
     other.load_state_dict(base.state_dict())
     ids = torch.from_numpy(clip_tokenizer()(TEXTS).astype(np.int64))

@@ -1,8 +1,8 @@
-"""Modules that reading a checkpoint folds, run unfolded in float64 NumPy.
+"""Modules that are folded when a checkpoint is read, computed unfolded in NumPy float64.
 
 Each module is affine, so that its output for one random input identifies it. Branches, BatchNorms
-and layer scales are computed one after the other, without the arithmetic that folds them. A module
-is given by tensors under common names, and takes them from the source.
+and layer scales are computed one after another, without folding. A module takes its tensors from
+the source by their common names.
 
 Formulas: MobileOne (arXiv:2206.04040), section 3.2; FastViT (arXiv:2303.14189), section 3.2.
 """
@@ -28,7 +28,7 @@ class NamedTensors:
     """Tensors of a checkpoint by common names, each taken once."""
 
     def __init__(self, tensors: Tensors, key: Callable[[str], str] = str, nhwc: bool = False):
-        """Take over the tensors; `key` turns a common name into the checkpoint's."""
+        """Wrap the tensors, which are consumed; `key` maps a common name to the checkpoint's."""
         self._tensors, self.key, self._nhwc = tensors, key, nhwc
 
     def has(self, name: str) -> bool:
@@ -39,8 +39,8 @@ class NamedTensors:
         tensor = self._tensors.pop(self.key(name))
         return tensor.transpose(0, 3, 1, 2) if self._nhwc and tensor.ndim == 4 else tensor
 
-    def left(self) -> list[str]:
-        """What was not taken yet, by the checkpoint's names."""
+    def remaining(self) -> list[str]:
+        """Names of the tensors not taken yet, as in the checkpoint."""
         return list(self._tensors)
 
 

@@ -1,4 +1,4 @@
-"""Folding says of each operation that it runs on the CPU, and changes no state of the process."""
+"""Folding passes the CPU stream to every operation and changes no global state."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def assert_same(a: dict[str, mx.array], b: dict[str, mx.array]) -> None:
     assert all(mx.array_equal(a[name], b[name]).item() for name in a)
 
 
-def refuse(name: str) -> Callable[..., Any]:
+def fail_if_called(name: str) -> Callable[..., Any]:
     def called(*_: Any, **__: Any) -> Any:
         raise AssertionError(f"{name} was called")
 
@@ -63,19 +63,21 @@ def refuse(name: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP-B", "MobileCLIP2-S4", None])
-def test_two_threads_leave_the_default_device_alone(
+def test_folding_in_threads_keeps_the_default_device(
     variant: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = (lambda: fold("llava_qwen2", True)) if variant is None else (lambda: fold_clip(variant))
+    fold_model = (
+        (lambda: fold("llava_qwen2", True)) if variant is None else (lambda: fold_clip(variant))
+    )
 
     def evaluated(_: int = 0) -> dict[str, mx.array]:
-        tensors = work()
-        mx.eval(tensors)  # in the thread that made them
+        tensors = fold_model()
+        mx.eval(tensors)  # in the thread that built the graph
         return tensors
 
     expected = evaluated()
     for name in ("stream", "set_default_device", "set_default_stream"):
-        monkeypatch.setattr(mx, name, refuse(name))
+        monkeypatch.setattr(mx, name, fail_if_called(name))
     before = mx.default_device()
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(evaluated, range(2)))
@@ -88,13 +90,13 @@ def test_two_threads_leave_the_default_device_alone(
     ("layout", "unfused"),
     [("llava_qwen2", False), ("llava_qwen2", True), ("fast_vlm", True), ("mlx-vlm", False)],
 )
-def test_every_operation_is_given_the_cpu(
+def test_every_operation_runs_on_the_cpu(
     layout: str, unfused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is not would run on a GPU, which has no float64."""
+    """Without a stream it would run on a GPU, which has no float64."""
     expected = fold(layout, unfused)
 
-    def checked(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def require_cpu(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             assert options.get("stream") == mx.cpu, name
             return original(*arguments, **options)
@@ -104,21 +106,21 @@ def test_every_operation_is_given_the_cpu(
     with monkeypatch.context() as patch:
         for name in OPERATORS:
             if hasattr(mx.array, name):
-                patch.setattr(mx.array, name, refuse(name))
+                patch.setattr(mx.array, name, fail_if_called(name))
         for name in METHODS:
             if hasattr(mx.array, name):
-                patch.setattr(mx.array, name, checked(name, getattr(mx.array, name)))
+                patch.setattr(mx.array, name, require_cpu(name, getattr(mx.array, name)))
         for name in FUNCTIONS:
-            patch.setattr(mx, name, checked(name, getattr(mx, name)))
+            patch.setattr(mx, name, require_cpu(name, getattr(mx, name)))
         found = fold(layout, unfused)
     assert_same(found, expected)
 
 
-def test_loading_does_not_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_loading_keeps_the_default_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mlx_fastvlm.loader import read_canonical
     from mlx_mobileclip.checkpoints.hub import Checkpoint
 
     path = synthetic.write_layout(tmp_path, "llava_qwen2")
     for name in ("stream", "set_default_device", "set_default_stream"):
-        monkeypatch.setattr(mx, name, refuse(name))
+        monkeypatch.setattr(mx, name, fail_if_called(name))
     assert read_canonical(Checkpoint(path, "tiny"))[1]

@@ -1,4 +1,4 @@
-"""In training every device computes the plain forms, whose gradients are finite and exact."""
+"""In training mode every device computes the plain forms, with finite and exact gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def seeded() -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 64])
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-def test_attention_has_the_gradient_of_mlx(causal: bool, length: int) -> None:
+def test_attention_gradient_equals_mlx(causal: bool, length: int) -> None:
     queries, keys, values = (
         mx.random.normal((2, heads, positions, 32))
         for heads, positions in ((6, length), (2, 64), (2, 64))
@@ -51,10 +51,10 @@ def gradients(model: nn.Module, loss: Callable[[Any], mx.array]) -> dict[str, np
     return {name: np.array(gradient) for name, gradient in found.items()}
 
 
-def assert_plain(
+def assert_plain_gradients(
     model: nn.Module, loss: Callable[[Any], mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradients are those of a device that has the plain forms only."""
+    """Assert that the gradients equal those of the plain forms."""
     found = gradients(model, loss)
     assert sum(bool(gradient.any()) for gradient in found.values()) > len(found) / 2
     monkeypatch.setattr(layers, "on_cpu", lambda: False)
@@ -68,7 +68,7 @@ def assert_plain(
 
 
 @pytest.mark.parametrize("variant", ["MobileCLIP-S0", "MobileCLIP2-S3", "MobileCLIP-B"])
-def test_mobileclip(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mobileclip_gradients(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FastViT with both kinds of normalisation, ViT, causal and hybrid text towers."""
     config = tiny_config(variant)
     model = MobileCLIP(config)
@@ -83,10 +83,10 @@ def test_mobileclip(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
         images, texts = model.encode_image(pixels), model.text(ids)
         return mx.exp(model.logit_scale) * (images * texts).sum() + (images**2).sum()
 
-    assert_plain(model, loss, monkeypatch)
+    assert_plain_gradients(model, loss, monkeypatch)
 
 
-def test_fastvlm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastvlm_gradients(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = load(synthetic.write_layout(tmp_path, "llava_qwen2"))
     inputs = processor("the", np.full((20, 30, 3), 90, np.uint8))
 
@@ -94,4 +94,4 @@ def test_fastvlm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = model(inputs.input_ids[None], pixels=inputs.pixels)
         return nn.losses.cross_entropy(logits[0, :-1], mx.maximum(inputs.input_ids[1:], 0)).mean()
 
-    assert_plain(model, loss, monkeypatch)
+    assert_plain_gradients(model, loss, monkeypatch)

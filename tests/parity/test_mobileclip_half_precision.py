@@ -1,8 +1,8 @@
 """MobileCLIP in half precision, at full size, against PyTorch in float32.
 
 Half precision is slow on a CPU, hence one image and one text. The variants left out differ from
-one of these in name, in what is compared in float32 alone (S0's text tower, Apple's stem of B),
-or in nothing but their weights.
+one of these only in name, in weights, or in parts that are compared in float32 (S0's text tower,
+Apple's stem of B).
 """
 
 import mlx.core as mx

@@ -1,4 +1,4 @@
-"""Image size and mode of transformers' checkpoints: as transformers has them, or refused."""
+"""Image size and mode of a checkpoint equal those of transformers, or are refused."""
 
 import json
 import re
@@ -28,13 +28,13 @@ PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 
 @pytest.fixture(autouse=True, scope="module")
 def importable_torchvision() -> None:
-    """Where torch is installed, transformers imports torchvision, which needs the oracle's help."""
+    """If torch is installed, transformers imports torchvision, which `oracle` prepares."""
     if find_spec("torch"):
         import oracle  # noqa: F401
 
 
 def image_processor(kind: str, **changes: Any) -> Any:
-    """transformers' own, on Pillow."""
+    """transformers' image processor on Pillow."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -44,8 +44,8 @@ def image_processor(kind: str, **changes: Any) -> Any:
     return kinds[kind](**{"crop_size": square, "size": shortest, **IDENTITY, **changes})
 
 
-def written(kind: str, directory: Path, **changes: Any) -> dict[str, Any]:
-    """What transformers writes of an image processor."""
+def saved_fields(kind: str, directory: Path, **changes: Any) -> dict[str, Any]:
+    """The fields that transformers writes for an image processor."""
     image_processor(kind, **changes).save_pretrained(directory)
     return dict(json.loads((directory / PREPROCESSOR).read_text()))
 
@@ -83,7 +83,7 @@ NESTED = {"patch_size": 64, "num_additional_image_tokens": 0, "image_token": "<i
     ("kind", "changes", "mode"),
     [
         ("CLIPImageProcessor", {}, "crop"),
-        ("CLIPImageProcessor", {"do_pad": True}, "crop"),  # which it has never heeded
+        ("CLIPImageProcessor", {"do_pad": True}, "crop"),  # always ignored by it
         ("LlavaImageProcessor", {}, "crop"),
         ("LlavaImageProcessor", {"do_pad": False}, "crop"),
         ("LlavaImageProcessor", {"do_pad": True}, "pad"),
@@ -94,10 +94,10 @@ NESTED = {"patch_size": 64, "num_additional_image_tokens": 0, "image_token": "<i
         ("LlavaImageProcessor", {"do_normalize": False, "image_mean": CLIP_MEAN}, "crop"),
     ],
 )
-def test_pixels_are_those_of_transformers(
+def test_pixels_equal_transformers(
     kind: str, changes: dict[str, Any], mode: str, file: str, tmp_path: Path
 ) -> None:
-    values = written(kind, tmp_path, **changes)
+    values = saved_fields(kind, tmp_path, **changes)
     (tmp_path / PREPROCESSOR).unlink()
     if file != PREPROCESSOR:
         put(tmp_path, PROCESSOR, NESTED | {"image_processor": values})
@@ -109,14 +109,14 @@ def test_pixels_are_those_of_transformers(
 
 @pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "LlavaImageProcessor"])
-def test_every_name_of_a_processor(kind: str, suffix: str, tmp_path: Path) -> None:
-    values = written(kind, tmp_path) | {"image_processor_type": kind + suffix}
+def test_every_name_of_an_image_processor_is_known(kind: str, suffix: str, tmp_path: Path) -> None:
+    values = saved_fields(kind, tmp_path) | {"image_processor_type": kind + suffix}
     put(tmp_path, PREPROCESSOR, values)
     assert settings(tmp_path) == (SIDE, "crop")
 
 
-def test_transformers_4_48_of_a_clip_processor(tmp_path: Path) -> None:
-    """All its fields, as the published FastVLM have them."""
+def test_fields_of_transformers_4_48(tmp_path: Path) -> None:
+    """All fields of a CLIP image processor, as in the published FastVLM checkpoints."""
     old = {
         "crop_size": {"height": 1024, "width": 1024},
         "data_format": "channels_first",
@@ -176,11 +176,11 @@ CHANGES: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "LlavaImageProcessor"])
 @pytest.mark.parametrize("base", [{}, {"do_pad": True}, {"do_normalize": False}], ids=str)
-def test_every_field_changes_ours_as_theirs(
+def test_every_field_acts_as_in_transformers_or_is_refused(
     kind: str, base: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The same pixels, or a refusal that names the field."""
-    values = written(kind, tmp_path, **base)
+    """The same pixels, or an error that names the field."""
+    values = saved_fields(kind, tmp_path, **base)
     assert values.keys() <= CHANGES.keys()
     refused, followed = set(), set()
     for key, changes in CHANGES.items():
@@ -201,9 +201,9 @@ def test_every_field_changes_ours_as_theirs(
 
 
 @pytest.mark.parametrize("key", ["crop_size", "image_mean", "image_std", "size"])
-def test_a_missing_field_has_the_default_of_transformers(key: str, tmp_path: Path) -> None:
-    """Which is CLIP's, of 224 px: not what a FastVLM reads."""
-    values = written("LlavaImageProcessor", tmp_path)
+def test_missing_field_is_refused(key: str, tmp_path: Path) -> None:
+    """transformers would use CLIP's default, 224 px, which no FastVLM reads."""
+    values = saved_fields("LlavaImageProcessor", tmp_path)
     del values[key]
     put(tmp_path, PREPROCESSOR, values)
     with pytest.raises(ConfigError, match=f": {key}: is missing"):
@@ -218,34 +218,34 @@ def test_a_missing_field_has_the_default_of_transformers(key: str, tmp_path: Pat
         ("vision_feature_select_strategy", "default"),
     ],
 )
-def test_the_processor_around_it(key: str, value: Any, tmp_path: Path) -> None:
-    nested = {"image_processor": written("LlavaImageProcessor", tmp_path)}
+def test_unsupported_processor_fields_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    nested = {"image_processor": saved_fields("LlavaImageProcessor", tmp_path)}
     put(tmp_path, PROCESSOR, NESTED | nested | {key: value})
     with pytest.raises(ConfigError, match=f"{PROCESSOR}: {key}: "):
         settings(tmp_path)
 
 
-# Several places that say it.
+# Fields that several files state.
 
 
-def test_files_that_contradict_each_other(tmp_path: Path) -> None:
-    values = written("LlavaImageProcessor", tmp_path)
+def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    values = saved_fields("LlavaImageProcessor", tmp_path)
     for change in ({"do_pad": True}, {"size": 512, "crop_size": 512}):
         put(tmp_path, PROCESSOR, NESTED | {"image_processor": values | change})
         with pytest.raises(ConfigError, match=r"contradict.*preprocessor_config\.json.*remove"):
             settings(tmp_path)
 
 
-def test_a_length_that_contradicts_the_crop(tmp_path: Path) -> None:
-    written("LlavaImageProcessor", tmp_path)
+def test_image_seq_length_must_match_the_crop(tmp_path: Path) -> None:
+    saved_fields("LlavaImageProcessor", tmp_path)
     assert settings(tmp_path, image_seq_length=16) == (SIDE, "crop")
     for length in (256, 576, 17):
         with pytest.raises(ConfigError, match=r"config\.json: image_seq_length: "):
             settings(tmp_path, image_seq_length=length)
 
 
-def test_the_length_alone(tmp_path: Path) -> None:
-    """Without an image processor's file, which transformers does not load; padded as by Apple."""
+def test_image_seq_length_without_an_image_processor(tmp_path: Path) -> None:
+    """transformers cannot load such a checkpoint; images are padded as in Apple's code."""
     assert settings(tmp_path, image_seq_length=16) == (256, "pad")
     assert settings(tmp_path, image_seq_length=576) == (1536, "pad")
     assert settings(tmp_path) == (1024, "pad")
@@ -255,13 +255,13 @@ def test_the_length_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [224, 2048])
-def test_sizes_that_no_fastvlm_reads(side: int, tmp_path: Path) -> None:
-    written("LlavaImageProcessor", tmp_path, size=side, crop_size=side)
+def test_unsupported_sizes_are_refused(side: int, tmp_path: Path) -> None:
+    saved_fields("LlavaImageProcessor", tmp_path, size=side, crop_size=side)
     with pytest.raises(ConfigError, match=f": size: {side}"):
         settings(tmp_path)
 
 
-def test_apple_s_fields() -> None:
+def test_fields_of_apple_checkpoints() -> None:
     def found(**fields: Any) -> tuple[int, str]:
         return image_settings(
             Fields({"model_type": "llava_qwen2"} | fields, "c"), Path(), stride=64
@@ -276,11 +276,11 @@ def test_apple_s_fields() -> None:
             found(**tower, **{key: value})
 
 
-def test_files_are_read_with_the_checkpoint(tmp_path: Path) -> None:
+def test_load_reads_the_processor_files(tmp_path: Path) -> None:
     from mlx_fastvlm import load
 
     path = synthetic.write_layout(tmp_path, "fast_vlm")
-    values = written("LlavaImageProcessor", path)
+    values = saved_fields("LlavaImageProcessor", path)
     (path / PREPROCESSOR).unlink()
     put(path, PROCESSOR, NESTED | {"image_processor": values | {"do_pad": True}})
     _, processor = load(path)
@@ -324,7 +324,7 @@ WITHOUT_EFFECT: list[tuple[str, Any]] = [
     ("vision_config.label_names", ["a"]), ("vision_config.num_classes", 3),
     ("vision_config.model_args.inference_mode", False), ("vision_config.model_type", "x"),
     ("vision_config.architecture", "fastvit_mci3.apple_mclip2_dfndr2b"),
-    ("vision_config.hidden_size", 1),  # the tensors tell
+    ("vision_config.hidden_size", 1),  # the tensors determine it
 ]  # fmt: skip
 
 
@@ -342,15 +342,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed_config(path: Path, name: str, value: Any) -> Any:
     values = json.loads((path / "config.json").read_text())
     *parents, key = name.split(".")
-    place = values
+    section = values
     for parent in parents:
-        place = place[parent]
-    place[key] = value
+        section = section[parent]
+    section[key] = value
     config, _ = read_foreign(Checkpoint(path, "saved"), values)
     return config
 
 
-def test_no_field_is_left_out(saved: Path) -> None:
+def test_every_config_field_is_listed(saved: Path) -> None:
     values = json.loads((saved / "config.json").read_text())
     names = {name for name, _ in (*REFUSED, *FOLLOWED, *WITHOUT_EFFECT)}
     for part in ("text_config", "vision_config"):
@@ -360,19 +360,19 @@ def test_no_field_is_left_out(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_refused(saved: Path, name: str, value: Any) -> None:
+def test_unsupported_fields_are_refused(saved: Path, name: str, value: Any) -> None:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
         changed_config(saved, name, value)
     assert "\n" not in str(caught.value)
-    by_tensors = isinstance(caught.value, CheckpointError)  # which do not have these shapes
+    by_tensors = isinstance(caught.value, CheckpointError)  # whose shapes do not match
     assert by_tensors or name.rpartition(".")[2] in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "value"), FOLLOWED)
-def test_followed(saved: Path, name: str, value: Any) -> None:
+def test_supported_fields_are_followed(saved: Path, name: str, value: Any) -> None:
     assert changed_config(saved, name, value) != changed_config(saved, "image_token_index", 1)
 
 
 @pytest.mark.parametrize(("name", "value"), WITHOUT_EFFECT)
-def test_without_effect(saved: Path, name: str, value: Any) -> None:
+def test_fields_without_effect_are_ignored(saved: Path, name: str, value: Any) -> None:
     assert changed_config(saved, name, value) == changed_config(saved, "image_token_index", 1)

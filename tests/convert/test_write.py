@@ -1,4 +1,4 @@
-"""Where a conversion writes: what cannot be written is told before the work."""
+"""Targets of conversions: unwritable ones are refused before any work."""
 
 import os
 import shutil
@@ -31,18 +31,21 @@ def link(target: Path) -> None:
     target.symlink_to("empty")
 
 
-PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
+UNWRITABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link to a directory": (link, "as it is a link"),
     "a link to nothing": (lambda target: target.symlink_to("nowhere"), "as it is a link"),
-    "a file in the way": (lambda target: target.parent.rmdir() or target.parent.touch(), "no dir"),
+    "a file in the way": (
+        lambda target: target.parent.rmdir() or target.parent.touch(),
+        "not a dir",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_is_told_before_the_work(
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_unwritable_target_is_refused_before_the_work(
     name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, reason = PLACES[name]
+    build, reason = UNWRITABLE[name]
     target = tmp_path / "parent" / "out"
     target.parent.mkdir()
     build(target)
@@ -51,18 +54,18 @@ def test_is_told_before_the_work(
         convert.convert(sound, target, quiet=True)
 
 
-def test_a_mount_point(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mount_point_is_refused(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/proc/self/mountinfo").exists() or not Path("/dev/shm").is_mount():
         pytest.skip("needs a mount point of Linux")
     monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))  # an empty one
-    for is_mount in (Path.is_mount, lambda _: False):  # as of a part of the same file system
+    for is_mount in (Path.is_mount, lambda _: False):  # as for a bind mount of the same file system
         monkeypatch.setattr(Path, "is_mount", is_mount)
         with pytest.raises(CheckpointError, match="as it is a mount point; give a new directory"):
             write.check_target(Path("/dev/shm"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into any directory")
-def test_a_parent_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_parent_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         for name in ("out", "deep/out"):
@@ -72,7 +75,7 @@ def test_a_parent_that_cannot_be_written(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_nobody_else_can_write_meanwhile(tmp_path: Path) -> None:
+def test_partial_directory_is_private(tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
         with new_directory(tmp_path / "out") as directory:
@@ -85,7 +88,9 @@ def test_nobody_else_can_write_meanwhile(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_not_ours_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_directories_of_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, ours = tmp_path / f".out{PARTIAL}", tmp_path / f".out.{'0' * 16}{PARTIAL}"
     old.mkdir()
     ours.mkdir()
@@ -99,7 +104,7 @@ def test_what_is_not_ours_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("appears", ["file", "link", "directory"])
-def test_what_appears_meanwhile_is_kept(appears: str, tmp_path: Path) -> None:
+def test_target_created_meanwhile_is_kept(appears: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError), new_directory(target) as directory:
@@ -115,7 +120,7 @@ def test_what_appears_meanwhile_is_kept(appears: str, tmp_path: Path) -> None:
     assert target.is_symlink() or target.is_file() or (target / "precious").exists()
 
 
-def test_links_to_nothing_never_end_a_conversion(sound: Path, tmp_path: Path) -> None:
+def test_dangling_links_are_ignored(sound: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(sound, tmp_path / "source"))
     for name in (
         "LICENSE",
@@ -151,8 +156,8 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_home_directory(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_missing_home_directory_is_no_error(name: str, tmp_path: Path) -> None:
+    result = subprocess.run(
         [sys.executable, "-c", NO_HOME, *COMMANDS[name], "--model", "demo", "--quiet"],
         cwd=tmp_path,
         capture_output=True,
@@ -160,11 +165,11 @@ def test_no_home_directory(name: str, tmp_path: Path) -> None:
         timeout=60,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert (done.returncode, done.stderr) == (0, ""), done
+    assert (result.returncode, result.stderr) == (0, ""), result
 
 
 @pytest.mark.parametrize("argument", ["~nobody-of-that-name/x", "x" * 5000 + "/y", "a\0b/c"])
-def test_no_argument_ends_the_model_card(argument: str) -> None:
+def test_model_card_accepts_odd_arguments(argument: str) -> None:
     card = model_card(
         name="x", kind="fastvlm", source="x", base_model=None, quantized={}, dtype="float16",
         quality="", command_line=["--model", argument],

@@ -1,4 +1,4 @@
-"""Texts that ask CLIP's tokenizer for much time: bounded, whether or not ftfy is installed."""
+"""Time bounds of CLIP's tokenizer on hostile texts, with and without ftfy."""
 
 import time
 import warnings
@@ -11,11 +11,11 @@ from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess import tokenizer
 from mlx_mobileclip.preprocess.tokenizer import MAX_MARKS, clip_tokenizer
 
-MENDERS: dict[str, Callable[[], Callable[[str], str]]] = {
-    "ftfy": tokenizer._mender.__wrapped__,
-    "plain": lambda: tokenizer._mend,
+TEXT_FIXERS: dict[str, Callable[[], Callable[[str], str]]] = {
+    "ftfy": tokenizer._text_fixer.__wrapped__,
+    "plain": lambda: tokenizer._fix_text,
 }
-TIBETAN = "\u0f73"  # no mark itself, but two once it is decomposed
+TIBETAN = "\u0f73"  # not a combining mark, but decomposes into two
 SLOW = {
     "entities": "&#x301;&#803;" * 5000,
     "wrongly decoded": "a" + "\u0301\u0323".encode().decode("latin-1") * 5000,
@@ -27,9 +27,9 @@ SLOW = {
 }
 
 
-@pytest.fixture(params=MENDERS, autouse=True)
+@pytest.fixture(params=TEXT_FIXERS, autouse=True)
 def mender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_mender", MENDERS[request.param])
+    monkeypatch.setattr(tokenizer, "_text_fixer", TEXT_FIXERS[request.param])
 
 
 @pytest.mark.parametrize("marks", ["\u0301", "\u0323\u0301", TIBETAN, "\u0344", "\u3099\u0301"])
@@ -40,7 +40,7 @@ def test_long_runs_of_marks_are_refused(marks: str) -> None:
     assert time.process_time() - started < 0.2
 
 
-def test_as_many_marks_as_people_use_are_read() -> None:
+def test_usual_numbers_of_marks_are_accepted() -> None:
     text = "Z" + "\u0301\u0323\u0307" * 20 + "algo"
     with pytest.warns(UserWarning, match="the model reads the first 75"):
         ids = clip_tokenizer()([text])
@@ -49,16 +49,16 @@ def test_as_many_marks_as_people_use_are_read() -> None:
 
 @pytest.mark.filterwarnings("ignore:text ")
 @pytest.mark.parametrize("name", SLOW)
-def test_a_text_takes_no_more_than_half_a_second(name: str) -> None:
-    """A hundred times its length of it, for that is not read."""
-    tokens = clip_tokenizer()
+def test_slow_texts_take_less_than_half_a_second(name: str) -> None:
+    """Also at a hundred times the length, most of which is not read."""
+    encode = clip_tokenizer()
     started = time.process_time()
-    tokens([SLOW[name] * 100])
+    encode([SLOW[name] * 100])
     assert time.process_time() - started < 0.5
 
 
-def test_a_million_digits_stand_for_no_character() -> None:
-    """Python refuses to read so large a number."""
+def test_entity_of_too_many_digits_is_replaced() -> None:
+    """Python refuses to parse so many digits."""
     for text in ("&#" + "9" * 5000 + ";", "&amp;#" + "9" * 5000 + ";"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
