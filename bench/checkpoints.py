@@ -11,7 +11,7 @@ VOCABULARY = 151_600  # ordinary tokens of FastVLM's tokenizer
 
 
 def write(case: Case, directory: Path) -> Path:
-    """Write the checkpoint of a case if it does not exist; nothing for preprocessing."""
+    """Write the checkpoint of a case unless it exists; preprocessing cases have none."""
     if case.variant:
         path = directory / f"{case.variant.partition(':')[0]}.safetensors"
         if not path.exists():

@@ -50,7 +50,7 @@ def has_mlx_vlm() -> bool:
 
 def import_mlx_vlm() -> Any:
     """Import mlx-vlm's FastVLM module."""
-    # Keep transformers, which mlx-vlm imports, from importing PyTorch.
+    # mlx-vlm imports transformers, which imports PyTorch if it is there; hide it.
     sys.modules |= dict.fromkeys(("torch", "torchvision"))  # type: ignore[arg-type]
     from mlx_vlm.models import fastvlm
 

@@ -1,7 +1,6 @@
 """The command `python -m convert`, or `mlx-fastvlm-convert` once installed."""
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -12,7 +11,12 @@ from mlx_mobileclip.device import DTYPES
 from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.paths import user_path
 from mlx_mobileclip.quantization import MODES
-from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_command
+from mlx_mobileclip.terminal import (
+    CommandParser,
+    hide_download_progress,
+    open_standard_streams,
+    run_command,
+)
 
 from .export.runtimes import TARGETS
 from .options import ConvertOptions
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(values: dict[str, Any], arguments: list[str]) -> None:
     options = ConvertOptions(**values)
     if options.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        hide_download_progress()
     run(options, arguments)
 
 

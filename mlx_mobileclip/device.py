@@ -27,6 +27,11 @@ def default_dtype() -> mx.Dtype:
     return mx.float32 if on_cpu() else mx.float16
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Name of a dtype as users write it, such as float16."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
     """Return the dtype of this name, or the default of the device for None.
 

@@ -172,6 +172,11 @@ def _show_warning(
     say(f"warning: {message}", start=CLEAR_LINE if sys.stderr.isatty() else "")
 
 
+def hide_download_progress() -> None:
+    """Turn off the progress bars of huggingface_hub; call it before that is imported."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
 @contextmanager
 def progress(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """Show a task on stderr and, at the end, the time it took.

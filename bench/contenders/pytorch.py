@@ -18,7 +18,7 @@ def set_up(case: Case) -> tuple[torch.device, torch.dtype]:
 
 
 def synchronized(repeat: Repeat, device: torch.device) -> Repeat:
-    """Wrap the work so that it waits for the GPU."""
+    """Return a function that runs the work and then waits until the GPU has finished."""
     if device.type == "cpu":
         return repeat
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize

@@ -5,10 +5,10 @@ stdout carries only the answer (or one JSON object); everything else goes to std
 
 import argparse
 
-from mlx_mobileclip import __version__
 from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_command
 
-from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_MODEL, DEFAULT_PROMPT, PRESETS
+from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, PRESETS
+from .options import add_model_arguments, add_output_arguments
 from .ranks import lost_peers_reported, run_rank
 
 
@@ -24,13 +24,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         epilog="The answer goes to stdout, statistics and progress to stderr. "
         "Exit status: 0 done, 1 error, 2 usage, 130 interrupted.",
     )
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="M",
-        help="repository on Hugging Face, checkpoint directory, or demo, the small model that "
-        "comes with this package (default: %(default)s)",
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--image",
         action="extend",
@@ -119,12 +113,6 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "checkpoint's, pad)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32"),
-        help="default: float16 on a GPU, float32 on a CPU",
-    )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
-    parser.add_argument(
         "--vision-from",
         metavar="P",
         help="checkpoint to take the image tower from, if M has none or only a Core ML package",
@@ -140,9 +128,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="keep image embeddings in this directory, for later questions about the images",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("--version", action="version", version=__version__)
+    add_output_arguments(parser, "no progress and no statistics")
     return parser
 
 

@@ -5,7 +5,6 @@ stdout carries only the answer (or one JSON object); everything else goes to std
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from mlx_mobileclip.checkpoints.hub import is_repository
 from mlx_mobileclip.cpu.process import slow_blas_remedy
 from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import find_image, is_data_uri
-from mlx_mobileclip.terminal import printable, progress, say
+from mlx_mobileclip.terminal import hide_download_progress, printable, progress, say
 
 from ..defaults import DEFAULT_PROMPT
 from ..generation.answer import Result, Stats, join_chunks
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         args.schema = read_schema(args.schema)
     constraint = Constraint.of(args.schema, args.choice, args.regex, args.stop)
     if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        hide_download_progress()
     group = join()
     prompt, images = read_inputs(args) if group is None else share_inputs(args, group)
     if is_repository(args.model):

@@ -110,6 +110,6 @@ _default_caches: dict[int, ImageCache] = {}  # by id(model)
 
 
 def _file_name(model: FastVLM, weights: Weights, key: str) -> str:
-    """File name of an entry: a hash of everything that determines the embeddings."""
+    """Return the file name of a cache entry: a hash of all that the embeddings depend on."""
     content = (__version__, weights.fingerprint, model.config.vision, key)
     return hashlib.sha256(repr(content).encode()).hexdigest()

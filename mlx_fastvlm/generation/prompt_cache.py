@@ -26,7 +26,7 @@ class _Entry:
 
 
 class PromptCache:
-    """Keys and values of the most recent prompts and answers.
+    """Cache of the attention keys and values of recent prompts and answers.
 
     Pass the same cache to `generate` for the turns of a conversation, for several questions about
     an image, or for prompts that share a system prompt: the longest prefix that a prompt shares

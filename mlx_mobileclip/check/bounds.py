@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..device import dtype_name
 from .machine import Machine
 
 
@@ -38,8 +39,3 @@ def bounds(dtype: mx.Dtype, machine: Machine) -> Bounds:
     """The bounds for a dtype on a machine."""
     on_gpu = dtype == mx.float32 and machine.backend != "cpu"
     return BOUNDS["float32 on a GPU" if on_gpu else dtype_name(dtype)]
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """The name of a dtype as users write it, such as float16."""
-    return str(dtype).removeprefix("mlx.core.")

@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.hub import Checkpoint
+from ..device import dtype_name
 from ..errors import name_some
 from ..terminal import Bar
-from .bounds import Bounds, bounds, dtype_name
+from .bounds import Bounds, bounds
 from .compare import Models, Row, Step
 from .forms import FORMS, compare_form
 from .machine import Finding, Machine, findings, this_machine

@@ -303,7 +303,7 @@ def _matrix(weight: mx.array) -> mx.array:
 
 
 def _along_text(weight: mx.array) -> mx.array:
-    """Reshape the depthwise kernel of a convolution along text, (C, 1, 1, K), to (C, K, 1)."""
+    """Reshape a depthwise kernel over text positions from (C, 1, 1, K) to (C, K, 1)."""
     return mx.squeeze(_ohwi(weight), axis=1, stream=mx.cpu)
 
 

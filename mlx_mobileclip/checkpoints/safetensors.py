@@ -60,7 +60,7 @@ def tensor_files(directory: Path) -> list[Path]:
                 f"is out of date, {single.name} or {index.name} with its shards"
             )
         return _checked(directory, files)
-    # Skip hidden files: macOS writes a "._model.safetensors" beside each unpacked file.
+    # Hidden files are not weights: unpacking an archive on macOS can leave "._model.safetensors".
     names = sorted(
         p.name
         for p in directory.iterdir()

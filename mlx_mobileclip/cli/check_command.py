@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import os
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from ..terminal import printable
+from ..terminal import hide_download_progress, printable
 from .options import add_model_arguments
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         ModelError: something is wrong, or the model cannot be used.
     """
     if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        hide_download_progress()
     from ..check.mobileclip import check_mobileclip
 
     names = ("revision", "dtype", "variant", "config", "preprocess", "quiet")

@@ -1,10 +1,9 @@
 """Load the model and embed the labels, with progress on stderr."""
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
-from ..terminal import Bar, progress, say
+from ..terminal import Bar, hide_download_progress, progress, say
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -22,7 +21,7 @@ def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
         ModelError: the model cannot be used.
     """
     if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        hide_download_progress()
     from ..cpu.process import slow_blas_remedy
 
     names = ("variant", "revision", "dtype", "config", "preprocess")

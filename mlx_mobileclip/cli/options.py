@@ -28,14 +28,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--variant", metavar="V", help="such as MobileCLIP2-S0, if M does not name it"
     )
     add_description_arguments(parser)
+    add_loading_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --revision and --dtype."""
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
         help="default: float16 on a GPU, float32 on a CPU",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def add_description_arguments(parser: argparse.ArgumentParser) -> None:

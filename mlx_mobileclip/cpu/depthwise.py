@@ -69,7 +69,7 @@ def banded_matrix(weights: list[mx.array], stride: int) -> mx.array:
 def _rows_of_tiles(
     x: Rows, banded: mx.array, kernel_size: int, stride: int, start: int, stop: int
 ) -> mx.array:
-    """Compute rows `start` to `stop` of tiles: (B, (stop - start) * ROWS, padded W, ...).
+    """Compute the output of tile rows `start` to `stop`, (B, (stop - start) * ROWS, padded W, ...).
 
     The input is reordered to channel, row, column within a patch, tile across. In that order the
     patches of a row of tiles form a matrix with fixed strides, which BLAS reads without a copy.

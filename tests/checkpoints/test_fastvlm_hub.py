@@ -117,14 +117,7 @@ def test_image_processor_config_is_downloaded(hub: HubServer, tmp_path: Path) ->
     for name in path.glob("model-*"):
         name.unlink()
     (path / "model.safetensors.index.json").unlink()
-    pixels = {
-        "image_processor_type": "LlavaImageProcessorFast",
-        "do_pad": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-        "size": {"shortest_edge": 256},
-        "crop_size": {"height": 256, "width": 256},
-    }
+    pixels = synthetic.IMAGE_PROCESSOR
     (path / "processor_config.json").write_text(json.dumps({"image_processor": pixels}))
     (path / "preprocessor_config.json").write_text(json.dumps(pixels | {"do_pad": False}))
     refused = generate(hub, tmp_path / "cache", "--quiet")

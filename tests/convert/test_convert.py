@@ -142,7 +142,7 @@ def test_source_changed_meanwhile_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As during a download: the file changes between reading its shapes and writing."""
+    """Change the file after its shapes have been read, as an unfinished download would."""
     weights = source / "model.safetensors"
 
     def late(*arguments: Any) -> None:

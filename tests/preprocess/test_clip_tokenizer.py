@@ -33,7 +33,7 @@ START, END = SIZE - 2, SIZE - 1
 
 
 def write(path: Path, vocab_size: int = SIZE, context_length: int = 77) -> Path:
-    """Write a canonical checkpoint of random weights and, if they fit its size, MERGES."""
+    """Write a canonical checkpoint with random weights, and MERGES if they fit its vocabulary."""
     config = tiny_config("MobileCLIP2-S0")
     assert config.text is not None
     text = replace(config.text, vocab_size=vocab_size, context_length=context_length)

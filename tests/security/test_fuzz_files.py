@@ -40,14 +40,6 @@ from mlx_mobileclip.models.clip import MobileCLIP
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "6"))
 SLOWEST = 5.0  # seconds that one file may take
-IMAGES = {
-    "image_processor_type": "LlavaImageProcessorFast",
-    "do_pad": True,
-    "image_mean": [0.0, 0.0, 0.0],
-    "image_std": [1.0, 1.0, 1.0],
-    "size": {"shortest_edge": 256},
-    "crop_size": {"height": 256, "width": 256},
-}
 OPEN_CLIP = {
     "model_cfg": {
         "embed_dim": 512,
@@ -111,11 +103,13 @@ def sources(base: Path) -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for layout in ("llava_qwen2", "fast_vlm", "mlx-vlm"):
         path = synthetic.write_layout(base / layout, layout)
-        (path / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+        (path / "preprocessor_config.json").write_text(json.dumps(synthetic.IMAGE_PROCESSOR))
         files = ["config.json", "tokenizer.json", "preprocessor_config.json"]
         if layout == "fast_vlm":
             (path / "preprocessor_config.json").rename(path / "processor_config.json")
-            (path / "processor_config.json").write_text(json.dumps({"image_processor": IMAGES}))
+            (path / "processor_config.json").write_text(
+                json.dumps({"image_processor": synthetic.IMAGE_PROCESSOR})
+            )
             files[2] = "processor_config.json"
         cases[layout] = path, files, load_fastvlm
     path = synthetic.write_layout(base / "split", "llava_qwen2", shards=2)

@@ -32,6 +32,14 @@ TINY_TEXT = {
     "intermediate_size": 96,
     "vocab_size": 384,
 }
+IMAGE_PROCESSOR = {  # preprocessor_config.json of transformers, for 256 px
+    "image_processor_type": "LlavaImageProcessorFast",
+    "do_pad": True,
+    "image_mean": [0.0, 0.0, 0.0],
+    "image_std": [1.0, 1.0, 1.0],
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 256, "width": 256},
+}
 FULL_TEXT = {
     "0.5b": {
         "hidden_size": 896,
