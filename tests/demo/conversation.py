@@ -112,8 +112,12 @@ class Conversations:
     """Turns scenes into conversations about one to three of them."""
 
     def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
-        """Conversations of at most `turns` questions; `shares` is how often each task is asked."""
+        """Conversations of at most `turns` questions.
+
+        `shares` is how often each task is asked, `images` and `comparing` are as the constants.
+        """
         self.shares = dict.fromkeys(TASKS, 1.0)
+        self.images, self.comparing = IMAGES, COMPARING
         self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
         self.end = tokenizer.added[runtime.TURN_END]
 
@@ -160,7 +164,7 @@ class Conversations:
         """Use each scene once, in conversations about one to three; similar lengths together."""
         said = []
         start = 0
-        for group in _groups(scenes, rng):
+        for group in self._groups(scenes, rng):
             asked = list(self._questions(group, rng))
             tokens = self.encode(len(group), [question for _, question in asked])
             said.append(Conversation(tokens, asked, list(range(start, start + len(group)))))
@@ -168,6 +172,13 @@ class Conversations:
         said.sort(key=lambda conversation: len(conversation.tokens))
         size = math.ceil(len(said) / LENGTHS)
         return [self._pad(said[i : i + size]) for i in range(0, len(said), size)]
+
+    def _groups(self, scenes: list[Scene], rng: random.Random) -> Iterator[list[Scene]]:
+        rest = list(scenes)
+        while rest:
+            (size,) = rng.choices(list(self.images), list(self.images.values()))
+            yield rest[:size]
+            rest = rest[size:]
 
     def _pad(self, said: list[Conversation]) -> Batch:
         length = max(len(each.tokens) for each in said)
@@ -216,7 +227,7 @@ class Conversations:
     ) -> Iterator[tuple[Scene | None, Question]]:
         """Some questions about one or two of the images; at least one."""
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
-            compares = len(group) == 2 and rng.random() < COMPARING
+            compares = len(group) == 2 and rng.random() < self.comparing
             compared = compare(group[0], group[1], rng) if compares else None
             if compared is not None:
                 yield None, compared
@@ -263,11 +274,3 @@ class Conversations:
 def _share(shown: Scene, shape: Shape) -> tuple[float, float]:
     """Where the centre of a shape is, from -2 to 2."""
     return 4 * shape.x / shown.width - 2, 4 * shape.y / shown.height - 2
-
-
-def _groups(scenes: list[Scene], rng: random.Random) -> Iterator[list[Scene]]:
-    rest = list(scenes)
-    while rest:
-        (size,) = rng.choices(list(IMAGES), list(IMAGES.values()))
-        yield rest[:size]
-        rest = rest[size:]

@@ -19,16 +19,17 @@ import numpy as np
 from conversation import Batch, Conversations, train_tokenizer
 from export import convert_fastvlm, write_apple_fastvlm
 from reference import TOWER, F, FastVLM, Tower, torch
-from torch import Tensor
+from torch import Tensor, nn
 from training import train
 from world import Scene, scene
 
+from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
 from mlx_fastvlm.preprocess.tokenizer import Tokenizer
 from mlx_mobileclip.preprocess.image import resize_pad
 
 SIDE = 384
 FEATURES = 40_000  # scenes that the decoder learns from
-LATER = 200_000  # the first scene for the whole model
+LATER = 200_000  # the first scene for the whole model, and for refining after it
 PREPARE = partial(resize_pad, size=SIDE)
 TEXT = {
     "hidden_size": 256,
@@ -42,10 +43,14 @@ TEXT = {
     "tie_word_embeddings": True,
 }
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2200, 600, 32
-DECODER_STEPS, TOGETHER_STEPS, ANSWER_BATCH = 7000, 500, 16
+DECODER_STEPS, TOGETHER_STEPS, REFINING_STEPS, ANSWER_BATCH = 7000, 500, 2200, 16
 TURNS = 7  # questions in a conversation
 # How often tasks are asked; others once.
 SHARES = {"count": 1.8, "position": 1.5, "size": 1.2, "read": 1.2, "relation": 1.2, "describe": 0.7}
+# The same for the last phase, in which more conversations are about two images.
+REFINING_SHARES = SHARES | {"describe": 2.0, "relation": 1.6, "structured": 1.2}
+REFINING_IMAGES = {1: 0.4, 2: 0.54, 3: 0.06}
+REFINING_COMPARING = 0.6  # share of the questions about two images that compare them
 SEEING = 0.2  # weight of the tower's own losses while it learns with the decoder
 SHOWING = 50.0  # weight of the losses that tie image tokens to words
 FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
@@ -92,13 +97,14 @@ def before_answers(labels: Tensor) -> Tensor:
 
 
 class Teaching:
-    """The loss of phases three and four: the answers, and what helps to find them."""
+    """The loss of phases three to five: the answers, and what helps to find them."""
 
     def __init__(self, model: FastVLM, tokenizer: Tokenizer):
         """Teach `model` with conversations in the tokens of `tokenizer`."""
         self.model = model
         self.conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
         self.conversations.shares |= SHARES
+        self.ordinals: nn.Linear | None = None  # tells which image a token is of; for phase five
 
     def loss(self, phase: str, features: Tensor, shown: list[Scene]) -> Loss:
         """Loss of a batch of scenes, whose features are given, and what to log."""
@@ -144,7 +150,12 @@ class Teaching:
             foretold = model.named(before[asking]).float()
             named = before[said.names]
             called = model.named(named).float()
-        losses = {"foretelling": FORETELLING * naming(foretold, said.words[said.turns[asking]])}
+        losses: dict[str, Tensor] = {}
+        if self.ordinals is not None:
+            shown = said.ids == IMAGE_TOKEN
+            numbers = (shown.cumsum(1) - 1)[shown] // self.conversations.tokens_per_image
+            losses["order"] = F.cross_entropy(self.ordinals(before[shown].float()), numbers)
+        losses |= {"foretelling": FORETELLING * naming(foretold, said.words[said.turns[asking]])}
         if len(said.called):
             places = F.smooth_l1_loss(model.places(named.float()), said.places)
             losses["calling"] = FORETELLING * (naming(called, said.called) + places)
@@ -197,6 +208,37 @@ def train_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
     train("together", model, groups, new_scenes, look_and_answer, TOGETHER_STEPS, out)
 
 
+def refine_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Phase five: projector and decoder, on new scenes, with more questions about two images.
+
+    Half-way through the decoder each image token has to tell which image it is of.
+    """
+    model.train()
+    model.tower.eval()
+    teaching = Teaching(model, tokenizer)
+    teaching.ordinals = nn.Linear(model.decoder.config.hidden_size, len(REFINING_IMAGES))
+    teaching.conversations.shares |= REFINING_SHARES
+    teaching.conversations.images = REFINING_IMAGES
+    teaching.conversations.comparing = REFINING_COMPARING
+    matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
+    apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
+    learning = nn.ModuleList([model, teaching.ordinals])
+    others = [p for p in learning.parameters() if id(p) not in apart]
+
+    def answer(batch: tuple[Tensor, list[Scene]]) -> Loss:
+        pixels, shown = batch
+        with torch.no_grad():
+            features = model.tower(pixels)[1]
+        return teaching.loss("refining", features, shown)
+
+    def new_scenes(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
+        first = LATER // ANSWER_BATCH + TOGETHER_STEPS
+        return data.draw_batches(scene, PREPARE, ANSWER_BATCH, first + done)
+
+    groups = [{"params": others, "lr": 3e-4}]
+    train("refining", learning, groups, new_scenes, answer, REFINING_STEPS, out, matrices, 7e-4)
+
+
 def run(out: Path) -> FastVLM:
     """Every phase, and the checkpoint in `out`/demo."""
     out.mkdir(parents=True, exist_ok=True)
@@ -207,6 +249,7 @@ def run(out: Path) -> FastVLM:
     text = {**TEXT, "vocab_size": tokenizer.size}
     model = FastVLM(tower, text)
     train_answers(model, tokenizer, out)
+    refine_answers(model, tokenizer, out)
     source = out / "source"
     write_apple_fastvlm(model, TOWER, text, SIDE, source)
     shutil.copy(out / "tokenizer.json", source)

@@ -1,4 +1,4 @@
-"""Train the MobileCLIP demo model: the tower, then the texts, then both together.
+"""Train the MobileCLIP demo model: the tower, then the texts, then both together, twice.
 
 The texts are learned once more from the finished model by the loss of reinforced training, to
 compare the two: DIR/plain and DIR/reinforced are what each has made of the same start.
@@ -47,7 +47,7 @@ GROUP = 8  # scenes that come together, so that a caption meets those that it is
 FACTS = len(LABELS) * (1 + len(SIZES) + 1 + 9)
 TOWER_STEPS, TOWER_BATCH = 1800, 32
 TEXT_STEPS, TEXT_BATCH = 600, 192
-TOGETHER_STEPS, TOGETHER_BATCH = 120, 96
+TOGETHER_STEPS, REFINING_STEPS, TOGETHER_BATCH = 120, 400, 96
 PRESENT = 60.0  # weight of telling from the tower's mean what there is
 SEEING = 0.1  # weight of the tower's own losses while it learns with the texts
 MOST_SIMILAR = 100.0
@@ -62,6 +62,14 @@ def central(seed: int) -> Scene:
     if number < COUNT:
         return variations(group)[number]
     return scene(seed, (1, 1) if number == COUNT else (1, 5), central=True)
+
+
+def varied_less(seed: int) -> Scene:
+    """A scene as of `central`, but of GROUP in a row two are variations, two have one shape."""
+    group, number = divmod(seed, GROUP)
+    if number < 2:
+        return variations(group)[number * (1 + group % (COUNT - 1))]
+    return scene(seed, (1, 1) if number < 4 else (1, 5), central=True)
 
 
 def facts(shown: Scene) -> list[int]:
@@ -150,7 +158,8 @@ class Training:
             losses["present"] = PRESENT * F.binary_cross_entropy_with_logits(logits, there)
             return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-        self._train("tower", model, 3e-3, step, TOWER_STEPS, TOWER_BATCH, 0)
+        batches = partial(self._batches, central, TOWER_BATCH, 0)
+        self._train("tower", model, 3e-3, batches, step, TOWER_STEPS)
         self.tower.eval()  # BatchNorm keeps its statistics from now on, as when it is folded
 
     def match(self, name: str, teacher: MobileCLIP | None = None) -> MobileCLIP:
@@ -192,7 +201,7 @@ class Training:
         return model
 
     def together(self, model: MobileCLIP) -> None:
-        """Phase three: both towers."""
+        """Phases three and four: both towers, then once more on scenes that vary less."""
         model.train()
         model.tower.eval()
 
@@ -206,19 +215,26 @@ class Training:
             return loss + SEEING * sum(seen.values()), figures
 
         first = TOWER_STEPS * TOWER_BATCH // TOGETHER_BATCH
-        self._train("together", model, 5e-4, step, TOGETHER_STEPS, TOGETHER_BATCH, first)
+        for name, make, steps in (
+            ("together", central, TOGETHER_STEPS),
+            ("refining", varied_less, REFINING_STEPS),
+        ):
+            batches = partial(self._batches, make, TOGETHER_BATCH, first)
+            self._train(name, model, 5e-4, batches, step, steps)
+            first += steps
 
     def convert(self, model: MobileCLIP, name: str) -> None:
         convert_mobileclip(model, TOWER, self.text, SIDE, self.out / name)
 
+    def _batches(
+        self, make: data.MakeScene, size: int, first: int, done: int
+    ) -> Iterator[tuple[Tensor, list[Scene]]]:
+        """Batches of new scenes, from the one numbered `first` + `done` on."""
+        return data.draw_batches(make, PREPARE, size, first + done)
+
     def _train(
-        self, name: str, model: nn.Module, lr: float, step: Any, steps: int, size: int, first: int
+        self, name: str, model: nn.Module, lr: float, batches: Any, step: Any, steps: int
     ) -> None:
-        """Train on batches of new scenes, from the one numbered `first` on."""
-
-        def batches(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
-            return data.draw_batches(central, PREPARE, size, first + done)
-
         groups = [{"params": list(model.parameters()), "lr": lr}]
         train(name, model, groups, batches, step, steps, self.out)
 

@@ -25,6 +25,7 @@ def train(
     steps: int,
     out: Path,
     matrices: Sequence[nn.Parameter] = (),
+    muon_rate: float = MUON_RATE,
 ) -> None:
     """Run one phase of training, or the rest of it if it was interrupted.
 
@@ -38,11 +39,12 @@ def train(
         steps: Optimizer steps in all.
         out: Directory for state and log.
         matrices: Parameters of two dimensions that Muon updates instead of AdamW.
+        muon_rate: Their peak learning rate.
     """
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(matrices, MUON_RATE, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(matrices, muon_rate, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
         )
     warmup = max(1, int(0.03 * steps))
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
