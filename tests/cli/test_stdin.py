@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from mlx_fastvlm import load
 from mlx_fastvlm.cli.generate import main
 
 ROOT = Path(__file__).parents[2]
+PACKAGED_DEMO = ROOT / "mlx_fastvlm" / "demo"
 SCENE = ROOT / "examples" / "scene.png"
 QUESTION = "What colour is the square?"
 ANSWER = "The square is purple.\n"
@@ -105,19 +107,20 @@ def test_open_pipe_is_not_awaited_when_a_question_is_given() -> None:
 
 
 def test_default_max_tokens_fits_the_context(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    processor: Any = load("demo")[1]
-    available = processor.max_length - len(processor("").input_ids)
-    long = "the " * (available // 2)
-    while (missing := processor.max_length - 40 - len(processor(long).input_ids)) > 0:
-        long += "the " * max(1, missing // 4)
-    left = processor.max_length - len(processor(long).input_ids)
-    assert 0 < left <= 40
-    assert run(b"", "--prompt", long, "--json", monkeypatch=monkeypatch) == 0
+    shutil.copytree(PACKAGED_DEMO, tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_length": 200}))
+    processor: Any = load(tmp_path / "short")[1]
+    long = ""
+    while (left := processor.max_length - len(processor(long).input_ids)) > 40:
+        long += "the "
+    assert left > 0
+    options = ("--model", str(tmp_path / "short"), "--prompt", long)
+    assert run(b"", *options, "--json", monkeypatch=monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["generation_tokens"] <= left
-    options = ("--prompt", long, "--max-tokens", "256")
-    assert run(b"", *options, monkeypatch=monkeypatch) == 1
+    assert run(b"", *options, "--max-tokens", "256", monkeypatch=monkeypatch) == 1
     assert (
         f"max_tokens is 256; after a prompt of {processor.max_length - left} tokens it must be"
         in (capsys.readouterr().err)

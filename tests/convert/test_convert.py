@@ -26,6 +26,8 @@ from mlx_mobileclip.checkpoints.safetensors import read_tensors, tensor_files
 from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.models.clip import PreprocessConfig
 
+EXAMPLES = Path(__file__).parents[2] / "examples"  # four pictures
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -192,9 +194,9 @@ def test_killed_conversion_can_be_run_again(source: Path, tmp_path: Path) -> Non
         {"dtype": "bfloat16", "verify": True},
         {"layout": "mlx-vlm"},
         {"quantize": True, "q_bits": 8, "q_group_size": 32, "q_parts": ["decoder", "vision"]},
-        {"quantize": True, "q_group_size": 32, "max_size": "1MB"},
+        {"quantize": True, "q_group_size": 32, "max_size": "1MB", "calibration": EXAMPLES},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_function_and_command_write_the_same_files(
     options: dict[str, Any], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

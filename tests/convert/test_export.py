@@ -17,6 +17,8 @@ from mlx_mobileclip.checkpoints.safetensors import read_tensors
 from mlx_mobileclip.checkpoints.weights import named_parameters
 from mlx_mobileclip.json_fields import read_json
 
+EXAMPLES = Path(__file__).parents[2] / "examples"  # four pictures
+
 QUESTIONS = ("How many shapes are there?", "Describe the image.")
 TIED, UNTIED = "tied", "differs"
 
@@ -77,7 +79,11 @@ def test_names_are_those_of_real_checkpoints(head: str, target: str, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("options", [(), ("--q-mixed",), ("--q-mode", "mxfp4")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--q-mixed", "--calibration", str(EXAMPLES)), ("--q-mode", "mxfp4")],
+    ids=["uniform", "mixed", "mxfp4"],
+)
 def test_quantized_layers_for_mlx_vlm(options: tuple[str, ...], tmp_path: Path) -> None:
     """Fused layers are quantised, then split, as if each part were quantised alone."""
     quantise = ["-q", "--q-parts", "decoder", "projector", *options]

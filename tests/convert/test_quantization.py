@@ -31,6 +31,8 @@ from mlx_mobileclip.models.clip import PARTS as MOBILECLIP_PARTS
 from mlx_mobileclip.models.variants import VARIANTS
 from mlx_mobileclip.quantization import MODES, choose_layers, quantize_layers
 
+EXAMPLES = Path(__file__).parents[2] / "examples"  # four pictures
+
 QUANTIZATIONS = [
     Quantization(bits, group_size, mode)
     for mode, (all_bits, group_sizes) in MODES.items()
@@ -299,6 +301,7 @@ def test_max_size_is_kept(
     target = tmp_path / "quantized"
     arguments = ["--model", str(fastvlm), "--mlx-path", str(target), "--dtype", "float32"]
     options = ["-q", "--q-group-size", "32", "--max-size", f"{limit / 1000}K"]
+    options += ["--calibration", str(EXAMPLES)]
     status = command.main([*arguments, *options])
     if share < 0.2:
         assert status == 1
