@@ -1,4 +1,4 @@
-"""Captions of scenes: of everything in them, or of one thing."""
+"""Captions of scenes: of the whole scene, or of one shape."""
 
 import random
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from variations import detailed
 from world import COLOURS, KINDS, Scene
 
 LABELS = tuple(f"{colour} {kind}" for colour in COLOURS for kind in KINDS)
-DETAILED = 0.7  # share of captions with sizes, positions and numbers, where `detailed` has one
+DETAILED = 0.7  # share of detailed captions (sizes, positions, counts) where the scene has one
 OPENINGS = ("", "", "a photo of ", "a picture of ", "an image of ")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A text, and the names of the things it speaks of.
+    """A caption and the shapes that it mentions.
 
     Attributes:
-        text: What is said.
-        names: Colour and kind of each thing.
-        exact: What only scenes with the same description, or the same details, can be said to
-            show; None if names alone matter.
-        whole: Whether it leaves nothing out.
+        text: The caption.
+        names: Colour and kind of each mentioned shape.
+        exact: The description or detailed caption that a scene must have for the caption to be
+            true; None if the shapes decide alone.
+        whole: Whether it mentions every shape of the scene.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Caption:
     whole: bool = True
 
     def is_true_of(self, scene: Scene) -> bool:
-        """Whether it could be said of a scene."""
+        """Whether the caption is true of a scene."""
         if self.exact is not None:
             return self.exact in (description(scene), detailed(scene))
         names = sorted(shape.name for shape in scene.shapes)
@@ -38,7 +38,7 @@ class Caption:
 
 
 def caption(scene: Scene, rng: random.Random) -> Caption:
-    """A description, the same in other words, one with details, or one of a single shape."""
+    """A random caption: a description, a detailed one, a list of the shapes, or a single shape."""
     names = [shape.name for shape in scene.shapes]
     if rng.random() < DETAILED and (said := detailed(scene)):
         return Caption(rng.choice(OPENINGS) + said, tuple(names), said)

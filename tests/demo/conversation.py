@@ -1,4 +1,4 @@
-"""Conversations about scenes as ids to train on, in FastVLM's own prompt format."""
+"""Training conversations about scenes: token ids and labels in FastVLM's prompt format."""
 
 import json
 import math
@@ -20,16 +20,16 @@ from mlx_fastvlm.preprocess import tokenizer as runtime
 from mlx_fastvlm.preprocess.chat_format import SYSTEM_PROMPT, Control, Image, encode, render
 
 VOCABULARY = 640
-IGNORED = -100  # a label that is not trained on
+IGNORED = -100  # label of tokens without loss
 MAX_LENGTH = 1024
-LENGTHS = 2  # parts of a batch that are padded apart
-IMAGES = {1: 0.62, 2: 0.3, 3: 0.08}  # how often a conversation is about so many
-COMPARING = 0.4  # share of the questions about two images
-READING = 3.0  # how much more often texts are read where there are several images
+LENGTHS = 2  # parts of a batch, by length, that are padded separately
+IMAGES = {1: 0.62, 2: 0.3, 3: 0.08}  # share of conversations by number of images
+COMPARING = 0.4  # share of comparisons in conversations about two images
+READING = 3.0  # factor on the share of "read" in conversations about several images
 
 
 def train_tokenizer(directory: Path) -> runtime.Tokenizer:
-    """Learn byte pairs from what is said about scenes; printed texts are left to be spelled."""
+    """Train a BPE tokenizer on questions and answers, without printed texts: these are spelled."""
     rng = random.Random(0)
     lines = [f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n"] * 100
     for seed in range(3000):
@@ -66,12 +66,12 @@ def train_tokenizer(directory: Path) -> runtime.Tokenizer:
 
 @dataclass
 class Conversation:
-    """What is said about some images.
+    """Questions and answers about one to three images.
 
     Attributes:
-        tokens: Id, label and number of the turn of each.
-        asked: The questions, each with the scene it is about; None where that is two.
-        images: Which images.
+        tokens: Id, label and turn number of each token.
+        asked: The questions, each with its scene; None for a comparison of two.
+        images: Indices of its images in the batch.
     """
 
     tokens: list[tuple[int, int, int]]
@@ -84,27 +84,27 @@ class Batch:
     """Conversations, padded to one length.
 
     Attributes:
-        ids: (B, L), IMAGE_TOKEN where an image embedding goes.
-        labels: (B, L), the id where it belongs to an answer, else IGNORED.
-        turns: (B, L), number within the batch of the question or answer, or -1.
-        tasks: What each answer was asked for.
-        words: (T, V), the words of each answer and those for the things it is about: 1, else 0.
-        numbers: (T,), how many things it is about.
-        names: Row and column of the tokens that name one thing in a question, (M,) each.
-        called: (M, V), the words for that thing.
-        places: (M, 2), where it is.
-        images: Which images it speaks of, in order.
+        ids: Token ids (B, L), IMAGE_TOKEN for image embeddings.
+        labels: (B, L), the id if it is part of an answer, else IGNORED.
+        turns: (B, L), index of the token's question and answer in the batch, or -1.
+        tasks: Task of each question.
+        answer_words: (T, V), 1 for tokens of the answer and for words that describe its shapes.
+        shape_counts: (T,), number of shapes that the answer depends on.
+        mentions: Row and column of each token at which a question mentions a shape, (M,) each.
+        mention_words: (M, V), 1 for words that describe the mentioned shape.
+        mention_places: (M, 2), centre of the mentioned shape.
+        images: Indices of the images in the batch of scenes, in order.
     """
 
     ids: Tensor
     labels: Tensor
     turns: Tensor
     tasks: list[str]
-    words: Tensor
-    numbers: Tensor
-    names: tuple[Tensor, Tensor]
-    called: Tensor
-    places: Tensor
+    answer_words: Tensor
+    shape_counts: Tensor
+    mentions: tuple[Tensor, Tensor]
+    mention_words: Tensor
+    mention_places: Tensor
     images: list[int]
 
 
@@ -112,17 +112,17 @@ class Conversations:
     """Turns scenes into conversations about one to three of them."""
 
     def __init__(self, tokenizer: runtime.Tokenizer, tokens_per_image: int, turns: int):
-        """Conversations of at most `turns` questions.
+        """Set the largest number of questions per conversation, `turns`.
 
-        `shares` is how often each task is asked, `images` and `comparing` are as the constants.
+        The attributes `shares` (of the tasks), `images` and `comparing` can be changed.
         """
         self.shares = dict.fromkeys(TASKS, 1.0)
         self.images, self.comparing = IMAGES, COMPARING
         self.tokenizer, self.tokens_per_image, self.turns = tokenizer, tokens_per_image, turns
         self.end = tokenizer.added[runtime.TURN_END]
 
-    def named(self, scenes: list[Scene]) -> Tensor:
-        """Which words belong to the things in each image token's part of an image, (B, N, V)."""
+    def word_targets(self, scenes: list[Scene]) -> Tensor:
+        """Targets (B, N, V): 1 for words that describe the shapes in the image token's cell."""
         grid = math.isqrt(self.tokens_per_image)
         target = torch.zeros(len(scenes), grid, grid, self.tokenizer.size)
         for b, shown in enumerate(scenes):
@@ -131,8 +131,8 @@ class Conversations:
                 target[b, *at, self._words(shown, shape)] = 1
         return target.flatten(1, 2)
 
-    def pairs(self, scenes: list[Scene]) -> Tensor:
-        """Which colours of which kinds stand in each image token's part, (B, N, 48)."""
+    def pair_targets(self, scenes: list[Scene]) -> Tensor:
+        """Targets (B, N, 48): 1 for colour and kind of the shapes in the image token's cell."""
         grid = math.isqrt(self.tokens_per_image)
         target = torch.zeros(len(scenes), grid, grid, len(COLOURS) * len(KINDS))
         for b, shown in enumerate(scenes):
@@ -142,8 +142,8 @@ class Conversations:
                 target[b, *at, colour * len(KINDS) + KINDS.index(shape.kind)] = 1
         return target.flatten(1, 2)
 
-    def places(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-        """Which image tokens show one thing, (B, N), and where it is in the scene, (M, 2)."""
+    def place_targets(self, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+        """Mask (B, N) of image tokens whose cell has one shape, and the centre of each, (M, 2)."""
         grid = math.isqrt(self.tokens_per_image)
         alone = torch.zeros(len(scenes), grid, grid)
         where = torch.zeros(len(scenes), grid, grid, 2)
@@ -151,7 +151,7 @@ class Conversations:
             for shape in shown.shapes:
                 at, _ = cell(shown, shape.x, shape.y, grid, crop=False)
                 alone[b, *at] += 1
-                where[b, *at] = torch.tensor(_share(shown, shape))
+                where[b, *at] = torch.tensor(_centre(shown, shape))
         return (alone == 1).flatten(1), where[alone == 1]
 
     def _words(self, shown: Scene | None, shape: Shape) -> list[int]:
@@ -161,7 +161,7 @@ class Conversations:
         return [i for word in words for i in self.tokenizer.encode(f" {word}")]
 
     def batches(self, scenes: list[Scene], rng: random.Random) -> list[Batch]:
-        """Use each scene once, in conversations about one to three; similar lengths together."""
+        """Divide the scenes among conversations, each used once, and batch them by length."""
         said = []
         start = 0
         for group in self._groups(scenes, rng):
@@ -187,33 +187,35 @@ class Conversations:
         ids, labels, turns = torch.tensor(padded).unbind(-1)
         first = torch.tensor([0, *(len(each.asked) for each in said[:-1])]).cumsum(0)
         asked = [pair for each in said for pair in each.asked]
-        words = torch.zeros(len(asked), self.tokenizer.size)
-        for row, (shown, question) in zip(words, asked, strict=True):
+        answer_words = torch.zeros(len(asked), self.tokenizer.size)
+        for row, (shown, question) in zip(answer_words, asked, strict=True):
             row[self.tokenizer.encode(question.answer)] = 1
             for thing in question.things:
                 row[self._words(shown, thing)] = 1
-        named = [(b, *name) for b, each in enumerate(said) for name in self._names(each)]
-        called = torch.zeros(len(named), self.tokenizer.size)
-        for row, (_, _, shown, thing) in zip(called, named, strict=True):
+        mentions = [(b, *each) for b, one in enumerate(said) for each in self._mentions(one)]
+        mention_words = torch.zeros(len(mentions), self.tokenizer.size)
+        for row, (_, _, shown, thing) in zip(mention_words, mentions, strict=True):
             row[self._words(shown, thing)] = 1
         return Batch(
             ids=ids,
             labels=labels,
             turns=torch.where(turns < 0, -1, turns + first[:, None]),
             tasks=[question.task for _, question in asked],
-            words=words,
-            numbers=torch.tensor([float(len(question.things)) for _, question in asked]),
-            names=(
-                torch.tensor([b for b, *_ in named]).long(),
-                torch.tensor([at for _, at, *_ in named]).long(),
+            answer_words=answer_words,
+            shape_counts=torch.tensor([float(len(question.things)) for _, question in asked]),
+            mentions=(
+                torch.tensor([b for b, *_ in mentions]).long(),
+                torch.tensor([at for _, at, *_ in mentions]).long(),
             ),
-            called=called,
-            places=torch.tensor([_share(*thing) for _, _, *thing in named]).reshape(-1, 2),
+            mention_words=mention_words,
+            mention_places=torch.tensor([_centre(*each) for _, _, *each in mentions]).reshape(
+                -1, 2
+            ),
             images=[i for each in said for i in each.images],
         )
 
-    def _names(self, said: Conversation) -> Iterator[tuple[int, Scene, Shape]]:
-        """Where a question names a thing it is about by colour and kind: the kind's token."""
+    def _mentions(self, said: Conversation) -> Iterator[tuple[int, Scene, Shape]]:
+        """Find tokens at which a question mentions a shape by colour and kind: the kind's token."""
         for at in range(1, len(said.tokens)):
             (first, _, _), (second, label, turn) = said.tokens[at - 1 : at + 1]
             if turn >= 0 and label < 0:
@@ -225,7 +227,7 @@ class Conversations:
     def _questions(
         self, group: list[Scene], rng: random.Random
     ) -> Iterator[tuple[Scene | None, Question]]:
-        """Some questions about one or two of the images; at least one."""
+        """Sample questions about one or two of the images; at least one."""
         for _ in range(rng.randint(1, self.turns) if rng.random() < 0.3 else self.turns):
             compares = len(group) == 2 and rng.random() < self.comparing
             compared = compare(group[0], group[1], rng) if compares else None
@@ -239,38 +241,38 @@ class Conversations:
             yield group[index], question
 
     def _question(self, shown: Scene, rng: random.Random, *, several: bool) -> Question:
-        """One question about one image, a description where the task drawn has none."""
+        """Sample a question about one image; a description if the sampled task has none."""
         shares = self.shares | ({"read": READING * self.shares["read"]} if several else {})
         (task,) = rng.choices(list(shares), list(shares.values()))
         question = ask(shown, rng, task)
-        if question is not None and task == "count":  # less often for what is there once only
+        if question is not None and task == "count":  # fewer counts of single shapes
             question = max(question, count(shown, rng), key=lambda q: len(q.things))
         return question or describe(shown, rng)
 
     def encode(self, images: int, asked: list[Question]) -> list[tuple[int, int, int]]:
-        """Ids, labels and turn numbers; every answer and its end are labels.
+        """Ids, labels and turn numbers; only answers and their end tokens have labels.
 
         A turn begins after the images.
         """
         result: list[tuple[int, int, int]] = []
 
-        def unseen(parts: list[str | Control | Image]) -> None:
+        def add_unlabelled(parts: list[str | Control | Image]) -> None:
             ids = encode(parts, self.tokenizer, self.tokens_per_image, MAX_LENGTH)
             start = max((k + 1 for k, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
             result.extend((t, IGNORED, i if k >= start else -1) for k, t in enumerate(ids))
 
         for i, question in enumerate(asked):
             if i == 0:
-                unseen(render(question.text, images))
+                add_unlabelled(render(question.text, images))
             else:
                 start, end = Control(runtime.TURN_START), Control(runtime.TURN_END)
                 user = f"user\n{question.text}"
-                unseen(["\n", start, user, end, "\n", start, "assistant\n"])
+                add_unlabelled(["\n", start, user, end, "\n", start, "assistant\n"])
             answer = [*self.tokenizer.encode(question.answer), self.end]
             result.extend((token, token, i) for token in answer)
         return result
 
 
-def _share(shown: Scene, shape: Shape) -> tuple[float, float]:
-    """Where the centre of a shape is, from -2 to 2."""
+def _centre(shown: Scene, shape: Shape) -> tuple[float, float]:
+    """Centre of a shape, scaled to [-2, 2]."""
     return 4 * shape.x / shown.width - 2, 4 * shape.y / shown.height - 2

@@ -1,4 +1,4 @@
-"""Training scenes: drawn beside training, or looked at once by a trained tower."""
+"""Training data: scenes rendered in a background process, or cached features of a tower."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ from PIL import Image
 from reference import torch
 from world import HELD_OUT, Scene, render
 
-AHEAD = 4  # batches drawn before they are needed
-LOOKED_AT = 64  # scenes a tower looks at together
+AHEAD = 4  # batches to render in advance
+FEATURE_BATCH = 64
 
 MakeScene = Callable[[int], Scene]
 Prepare = Callable[[Image.Image], Image.Image]
@@ -20,13 +20,13 @@ Prepare = Callable[[Image.Image], Image.Image]
 def draw_batches(
     make: MakeScene, prepare: Prepare, size: int, start: int
 ) -> Iterator[tuple[torch.Tensor, list[Scene]]]:
-    """Batches without end, drawn by a process of its own; no scene comes twice.
+    """Render batches without end in a background process; no scene is repeated.
 
     Args:
-        make: From seed to scene.
-        prepare: What the model's preprocessing does to an image: a square of S px.
-        size: Scenes of a batch, B.
-        start: Number of the first batch; batch i has the seeds from i * size on.
+        make: Returns the scene of a seed.
+        prepare: The model's image preprocessing, to a square of S px.
+        size: Batch size, B.
+        start: Index of the first batch; the seeds of batch i begin at i * size.
 
     Yields:
         Pixels (B, 3, S, S) in [0, 1] and their scenes.
@@ -46,9 +46,9 @@ def draw_batches(
 
 
 def choose(size: int, start: int, count: int) -> Iterator[np.ndarray]:
-    """Batches of numbers below `count` without end, from the one numbered `start` on.
+    """Yield batches of shuffled indices below `count` without end, from batch `start` on.
 
-    They are the same ones in every run; each number comes once an epoch.
+    The order is the same in every run; an epoch has each index at most once.
     """
     per_epoch = count // size
     epoch, skip = divmod(start, per_epoch)
@@ -64,25 +64,25 @@ def _draw(scenes: list[Scene], prepare: Prepare) -> np.ndarray:
 
 
 def tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, S, S, 3) as (B, 3, S, S) in [0, 1]."""
+    """Convert uint8 (B, S, S, 3) to float32 (B, 3, S, S) in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 @torch.no_grad()
-def looked_at(
+def cached_features(
     path: Path,
     count: int,
     make: MakeScene,
     prepare: Prepare,
-    see: Callable[[torch.Tensor], torch.Tensor],
+    encode: Callable[[torch.Tensor], torch.Tensor],
 ) -> np.ndarray:
-    """What `see` makes of scenes 0 to `count`, float16, kept in a file for the next run."""
+    """Outputs of `encode` for the first `count` scenes, float16, cached in a file between runs."""
     if not path.exists():
         parts: list[np.ndarray] = []
-        batches = draw_batches(make, prepare, LOOKED_AT, 0)
-        while (done := len(parts) * LOOKED_AT) < count:
-            print(f"looked at {done} of {count} scenes", end="\r", flush=True)
-            parts.append(see(next(batches)[0]).numpy().astype(np.float16))
+        batches = draw_batches(make, prepare, FEATURE_BATCH, 0)
+        while (done := len(parts) * FEATURE_BATCH) < count:
+            print(f"features of {done} of {count} scenes", end="\r", flush=True)
+            parts.append(encode(next(batches)[0]).numpy().astype(np.float16))
         batches.close()
         print()
         unfinished = path.with_suffix(".partial.npy")

@@ -1,4 +1,4 @@
-"""Write trained PyTorch weights as their sources do, and turn them into ours with the converter."""
+"""Convert trained PyTorch weights to canonical checkpoints, by the layouts that `load` reads."""
 
 import json
 import shutil
@@ -28,14 +28,14 @@ OPEN_CLIP = next(layout for layout in MOBILECLIP_LAYOUTS if layout.name == "open
 
 
 def tower_config(preset: str, shape: dict[str, Any]) -> FastViTConfig:
-    """The config of a published tower with other sizes."""
+    """Config of a published tower with other dimensions."""
     values = PRESETS[preset].to_json() | {key: tuple(value) for key, value in shape.items()}
     values["mlp_ratios"] = tuple(float(ratio) for ratio in values["mlp_ratios"])
     return FastViTConfig(**values)
 
 
 def half(module: nn.Module) -> dict[str, Any]:
-    """A module's tensors as training left them, in float16; BatchNorm's step counters left out."""
+    """State dict of a module in float16, without BatchNorm's step counters."""
     return {
         name: np.ascontiguousarray(value.numpy().astype(np.float16))
         for name, value in module.state_dict().items()
@@ -46,7 +46,7 @@ def half(module: nn.Module) -> dict[str, Any]:
 def write_apple_fastvlm(
     model: FastVLM, tower: dict[str, Any], text: dict[str, Any], side: int, directory: Path
 ) -> None:
-    """Apple's source layout (llava_qwen2): the tower with all its branches and BatchNorms."""
+    """Write Apple's layout (llava_qwen2), the tower with all its branches and BatchNorms."""
     network = network_indices(tower_config("fastvithd", tower))
     tensors = {VISION + apple_tower_name(k, network): v for k, v in half(model.tower.trunk).items()}
     tensors |= {f"model.mm_projector.{k}": v for k, v in half(model.mm_projector).items()}
@@ -67,36 +67,36 @@ def write_apple_fastvlm(
 
 
 def convert_fastvlm(source: Path, target: Path) -> None:
-    """Apple's layout to ours, in float16."""
+    """Convert Apple's layout to the canonical one, in float16."""
     checkpoint = Checkpoint(source, "trained by tests/demo/train_fastvlm.py")
     config, tensors = loader.read_canonical(checkpoint)
-    words = loader.read_tokenizer(checkpoint, config)
+    tokenizer = loader.read_tokenizer(checkpoint, config)
     shutil.rmtree(target, ignore_errors=True)
     model = MLXFastVLM(config)
     assign(model, tensors, mx.float16, checkpoint.name)
     with new_directory(target) as directory:
         write_tensors(directory, named_parameters(model))
         write_json(directory / "config.json", config.to_json())
-        words.save(directory / "tokenizer.json")
+        tokenizer.save(directory / "tokenizer.json")
 
 
 def convert_mobileclip(
     trained: MobileCLIP, tower: dict[str, Any], text: dict[str, int], side: int, target: Path
 ) -> None:
-    """open_clip's layout to ours, in float16."""
+    """Convert open_clip's names to the canonical ones, and write a checkpoint in float16."""
     name = "trained by tests/demo/train_mobileclip.py"
     tensors = {f"visual.trunk.{k}": v for k, v in half(trained.tower.trunk).items()}
     tensors |= {f"visual.trunk.head.fc.{k}": v for k, v in half(trained.projection).items()}
     tensors |= {f"text.{k}": v for k, v in half(trained.text).items()}
     tensors["logit_scale"] = trained.logit_scale.detach().numpy()
-    words = TextConfig(**text, causal=False, rep_mixers=False)
-    pixels = PreprocessConfig(side, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    text_config = TextConfig(**text, causal=False, rep_mixers=False)
+    preprocess = PreprocessConfig(side, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     config = MobileCLIPConfig(
         "demo",
         trained.projection.out_features,
         tower_config("mci3", tower),
-        words,
-        pixels,
+        text_config,
+        preprocess,
         source={"model": name, "revision": None, "layout": OPEN_CLIP.name},
     )
     arrays = {key: mx.array(value) for key, value in tensors.items()}

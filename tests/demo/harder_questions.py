@@ -1,6 +1,6 @@
-"""Questions that take several things, two images or a format, with their answers.
+"""Questions about relations, pairs of images and JSON output, with their answers.
 
-As for the simpler ones, there is one right answer: what is nearly a tie is not asked.
+As for the simpler ones, each has one right answer: close calls are not asked.
 """
 
 import json
@@ -23,9 +23,9 @@ from questions import (
 )
 from world import KINDS, WORDS, Scene, Shape
 
-BESIDE = 0.05  # of two centres along an axis, for one to be beside the other
-IN_ORDER = 0.02  # of two centres, for their order from left to right to be seen
-SIDES: dict[str, Callable[[Shape, Shape], float]] = {  # how far a is on that side of b
+BESIDE = 0.05  # least distance of two centres along an axis, for one to be beside the other
+IN_ORDER = 0.02  # least distance of two centres, for a visible order from left to right
+SIDES: dict[str, Callable[[Shape, Shape], float]] = {  # distance of a on that side of b
     "left of": lambda a, b: b.x - a.x,
     "right of": lambda a, b: a.x - b.x,
     "above": lambda a, b: b.y - a.y,
@@ -36,7 +36,7 @@ AS_JSON = ("Answer as JSON.", "Answer in JSON.")
 
 
 def relation(scene: Scene, rng: random.Random) -> Question | None:
-    """What is on one side of a shape."""
+    """Ask what is on one side of a shape."""
     side = rng.choice(list(SIDES))
     text = rng.choice(
         ("What is {} the {}?", "What do you see {} the {}?", "Which shapes are {} the {}?")
@@ -64,7 +64,7 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def structured(scene: Scene, rng: random.Random) -> Question | None:
-    """One of the simpler questions, to be answered as JSON; what is not there is null."""
+    """Ask one of the simpler questions, to be answered as JSON; null stands for absent things."""
     simple = rng.choice((count, colour, shape, presence, read, describe))(scene, rng)
     if simple is None:
         return None
@@ -88,7 +88,7 @@ def _as_values(scene: Scene) -> list[dict[str, str]]:
 
 
 def about(text: str, ordinal: str) -> str:
-    """A question, said of one image of several."""
+    """Rephrase a question to be about one of several images."""
     for image in ("the image", "this image"):
         if image in text:
             return text.replace(image, f"the {ordinal} image")
@@ -96,7 +96,7 @@ def about(text: str, ordinal: str) -> str:
 
 
 def compare(first: Scene, second: Scene, rng: random.Random) -> Question | None:
-    """Which of two images has more of something, has a shape, or says a word; or one colour."""
+    """Ask which of two images has more shapes, a shape or a text, or whether colours agree."""
     return rng.choice((_more, _has, _has, _says, _same_colour))((first, second), rng)
 
 
@@ -115,7 +115,7 @@ def _more(scenes: tuple[Scene, Scene], rng: random.Random) -> Question:
 
 
 def _has(scenes: tuple[Scene, Scene], rng: random.Random) -> Question:
-    whole = rng.random() < 0.5  # else its kind alone
+    whole = rng.random() < 0.5  # colour and kind; else the kind alone
     names = [[s.name if whole else s.kind for s in scene.shapes] for scene in scenes]
     name = rng.choice(
         names[0] + names[1] + [missing(rng.choice(scenes), rng) if whole else rng.choice(KINDS)]
@@ -156,6 +156,7 @@ def _same_colour(scenes: tuple[Scene, Scene], rng: random.Random) -> Question | 
 
 
 def _which(there: tuple[bool, ...], singular: str, several: str) -> str:
+    """The beginning of an answer: which of two images, and a verb in the singular or plural."""
     if all(there):
         return f"Both images {several}"
     if not any(there):

@@ -1,8 +1,8 @@
-"""How often the demo models are right, on scenes that training never saw.
+"""Accuracy of the demo models on held-out scenes.
 
     PYTHONPATH=. python tests/demo/measure.py            # the tables of tests/demo/README.md
     PYTHONPATH=. python tests/demo/measure.py --count 100
-    PYTHONPATH=. python tests/demo/measure.py --packed   # FastVLM's in every mode of quantisation
+    PYTHONPATH=. python tests/demo/measure.py --quantized    # FastVLM in every quantisation
 
 Runs on MLX, through the packages' public functions.
 """
@@ -39,7 +39,7 @@ from mlx_fastvlm.models.fastvlm import PARTS
 from mlx_fastvlm.preprocess.tokenizer import TURN_END
 from mlx_mobileclip import recall, top_k_accuracy
 
-ASKED = tuple(TASKS)
+TASK_NAMES = tuple(TASKS)
 SETTINGS = {
     "384 px, pad": {},
     "256 px, pad": {"resolution": 256},
@@ -48,21 +48,21 @@ SETTINGS = {
 }
 NATIVE = {"": {}}
 ALL_PARTS = ("--q-parts", *PARTS)
-PACKED: dict[str, tuple[str, ...]] = {  # options of convert
+QUANTIZATIONS: dict[str, tuple[str, ...]] = {  # options of convert
     "not quantised": (),
     **{f"{bits} bits": ("-q", "--q-bits", str(bits)) for bits in (8, 6, 5, 4, 3, 2)},
     **{f"{bits} bits, mixed": ("-q", "--q-mixed", "--q-bits", str(bits)) for bits in (4, 3, 2)},
     **{mode: ("-q", "--q-mode", mode) for mode in ("mxfp8", "mxfp4", "nvfp4")},
     **{f"{bits} bits, all parts": ("-q", "--q-bits", str(bits), *ALL_PARTS) for bits in (8, 4)},
     "4 bits, mixed, all parts": ("-q", "--q-mixed", *ALL_PARTS),
-    **{f"at most {size}": ("-q", "--max-size", size) for size in ("3MB", "2MB", "1.5MB")},
+    **{f"at most {size}": ("-q", "--max-size", size) for size in ("4MB", "3MB", "2.5MB")},
 }
 KV_BITS = {"8-bit KV cache": 8, "4-bit KV cache": 4}
-# First seeds of other scenes.
+# First seeds of further sets of scenes.
 ZERO_SHOT, RETRIEVAL, VARIATIONS, PAIRS = (HELD_OUT + i * 1_000_000 for i in (1, 2, 3, 4))
 
 
-def right(
+def check_answers(
     model: mlx_fastvlm.FastVLM,
     processor: mlx_fastvlm.Processor,
     image: Image | list[Image],
@@ -70,41 +70,41 @@ def right(
     kv_bits: int | None = None,
     **settings: object,
 ) -> list[bool]:
-    """Whether greedy decoding would give each answer, each question asked on its own.
+    """Whether greedy decoding gives the right answer to each question, asked separately.
 
-    It would if at each place of the right answer its token is the likeliest, so one pass over
-    the answer tells, and what all prompts begin with is read once.
+    It does if every token of the answer is the most likely one, given those before it. So one
+    forward pass per answer is enough. The common prefix of the prompts is computed once.
     """
-    words = processor.tokenizer
+    tokenizer = processor.tokenizer
     inputs = [processor(question.text, image, **settings) for question in asked]
     prompts = [np.array(each.input_ids).tolist() for each in inputs]
-    begin = len(prompts[0])
+    prefix = len(prompts[0])
     for prompt in prompts:
-        shared = zip(prompt[:-1], prompts[0], strict=False)
-        begin = min(begin, next((i for i, (a, b) in enumerate(shared) if a != b), len(prompt) - 1))
+        pairs = zip(prompt[:-1], prompts[0], strict=False)
+        prefix = min(prefix, next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt) - 1))
     cache = model.make_cache(bits=kv_bits)
-    model(mx.array([prompts[0][:begin]]), cache, pixels=inputs[0].pixels)
+    model(mx.array([prompts[0][:prefix]]), cache, pixels=inputs[0].pixels)
     results = []
     for question, prompt in zip(asked, prompts, strict=True):
-        said = [*words.encode(question.answer), words.added[TURN_END]]
-        rest = prompt[begin:] + said
-        logits = model(mx.array([rest]), cache)[0, -len(said) - 1 : -1, : words.size]
-        results.append(mx.argmax(logits, axis=-1).tolist() == said)
+        answer = [*tokenizer.encode(question.answer), tokenizer.added[TURN_END]]
+        rest = prompt[prefix:] + answer
+        logits = model(mx.array([rest]), cache)[0, -len(answer) - 1 : -1, : tokenizer.size]
+        results.append(mx.argmax(logits, axis=-1).tolist() == answer)
         for layer in cache:
             layer.trim(len(rest))
     return results
 
 
-def questions(shown: Scene, tasks: tuple[str, ...] = ASKED) -> list[Question]:
-    """One question of each task that has one for this scene."""
+def questions(shown: Scene, tasks: tuple[str, ...] = TASK_NAMES) -> list[Question]:
+    """One question per task, where the scene has one."""
     rng = random.Random(shown.seed)
     asked = [ask(shown, rng, task) for task in tasks]
     return [question for question in asked if question is not None]
 
 
-def rounds(count: int) -> Iterator[tuple[Scene, list[Question]]]:
-    """Held-out scenes with their questions, until each task was asked `count` times."""
-    left = dict.fromkeys(ASKED, count)
+def held_out_questions(count: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """Yield held-out scenes with questions, until there are `count` of each task."""
+    left = dict.fromkeys(TASK_NAMES, count)
     seed = HELD_OUT
     while any(left.values()):
         shown = scene(seed)
@@ -116,32 +116,34 @@ def rounds(count: int) -> Iterator[tuple[Scene, list[Question]]]:
         seed += 1
 
 
-def answers(
+def accuracy_by_task(
     model: str | Path, count: int, settings: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Share of exactly right answers by setting and task, in percent."""
+    """Exact-match accuracy by setting and task, in percent."""
     loaded = mlx_fastvlm.load(model)
-    found = {setting: dict.fromkeys(ASKED, 0) for setting in settings}
+    found = {setting: dict.fromkeys(TASK_NAMES, 0) for setting in settings}
     started = time.monotonic()
-    for number, (shown, asked) in enumerate(rounds(count)):
+    for number, (shown, asked) in enumerate(held_out_questions(count)):
         image = render(shown)
         for name, setting in settings.items():
-            for question, good in zip(asked, right(*loaded, image, asked, **setting), strict=True):
-                found[name][question.task] += good
+            for question, correct in zip(
+                asked, check_answers(*loaded, image, asked, **setting), strict=True
+            ):
+                found[name][question.task] += correct
         if number % 50 == 0:
             seconds = time.monotonic() - started
             print(f"{number} scenes, {seconds:.0f} s", end="\r", file=sys.stderr)
     return {
-        name: {task: 100 * good / count for task, good in shares.items()}
+        name: {task: 100 * correct / count for task, correct in shares.items()}
         for name, shares in found.items()
     }
 
 
-def of_two_images(model: str | Path, count: int = 200) -> dict[str, float]:
-    """Share of right answers about pairs of images, in percent.
+def two_image_accuracy(model: str | Path, count: int = 200) -> dict[str, float]:
+    """Exact-match accuracy on pairs of images by kind of question, in percent.
 
-    A question compares the two, is about one of them, or is what a text in one of two that both
-    have one says.
+    A question compares the two, is about one of them, or asks for the text in one of two that both
+    have a text.
     """
     loaded = mlx_fastvlm.load(model)
     found: dict[str, list[bool]] = {"compare": [], "one of two": [], "text of one of two": []}
@@ -149,7 +151,7 @@ def of_two_images(model: str | Path, count: int = 200) -> dict[str, float]:
     while min(map(len, found.values())) < count:
         pair, rng = (scene(seed), scene(seed + 1)), random.Random(seed)
         which, seed = rng.randrange(2), seed + 2
-        simple = ask(pair[which], rng, rng.choice(ASKED))
+        simple = ask(pair[which], rng, rng.choice(TASK_NAMES))
         texts = all(shown.text for shown in pair)
         one_of_two = {
             "one of two": simple,
@@ -162,14 +164,14 @@ def of_two_images(model: str | Path, count: int = 200) -> dict[str, float]:
         }
         due = {k: q for k, q in asked.items() if q is not None and len(found[k]) < count}
         images = [render(shown) for shown in pair]
-        results = right(*loaded, images, list(due.values())) if due else []
-        for kind, good in zip(due, results, strict=True):
-            found[kind].append(good)
-    return {kind: 100 * sum(good) / count for kind, good in found.items()}
+        results = check_answers(*loaded, images, list(due.values())) if due else []
+        for kind, correct in zip(due, results, strict=True):
+            found[kind].append(correct)
+    return {kind: 100 * sum(correct) / count for kind, correct in found.items()}
 
 
-def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, float]:
-    """Zero-shot top-1 over 48 labels and recall at 1 among so many scenes, in percent."""
+def mobileclip_accuracy(model: str | Path, count: int, among: int = 200) -> dict[str, float]:
+    """Zero-shot top-1 over 48 labels, and recall at 1 among `among` scenes, in percent."""
     clip, processor = mlx_mobileclip.load(model)
 
     def embed_images(scenes: list[Scene]) -> mx.array:
@@ -200,45 +202,45 @@ def similarities(model: str | Path, count: int, among: int = 200) -> dict[str, f
     }
 
 
-def packed_row(name: str, model: str, count: int) -> tuple[int, str, dict[str, float]]:
-    """Bytes of weights, divergence in nats and shares of right answers of a quantised model.
+def quantized_row(name: str, model: str, count: int) -> tuple[int, str, dict[str, float]]:
+    """Bytes of the weights, KL divergence in nats and accuracy by task of a quantised model.
 
-    Its answers are those of its own weights as floats, which a CPU is several times faster with.
+    It is measured with its weights dequantised, which is several times as fast on a CPU.
     """
     with TemporaryDirectory() as directory:
-        path, floats = Path(directory) / "packed", Path(directory) / "floats"
-        packing, unpacking = PACKED.get(name, ()), ("--dequantize", "--dtype", "float32")
+        path, floats = Path(directory) / "quantized", Path(directory) / "floats"
+        quantize, dequantize = QUANTIZATIONS.get(name, ()), ("--dequantize", "--dtype", "float32")
         for source, target, options in (
-            (model, path, packing),
-            (str(path), floats, unpacking if packing else ()),
+            (model, path, quantize),
+            (str(path), floats, dequantize if quantize else ()),
         ):
-            command = ["--model", source, "--mlx-path", str(target), "--quiet", *options]
-            if convert.main(command):
+            arguments = ["--model", source, "--mlx-path", str(target), "--quiet", *options]
+            if convert.main(arguments):
                 raise SystemExit(f"{name}: cannot be converted")
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         kl = re.findall(r"\| (\S+) nats", (path / "README.md").read_text())
         settings = {name: {"kv_bits": KV_BITS[name]}} if name in KV_BITS else NATIVE
-        (shares,) = answers(floats, count, settings).values()
+        (shares,) = accuracy_by_task(floats, count, settings).values()
     return size, kl[0] if kl else "", shares
 
 
-def print_packed(model: str, count: int) -> None:
-    """Every recipe, two or more at a time."""
+def print_quantized(model: str, count: int) -> None:
+    """Measure all quantisations in parallel and print a table."""
     print_header("MB", "KL")
-    names = [*PACKED, *KV_BITS]
+    names = [*QUANTIZATIONS, *KV_BITS]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(packed_row, names, repeat(model), repeat(count))
+        found = pool.map(quantized_row, names, repeat(model), repeat(count))
         for name, (size, kl, shares) in zip(names, found, strict=True):
             print_row(name, shares, f"{size / 1e6:.2f}", kl)
 
 
 def print_header(*first: str) -> None:
-    columns = (*first, *ASKED)
+    columns = (*first, *TASK_NAMES)
     print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
 
 
 def print_row(name: str, shares: dict[str, float], *first: str) -> None:
-    values = (*first, *(f"{shares[task]:.1f}" for task in ASKED))
+    values = (*first, *(f"{shares[task]:.1f}" for task in TASK_NAMES))
     print(f"| {name} | {' | '.join(values)} |", flush=True)
 
 
@@ -247,19 +249,19 @@ def main() -> None:
     parser.add_argument("--fastvlm", default="demo", help="checkpoint; - for none")
     parser.add_argument("--mobileclip", default="demo", help="checkpoint; - for none")
     parser.add_argument("--count", type=int, default=1000, help="questions of each task")
-    parser.add_argument("--packed", action="store_true", help="FastVLM, quantised in every mode")
+    parser.add_argument("--quantized", action="store_true", help="FastVLM, quantised in every mode")
     options = parser.parse_args()
-    if options.packed:
-        return print_packed(options.fastvlm, options.count)
+    if options.quantized:
+        return print_quantized(options.fastvlm, options.count)
     if options.fastvlm != "-":
-        table = answers(options.fastvlm, options.count, SETTINGS)
+        table = accuracy_by_task(options.fastvlm, options.count, SETTINGS)
         print_header()
         for name, shares in table.items():
             print_row(name, shares)
-        for name, share in of_two_images(options.fastvlm).items():
+        for name, share in two_image_accuracy(options.fastvlm).items():
             print(f"| {name} | {share:.1f} |")
     if options.mobileclip != "-":
-        for name, share in similarities(options.mobileclip, options.count).items():
+        for name, share in mobileclip_accuracy(options.mobileclip, options.count).items():
             print(f"| {name} | {share:.1f} |")
 
 

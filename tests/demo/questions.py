@@ -1,8 +1,8 @@
-"""Questions about one thing or the whole of a scene, with their answers.
+"""Questions about one shape or a whole scene, with their answers.
 
-Every question has one right answer that can be seen in the image: where two things could be
-meant, or a position lies between two names, it is not asked. About one question in eight asks
-for something that is not there, and the answer says so.
+Every question has one right answer that is visible in the image: ambiguous shapes and positions
+near a border are not asked about. About one question in eight is about something that is absent,
+and the answer says so.
 """
 
 import random
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from world import COLOURS, KINDS, Scene, Shape
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-CLEARANCE = 0.05  # of a centre to the border between two of the nine places
-APART = 0.15  # of two centres along an axis, for one to be left of or above the other
+CLEARANCE = 0.05  # least distance of a centre from the borders of the nine places
+APART = 0.15  # least distance of two centres along an axis, for a relation
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer; only exactly this answer counts as right.
+    """A question and its only right answer.
 
-    `things` are the shapes that one has to look at to know it.
+    `things` are the shapes that the answer depends on.
     """
 
     task: str
@@ -30,7 +30,7 @@ class Question:
 
 
 def place(scene: Scene, x: float, y: float) -> str | None:
-    """One of nine places; None too near to a border between two."""
+    """Name of one of nine places in the image; None too near a border between two."""
     for value, extent in ((y, scene.height), (x, scene.width)):
         third = extent / 3
         if min(abs(value - third), abs(value - 2 * third)) < CLEARANCE:
@@ -42,13 +42,13 @@ def place(scene: Scene, x: float, y: float) -> str | None:
 
 
 def thirds(scene: Scene, x: float, y: float) -> tuple[str, str]:
-    """Names of the row and the column, of three each, that a point lies in."""
+    """Names of the row and the column of a point, of three each."""
     row, column = (min(2, int(3 * v / n)) for v, n in ((y, scene.height), (x, scene.width)))
     return ROWS[row], COLUMNS[column]
 
 
 def article(noun: str) -> str:
-    """A noun with its indefinite article."""
+    """Prefix a noun with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -63,7 +63,7 @@ def _there_are(count: int, one: str, many: str) -> str:
 
 
 def count(scene: Scene, rng: random.Random) -> Question:
-    """How many shapes there are, or of a kind, or of a colour."""
+    """Ask for the number of shapes, of all or of one kind or colour."""
     which = rng.random()
     if which < 0.3:
         one, many, things = "shape", "shapes", list(scene.shapes)
@@ -88,7 +88,7 @@ def count(scene: Scene, rng: random.Random) -> Question:
 def _only(
     scene: Scene, rng: random.Random, attribute: str, names: Iterable[str]
 ) -> tuple[str, Shape | None] | None:
-    """A name that one shape alone has, and that shape; or a name of none, and None."""
+    """A name that exactly one shape has, and that shape; or a name of no shape, and None."""
     named = [getattr(shape, attribute) for shape in scene.shapes]
     if rng.random() < 0.12:
         return rng.choice([name for name in names if name not in named]), None
@@ -97,7 +97,7 @@ def _only(
 
 
 def colour(scene: Scene, rng: random.Random) -> Question | None:
-    """The colour of the only shape of its kind."""
+    """Ask for the colour of the only shape of its kind."""
     found = _only(scene, rng, "kind", KINDS)
     if found is None:
         return None
@@ -112,7 +112,7 @@ def colour(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def shape(scene: Scene, rng: random.Random) -> Question | None:
-    """The kind of the only shape of its colour."""
+    """Ask for the kind of the only shape of its colour."""
     found = _only(scene, rng, "colour", COLOURS)
     if found is None:
         return None
@@ -131,7 +131,7 @@ def unique(scene: Scene) -> list[Shape]:
 
 
 def missing(scene: Scene, rng: random.Random) -> str:
-    """A coloured shape that is not there, often made of what is."""
+    """Name of a shape that is absent, often with a colour and a kind that are present."""
     colours = [s.colour for s in scene.shapes] if rng.random() < 0.5 else list(COLOURS)
     kinds = [s.kind for s in scene.shapes] if rng.random() < 0.5 else list(KINDS)
     names = {f"{c} {k}" for c in colours for k in kinds} - {s.name for s in scene.shapes}
@@ -141,7 +141,7 @@ def missing(scene: Scene, rng: random.Random) -> str:
 
 
 def position(scene: Scene, rng: random.Random) -> Question | None:
-    """Where a shape is, or whether it is left of, right of, above or below another."""
+    """Ask where a shape is, or whether it is left of, right of, above or below another."""
     things = unique(scene)
     if not things:
         return None
@@ -177,7 +177,7 @@ def _relation(things: list[Shape], rng: random.Random) -> Question | None:
 
 
 def size(scene: Scene, rng: random.Random) -> Question | None:
-    """Which of two shapes is larger, or how large one is."""
+    """Ask which of two shapes is larger, or for the size of one."""
     things = unique(scene)
     if not things:
         return None
@@ -197,7 +197,7 @@ def size(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def presence(scene: Scene, rng: random.Random) -> Question:
-    """Whether there is a kind, a colour, or a coloured shape."""
+    """Ask whether a kind, a colour, or a shape of a colour is present."""
     level, there = rng.random(), rng.random() < 0.5
     if level < 0.3:
         present = [s.kind for s in scene.shapes]
@@ -217,7 +217,7 @@ def presence(scene: Scene, rng: random.Random) -> Question:
 
 
 def read(scene: Scene, rng: random.Random) -> Question:
-    """The printed word or number."""
+    """Ask for the printed word or number."""
     text = rng.choice(
         ("What does the text say?", "Read the text.", "What is written in the image?",
          "What text do you see?")
@@ -228,13 +228,13 @@ def read(scene: Scene, rng: random.Random) -> Question:
 
 
 def describe(scene: Scene, rng: random.Random) -> Question:
-    """Everything in the image, from left to right."""
+    """Ask for a description of the image."""
     text = rng.choice(("Describe the image.", "What do you see?", "What is in this image?"))
     return Question("describe", text, description(scene), scene.shapes)
 
 
 def description(scene: Scene) -> str:
-    """A sentence on the shapes from left to right, and one on the text."""
+    """Describe a scene: the shapes from left to right, then the text."""
     shapes = sorted(scene.shapes, key=lambda shape: shape.x)
     things = listed([article(f"{shape.size} {shape.name}") for shape in shapes])
     says = f" The text says {scene.text.content}." if scene.text else ""
@@ -242,5 +242,5 @@ def description(scene: Scene) -> str:
 
 
 def listed(things: list[str]) -> str:
-    """Things in one phrase: "a, b and c"."""
+    """Join phrases: "a, b and c"."""
     return things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"

@@ -22,31 +22,32 @@ from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LONGEST_TEXT = 5
-TOWER = {  # of both models, in timm's terms
+TOWER = {  # dimensions of both towers, as arguments of timm
     "layers": (1, 1, 3, 2, 1),
     "embed_dims": (16, 32, 64, 128, 256),
     "mlp_ratios": (3, 3, 3, 3, 2),
 }
-SUBCELLS = 2  # of an output position along each axis, each with room for one thing
+SUBCELLS = 2  # cells per output position along each axis; a cell has at most one shape
 
 
 class Tower(nn.Module):
-    """A FastViT trunk with all its branches, and the heads that teach it to see.
+    """A FastViT trunk with all its branches, and auxiliary heads for training.
 
-    The heads are left behind after training: they name what stands in each cell of the third
-    stage's map and of the output, which a text loss alone would take far longer to bring about.
+    The heads classify each cell of the third stage's feature map and of the output; a loss on text
+    alone would take far longer. They are not exported.
     """
 
     def __init__(self, *, crop: bool):
-        """`crop` tells whether images are cropped to a square rather than padded."""
+        """Create the model; `crop` if images are cropped to a square rather than padded."""
         super().__init__()
         self.crop = crop
-        self.empty_weight = 0.1  # of cells that hold nothing, in the losses that name kinds
+        self.empty_weight = 0.1  # weight of empty cells in the loss of the kind
         self.trunk = timm.create_model(
             "fastvit_mci3", num_classes=0, global_pool="", layer_scale_init_value=0.1, **TOWER
         ).to(memory_format=torch.channels_last)
         middle = TOWER["embed_dims"][2]
-        self.kinds, self.letters = len(KINDS) + 2, len(LETTERS) + 1  # nothing, text; nothing
+        self.kinds = len(KINDS) + 2  # class 0 is "empty", the last one "text"
+        self.letters = len(LETTERS) + 1  # class 0 is "empty"
         per_cell = self.kinds + len(COLOURS) + len(SIZES) + 2
         self.middle_head = nn.Conv2d(middle, self.kinds + len(COLOURS) + self.letters, 1)
         self.final_head = nn.Conv2d(self.trunk.num_features, SUBCELLS**2 * per_cell, 1)
@@ -63,7 +64,7 @@ class Tower(nn.Module):
         return middle, self.trunk.final_conv(x)
 
     def loss(self, middle: Tensor, final: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
-        """How far the heads are from naming what the scenes hold, each part on its own."""
+        """Losses of the auxiliary heads, by name."""
         losses = {}
         grid = middle.shape[-1]
         names, colours, letters = self.middle_head(middle).split(
@@ -103,33 +104,33 @@ class FastVLM(nn.Module):
             nn.Linear(wide, narrow), nn.GELU(), nn.Linear(narrow, narrow)
         )
         self.decoder = Qwen2ForCausalLM(Qwen2Config(**text, attn_implementation="eager"))
-        self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # left behind after training
-        self.places = nn.Linear(narrow, 2)  # likewise
-        self.numbers = nn.Linear(narrow, 1)  # likewise
+        self.pairs = nn.Linear(narrow, len(COLOURS) * len(KINDS))  # auxiliary heads, not exported
+        self.places = nn.Linear(narrow, 2)
+        self.numbers = nn.Linear(narrow, 1)
 
     def project(self, features: Tensor) -> Tensor:
-        """Features (n, D, s, s) to image tokens (n, s * s, H)."""
+        """Project features (n, D, s, s) to image tokens (n, s * s, H)."""
         return self.mm_projector(features.flatten(2).transpose(1, 2))
 
     def embed(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Features (n, D, s, s) of all images in order, and ids (B, L), to embeddings (B, L, H)."""
+        """Embed ids (B, L) with the features (n, D, s, s) of all images, in order: (B, L, H)."""
         embedded = self.decoder.model.embed_tokens(ids.clamp(min=0))
         embedded[ids == IMAGE_TOKEN] = self.project(features).flatten(0, 1).to(embedded.dtype)
         return embedded
 
-    def named(self, hidden: Tensor) -> Tensor:
-        """What hidden states (..., H) resemble among the vocabulary, (..., V)."""
+    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of normalised hidden states (..., H)."""
         return self.decoder.lm_head(F.rms_norm(hidden, hidden.shape[-1:]))
 
     def hidden(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's states (B, L, H) half way, and after its last norm."""
+        """Hidden states (B, L, H) after half of the decoder's layers, and after the final norm."""
         embedded = self.embed(features, ids)
         out = self.decoder.model(inputs_embeds=embedded, output_hidden_states=True)
         return out.hidden_states[len(self.decoder.model.layers) // 2], out.last_hidden_state
 
 
 class MobileCLIP(nn.Module):
-    """Tower and projection, open_clip's text tower, and the factor on similarities."""
+    """Tower and projection, open_clip's text tower, and the logit scale."""
 
     def __init__(self, tower: Tower, text: dict[str, int], embed_dim: int):
         super().__init__()
@@ -139,24 +140,24 @@ class MobileCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
 
     def images(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors (B, E), and the two maps of the tower."""
+        """Unit embeddings (B, E), and the two feature maps of the tower."""
         middle, final = self.tower(pixels)
         return F.normalize(self.projection(final.mean((2, 3))), dim=-1), middle, final
 
     def texts(self, ids: Tensor) -> Tensor:
-        """Unit vectors (B, E) of ids (B, L)."""
+        """Unit embeddings (B, E) of ids (B, L)."""
         return F.normalize(self.text(ids), dim=-1)
 
 
 def _rare(logits: Tensor, target: Tensor, empty_weight: float) -> Tensor:
-    """Cross entropy where most cells hold nothing: these have a weight of their own."""
+    """Cross entropy in which class 0, "empty", has its own weight."""
     weight = torch.ones(logits.shape[1])
     weight[0] = empty_weight
     return F.cross_entropy(logits, target, weight)
 
 
 class Targets:
-    """What each cell of a square grid over the prepared images holds."""
+    """Targets of the heads for each cell of a square grid over the preprocessed images."""
 
     def __init__(self, scenes: list[Scene], grid: int, crop: bool):
         shape = len(scenes), grid, grid
@@ -181,7 +182,7 @@ class Targets:
 
 
 def texts(scenes: list[Scene], grid: int, crop: bool) -> tuple[Tensor, Tensor]:
-    """Image, row and column of each printed text, and its letters, padded."""
+    """Image, row and column of each printed text, (T, 3), and its letters, padded."""
     where, written = [], []
     for b, scene in enumerate(scenes):
         if scene.text is not None:
@@ -194,7 +195,7 @@ def texts(scenes: list[Scene], grid: int, crop: bool) -> tuple[Tensor, Tensor]:
 def cell(
     scene: Scene, x: float, y: float, grid: int, crop: bool
 ) -> tuple[tuple[int, int], list[float]]:
-    """Row and column of a point of the prepared scene, and its place within the cell."""
+    """Grid cell (row, column) of a point after preprocessing, and its offset from the centre."""
     side = min(scene.width, scene.height) if crop else 1
     x = (x + (side - scene.width) / 2) / side * grid
     y = (y + (side - scene.height) / 2) / side * grid

@@ -1,4 +1,4 @@
-"""The tasks of the demo model by name."""
+"""The question types (tasks) of the FastVLM demo model, by name."""
 
 import random
 from collections.abc import Callable
@@ -16,7 +16,7 @@ TASKS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
 
 
 def ask(scene: Scene, rng: random.Random, task: str) -> Question | None:
-    """A question of the task; None where this scene leaves none that has one answer."""
+    """Ask a question of a task; None if the scene has none with a single answer."""
     for _ in range(4):
         question = TASKS[task](scene, rng)
         if question is not None:

@@ -1,4 +1,4 @@
-"""The name `demo`: where it leads in both packages. The stand-ins here are not the real models."""
+"""The model name `demo` in both packages, with stand-ins for the real models."""
 
 import shutil
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def installed(
     standins: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> dict[str, Path]:
-    """The stand-ins in the packaged models' place, seen from an empty directory."""
+    """Install the stand-ins as the packaged models, and work in an empty directory."""
     monkeypatch.setattr(fastvlm, "DEMO_DIRECTORY", standins["mlx_fastvlm"])
     monkeypatch.setattr(hub, "DEMO_DIRECTORY", standins["mlx_mobileclip"])
     monkeypatch.setenv("MLX_MOBILECLIP_CACHE", str(tmp_path / "cache"))
@@ -66,7 +66,7 @@ def image(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_each_package_has_a_place_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_directories_are_in_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert Path(mlx_fastvlm.__file__).parent / "demo" == fastvlm.DEMO_DIRECTORY
     assert Path(mlx_mobileclip.__file__).parent / "demo" == hub.DEMO_DIRECTORY
@@ -98,7 +98,7 @@ def test_classify_and_embed(image: str, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("quantize", [(), ("-q", "--q-bits", "8", "--q-group-size", "32")], ids=len)
 def test_convert_finds_the_fastvlm(quantize: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "demo").mkdir()  # a MobileCLIP without a config, by its looks
+    (tmp_path / "demo").mkdir()  # looks like a MobileCLIP without a config
     options = ["--model", "demo", "--mlx-path", "out", "--dtype", "float32", "--verify"]
     assert converter.main([*options, *quantize]) == 0
     model, _ = mlx_fastvlm.load(tmp_path / "out")
@@ -106,7 +106,7 @@ def test_convert_finds_the_fastvlm(quantize: tuple[str, ...], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("package", FIND)
-def test_a_directory_called_demo_needs_its_dot(
+def test_directory_named_demo_needs_a_dot(
     package: str, installed: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "demo").mkdir()
@@ -116,13 +116,13 @@ def test_a_directory_called_demo_needs_its_dot(
 
 
 @pytest.mark.parametrize("package", FIND)
-def test_it_has_no_revisions(package: str) -> None:
+def test_demo_has_no_revisions(package: str) -> None:
     with pytest.raises(CheckpointError, match="has no revisions; leave out --revision"):
         FIND[package]("demo", "main")
 
 
 @pytest.mark.parametrize("package", FIND)
-def test_it_is_checked_like_any_checkpoint(
+def test_damaged_demo_is_refused(
     package: str, installed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     place = fastvlm if package == "mlx_fastvlm" else hub
@@ -141,7 +141,7 @@ def test_it_is_checked_like_any_checkpoint(
 
 
 @pytest.mark.parametrize("package", FIND)
-def test_it_is_named_where_nothing_can_be_fetched(
+def test_failed_download_suggests_the_demo(
     package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub

@@ -1,6 +1,6 @@
-"""MobileCLIP's demo model written in the layouts that can hold it, and read back.
+"""The MobileCLIP demo model in open_clip's and timm's layouts equals the canonical one.
 
-Apple's cannot: its projection of images has no bias.
+Apple's layout cannot hold it, for lack of a bias of the image projection.
 """
 
 import shutil
@@ -20,12 +20,12 @@ from mlx_mobileclip.checkpoints import mobileclip
 from mlx_mobileclip.checkpoints.hub import DEMO_DIRECTORY
 from mlx_mobileclip.checkpoints.weights import named_parameters
 
-VARIANT = "MobileCLIP2-S3"  # in whose place the demo's shape is put
+VARIANT = "MobileCLIP2-S3"  # variant that is replaced by the demo's config
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "demo.pt")
 SCENES = [scene(HELD_OUT + i, central=True) for i in range(5)]
-PARTS = {"norm1": "ln_1", "norm2": "ln_2", "proj": "attn.out_proj", "qkv": "attn.in_proj"}
-PARTS |= {"fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
-TOPS = {"embedding.weight": "token_embedding.weight", "positions": "positional_embedding"}
+LAYER_NAMES = {"norm1": "ln_1", "norm2": "ln_2", "proj": "attn.out_proj", "qkv": "attn.in_proj"}
+LAYER_NAMES |= {"fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}
+TEXT_NAMES = {"embedding.weight": "token_embedding.weight", "positions": "positional_embedding"}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def demo() -> tuple[MobileCLIP, Processor]:
 
 @pytest.fixture(autouse=True)
 def as_published(demo: tuple[MobileCLIP, Processor], monkeypatch: pytest.MonkeyPatch) -> None:
-    shaped = replace(demo[0].config, variant=VARIANT)
-    monkeypatch.setattr(mobileclip, "VARIANTS", {VARIANT: shaped})
+    config = replace(demo[0].config, variant=VARIANT)
+    monkeypatch.setattr(mobileclip, "VARIANTS", {VARIANT: config})
 
 
 def trunk(model: MobileCLIP) -> dict[str, mx.array]:
-    """The tower with its projection, in timm's names."""
+    """Image tower and projection, with timm's names."""
     tensors, start = named_parameters(model), "image.trunk."
     folded = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
     unfolded = unfold_tower(folded)
@@ -49,7 +49,7 @@ def trunk(model: MobileCLIP) -> dict[str, mx.array]:
 
 
 def open_clip(model: MobileCLIP) -> dict[str, np.ndarray]:
-    """Both towers, in open_clip's names."""
+    """Both towers, with open_clip's names."""
     out = {f"visual.trunk.{name}": tensor for name, tensor in trunk(model).items()}
     for name, tensor in named_parameters(model).items():
         key = name.removeprefix("text.")
@@ -57,12 +57,12 @@ def open_clip(model: MobileCLIP) -> dict[str, np.ndarray]:
             continue
         if key.startswith("layers."):
             _, i, part, kind = key.split(".")
-            joint = "_" if part == "qkv" else "."
-            out[f"text.transformer.resblocks.{i}.{PARTS[part]}{joint}{kind}"] = tensor
+            separator = "_" if part == "qkv" else "."
+            out[f"text.transformer.resblocks.{i}.{LAYER_NAMES[part]}{separator}{kind}"] = tensor
         elif key == "projection.weight":
             out["text.text_projection"] = tensor.T
         else:
-            out[f"text.{TOPS.get(key, key.replace('norm.', 'ln_final.'))}"] = tensor
+            out[f"text.{TEXT_NAMES.get(key, key.replace('norm.', 'ln_final.'))}"] = tensor
     return {name: np.array(tensor) for name, tensor in out.items()} | {
         "logit_scale": np.array(model.logit_scale)
     }
@@ -70,7 +70,7 @@ def open_clip(model: MobileCLIP) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_open_clip(file: str, demo: tuple[MobileCLIP, Processor], tmp_path: Path) -> None:
-    """The same tensors to the last bit, and so the same similarities."""
+    """Tensors and similarities are bit-equal."""
     path = synthetic_clip.write(tmp_path / file, open_clip(demo[0]))
     shutil.copyfile(DEMO_DIRECTORY / "merges.txt", tmp_path / "merges.txt")
     model, processor = load(tmp_path, variant=VARIANT, dtype="float32")
@@ -82,10 +82,8 @@ def test_open_clip(file: str, demo: tuple[MobileCLIP, Processor], tmp_path: Path
     found = (
         model.encode_image(processor.images(images)) @ model.encode_text(processor.texts(texts)).T
     )
-    words = demo[1]
-    expected = (
-        demo[0].encode_image(words.images(images)) @ demo[0].encode_text(words.texts(texts)).T
-    )
+    own = demo[1]
+    expected = demo[0].encode_image(own.images(images)) @ demo[0].encode_text(own.texts(texts)).T
     assert mx.array_equal(found, expected).item()
 
 

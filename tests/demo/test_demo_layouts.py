@@ -1,4 +1,4 @@
-"""The demo model written in every layout and read back: the same tensors, the same answers."""
+"""The FastVLM demo model in every layout has the same tensors and answers."""
 
 import re
 from dataclasses import replace
@@ -28,7 +28,7 @@ def canonical() -> Canonical:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a tower, for the layout that has none."""
+    """A checkpoint with an image tower, for app exports."""
     return demo_layouts.write(tmp_path_factory.mktemp("original"), "llava_qwen2", MODEL)
 
 
@@ -38,16 +38,16 @@ def answers() -> list[list[int]]:
 
 
 def ask(model: FastVLM, processor: Processor) -> list[list[int]]:
-    """Tokens of the answers, at the side that the model was trained at."""
+    """Token ids of the answers to QUESTIONS."""
     image = render(scene(SEED))
     return [
-        generate(model, processor, question, image, resolution=256, max_tokens=24).token_ids
+        generate(model, processor, question, image, resolution=384, max_tokens=24).token_ids
         for question in QUESTIONS
     ]
 
 
 def assert_same(tensors: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
-    """To the last bit, in float32."""
+    """Assert that tensors are bit-equal in float32."""
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
         assert mx.array_equal(tensors[name].astype(mx.float32), value.astype(mx.float32)), name
@@ -60,16 +60,16 @@ def test_the_same_answers(
     path = demo_layouts.write(tmp_path, layout, MODEL)
     vision_from = original if layout == "app export" else None
     config, tensors = read_canonical(Checkpoint(path, layout), vision_from)
-    expected, wanted = canonical
+    expected, expected_tensors = canonical
     changes: dict[str, Any] = {"source": config.source}
     if layout == "app export":
         head = tensors.pop("language_model.lm_head.weight")
         assert mx.array_equal(head, tensors["language_model.embed_tokens.weight"])
         changes["text"] = replace(expected.text, tie_word_embeddings=False)
     if layout == "fast_vlm":
-        changes["image_size"] = 1024  # its config.json does not say
+        changes["image_size"] = 1024  # the default, as its config.json has no size
     assert config == replace(expected, **changes)
-    assert_same(tensors, wanted)
+    assert_same(tensors, expected_tensors)
     assert ask(*load(path, vision_from=vision_from)) == answers
 
 
@@ -83,15 +83,15 @@ def test_shards(layout: str, canonical: Canonical, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 def test_half_precision(layout: str, dtype: mx.Dtype, canonical: Canonical, tmp_path: Path) -> None:
-    """What the stored type can hold comes back as it was: float16 is the demo's own."""
+    """Stored in half precision, tensors are rounded once; in float16, the demo's dtype, never."""
     path = demo_layouts.write(tmp_path, layout, MODEL, dtype=dtype)
     rounded = {name: tensor.astype(dtype) for name, tensor in canonical[1].items()}
     assert_same(read_canonical(Checkpoint(path, layout))[1], rounded)
     assert dtype == mx.bfloat16 or all(t.dtype == dtype for t in canonical[1].values())
 
 
-def test_unfolding_leaves_nothing_of_apples_out(canonical: Canonical) -> None:
-    """But for what is dropped by name; blocks and layers are as many as the demo has."""
+def test_unfolded_names_are_all_of_apples(canonical: Canonical) -> None:
+    """Except those dropped by name; numbers of blocks and layers aside."""
 
     def first(key: str) -> str:
         return re.sub(r"(network\.\d+|layers)\.\d+\.", r"\1.0.", key)

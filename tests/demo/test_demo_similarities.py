@@ -1,4 +1,4 @@
-"""What MobileCLIP's demo model finds alike, on scenes of its world that training never saw."""
+"""Accuracy of the MobileCLIP demo model on held-out scenes."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from captions import LABELS
-from measure import similarities
+from measure import mobileclip_accuracy
 from questions import description
 from tolerances import BATCHED, HALF_PRECISION_COSINE, relative_error
 from world import HELD_OUT, render, scene
@@ -17,7 +17,7 @@ from mlx_mobileclip import MobileCLIP, Processor, load
 
 ROOT = Path(__file__).parents[2]
 SCENES = [scene(HELD_OUT + i, central=True) for i in range(6)]
-# Least share found, percent; tests/demo/README.md has what is found of 1,000.
+# Lower bounds in percent; tests/demo/README.md has the accuracy on more scenes.
 FLOORS = {"zero-shot top-1": 93, "image to text R@1": 85, "text to image R@1": 85}
 Demo = tuple[MobileCLIP, Processor]
 
@@ -34,8 +34,8 @@ def embeddings(demo: Demo) -> tuple[mx.array, mx.array]:
     return model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
 
 
-def test_share_found() -> None:
-    found = similarities("demo", count=60, among=60)
+def test_accuracy() -> None:
+    found = mobileclip_accuracy("demo", count=60, among=60)
     print(found)  # seen with -rP
     assert found.keys() >= FLOORS.keys()
     assert {name: found[name] for name, floor in FLOORS.items() if found[name] < floor} == {}
@@ -58,7 +58,7 @@ def test_half_precision(demo: Demo) -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    """One shape's picture is what it is of 48 things."""
+    """A scene with one shape is classified correctly among 48 labels."""
     (shape,) = (shown := scene(HELD_OUT + 7, (1, 1), central=True)).shapes
     path = tmp_path / "scene.png"
     render(shown).save(path)

@@ -1,4 +1,4 @@
-"""The demo models' world: scenes that hold what they say, questions with one right answer."""
+"""Scenes are drawn as described, questions have one right answer, captions are true."""
 
 import json
 import random
@@ -17,14 +17,14 @@ SEEDS = range(HELD_OUT, HELD_OUT + 150)
 
 
 def things(shown: Scene) -> list[tuple[float, float, float, float]]:
-    """Centre, half width and half height of all that a scene shows."""
+    """Centre, half width and half height of every shape and text."""
     boxes = [(s.x, s.y, s.radius, s.radius) for s in shown.shapes]
     if shown.text is not None:
         boxes.append((shown.text.x, shown.text.y, shown.text.width / 2, shown.text.height / 2))
     return boxes
 
 
-def test_a_scene_depends_on_its_seed_alone() -> None:
+def test_scene_depends_on_its_seed_only() -> None:
     for seed in SEEDS[:5]:
         assert scene(seed) == scene(seed)
         assert render(scene(seed)).tobytes() == render(scene(seed)).tobytes()
@@ -32,7 +32,7 @@ def test_a_scene_depends_on_its_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("central", [False, True])
-def test_things_stand_apart_within_the_image(central: bool) -> None:
+def test_shapes_and_texts_do_not_overlap(central: bool) -> None:
     for seed in SEEDS:
         shown = scene(seed, central=central)
         boxes = things(shown)
@@ -46,7 +46,7 @@ def test_things_stand_apart_within_the_image(central: bool) -> None:
                 assert max(across, down) > GAP
 
 
-def test_scenes_are_as_varied_as_they_should_be() -> None:
+def test_scenes_are_varied() -> None:
     scenes = [scene(seed) for seed in SEEDS]
     shapes = [shape for shown in scenes for shape in shown.shapes]
     assert {len(shown.shapes) for shown in scenes} == {1, 2, 3, 4, 5}
@@ -59,7 +59,7 @@ def test_scenes_are_as_varied_as_they_should_be() -> None:
     assert min(ratios) < 0.7 and max(ratios) > 1.4
 
 
-def test_a_shape_is_drawn_where_and_as_the_scene_says() -> None:
+def test_shapes_are_drawn_in_place_and_colour() -> None:
     for seed in SEEDS[:40]:
         shown = scene(seed)
         image = np.asarray(render(shown)).astype(int)
@@ -70,7 +70,7 @@ def test_a_shape_is_drawn_where_and_as_the_scene_says() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_questions_have_one_answer_and_some_have_nothing_to_name(task: str) -> None:
+def test_questions_vary_and_some_are_about_absent_things(task: str) -> None:
     rng = random.Random(0)
     asked = [q for q in (ask(scene(seed), rng, task) for seed in SEEDS) if q is not None]
     assert len(asked) > len(SEEDS) / 2
@@ -84,7 +84,7 @@ def test_questions_have_one_answer_and_some_have_nothing_to_name(task: str) -> N
         assert min(answers["Yes"], answers["No"]) > len(asked) / 4
 
 
-def test_relations_are_those_of_the_scene() -> None:
+def test_relations_agree_with_the_scene() -> None:
     rng = random.Random(3)
     checked = 0
     for seed in SEEDS:
@@ -102,7 +102,7 @@ def test_relations_are_those_of_the_scene() -> None:
     assert checked > len(SEEDS) / 2
 
 
-def test_answers_as_json_say_what_the_scene_holds() -> None:
+def test_json_answers_agree_with_the_scene() -> None:
     rng = random.Random(4)
     keys = set()
     for seed in SEEDS:
@@ -121,7 +121,7 @@ def test_answers_as_json_say_what_the_scene_holds() -> None:
     assert keys == {"count", "colour", "shape", "present", "text", "shapes"}
 
 
-def test_comparisons_are_of_both_images() -> None:
+def test_comparisons_agree_with_both_scenes() -> None:
     rng = random.Random(5)
     begins: Counter[str] = Counter()
     for seed in SEEDS:
@@ -138,7 +138,7 @@ def test_comparisons_are_of_both_images() -> None:
     assert {"Only the", "Both images", "Neither image", "No, the"} <= begins.keys()
 
 
-def test_variations_differ_in_one_thing() -> None:
+def test_variations_differ_in_one_respect() -> None:
     for seed in SEEDS[:40]:
         first, resized, moved, added = variations(seed)
         assert first.shapes[0].size != resized.shapes[0].size
@@ -152,7 +152,7 @@ def test_variations_differ_in_one_thing() -> None:
         assert true == [True, False, False, False]
 
 
-def test_colour_and_count_are_those_of_the_scene() -> None:
+def test_colours_and_counts_agree_with_the_scene() -> None:
     rng = random.Random(1)
     for seed in SEEDS:
         shown = scene(seed)
@@ -165,7 +165,7 @@ def test_colour_and_count_are_those_of_the_scene() -> None:
             assert f" {len(shown.shapes)} " in question.answer
 
 
-def test_a_place_near_a_border_has_no_name() -> None:
+def test_place_near_a_border_has_no_name() -> None:
     wide = Scene(0, 1.0, 0.6, (), None)
     assert place(wide, 0.1, 0.1) == "at the top left"
     assert place(wide, 0.5, 0.3) == "in the centre"

@@ -1,8 +1,8 @@
-"""Train the FastVLM demo model: first the tower, then projector and decoder.
+"""Train the FastVLM demo model: the tower, then projector and decoder.
 
     PYTHONPATH=. python tests/demo/train_fastvlm.py --out DIR
 
-Run it again after an interruption: it goes on where it last saved.
+Run it again after an interruption: it resumes from the last saved state.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from mlx_fastvlm.preprocess.tokenizer import Tokenizer
 from mlx_mobileclip.preprocess.image import resize_pad
 
 SIDE = 384
-FEATURES = 40_000  # scenes that the decoder learns from
-LATER = 200_000  # the first scene for the whole model, and for refining after it
+FEATURES = 40_000  # scenes with cached features, for phase three
+LATER = 200_000  # first scene of phases four and five
 PREPARE = partial(resize_pad, size=SIDE)
 TEXT = {
     "hidden_size": 256,
@@ -44,33 +44,33 @@ TEXT = {
 }
 TOWER_STEPS, PLACES_STEPS, TOWER_BATCH = 2200, 600, 32
 DECODER_STEPS, TOGETHER_STEPS, REFINING_STEPS, ANSWER_BATCH = 7000, 500, 2200, 16
-TURNS = 7  # questions in a conversation
-# How often tasks are asked; others once.
+TURNS = 7  # maximum number of questions per conversation
+# Relative frequencies of tasks; 1 for all others.
 SHARES = {"count": 1.8, "position": 1.5, "size": 1.2, "read": 1.2, "relation": 1.2, "describe": 0.7}
-# The same for the last phase, in which more conversations are about two images.
+# The same for phase five, with more conversations about two images.
 REFINING_SHARES = SHARES | {"describe": 2.0, "relation": 1.6, "structured": 1.2}
 REFINING_IMAGES = {1: 0.4, 2: 0.54, 3: 0.06}
-REFINING_COMPARING = 0.6  # share of the questions about two images that compare them
-SEEING = 0.2  # weight of the tower's own losses while it learns with the decoder
-SHOWING = 50.0  # weight of the losses that tie image tokens to words
-FORETELLING = 3.0  # weight of the loss that ties a question's tokens to the words of its answer
+REFINING_COMPARING = 0.6  # share of comparisons in conversations about two images
+TOWER_WEIGHT = 0.2  # of the losses of the tower's heads in phase four
+IMAGE_TOKEN_WEIGHT = 50.0  # of the loss by which image tokens predict words for their shapes
+QUESTION_WEIGHT = 3.0  # of the loss by which a question's tokens predict words of its answer
 
 Loss = tuple[Tensor, dict[str, float]]
 
 
 def train_tower(tower: Tower, out: Path) -> None:
-    """Phases one and two: the tower learns to name what it sees, then also where in the scene.
+    """Phases one and two: train the tower's heads, in phase two also on places in the scene.
 
-    The second is apart because naming what is in a cell needs its surroundings only. In it cells
-    that hold nothing count as much as others, so that a thing between two cells is named once.
+    Phase one needs only the surroundings of a cell, so places come later. In phase two, empty cells
+    have full weight, so that a shape between two cells is detected once.
     """
     tower.train()
 
     def step(batch: Any, left_out: tuple[str, ...] = ()) -> Loss:
         pixels, shown = batch
         losses = tower.loss(*tower(pixels), shown)
-        taught = [value for name, value in losses.items() if name not in left_out]
-        return sum(taught), {name: value.item() for name, value in losses.items()}
+        used = [value for name, value in losses.items() if name not in left_out]
+        return sum(used), {name: value.item() for name, value in losses.items()}
 
     def batches(phase_start: int, done: int) -> Iterator[Any]:
         return data.draw_batches(scene, PREPARE, TOWER_BATCH, phase_start + done)
@@ -85,38 +85,38 @@ def train_tower(tower: Tower, out: Path) -> None:
     train("places", tower, groups, partial(batches, TOWER_STEPS), step, PLACES_STEPS, out)
 
 
-def naming(logits: Tensor, words: Tensor) -> Tensor:
-    """How far logits are from telling which few words apply."""
+def word_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """Binary cross entropy over the vocabulary, of which few words apply."""
     return F.binary_cross_entropy_with_logits(logits, words, pos_weight=torch.tensor(10.0))
 
 
 def before_answers(labels: Tensor) -> Tensor:
-    """Which tokens are among the last five before an answer: those that end its question."""
+    """Mask of the last five tokens before each answer, which end its question."""
     answered = F.pad((labels >= 0).float(), (0, 5))[:, None]
     return F.max_pool1d(answered, 6, stride=1)[:, 0] > 0
 
 
-class Teaching:
-    """The loss of phases three to five: the answers, and what helps to find them."""
+class AnswerLoss:
+    """The loss of phases three to five: cross entropy of the answers, and auxiliary losses."""
 
     def __init__(self, model: FastVLM, tokenizer: Tokenizer):
-        """Teach `model` with conversations in the tokens of `tokenizer`."""
+        """Create the loss for a model and its tokenizer."""
         self.model = model
         self.conversations = Conversations(tokenizer, (SIDE // 64) ** 2, TURNS)
         self.conversations.shares |= SHARES
-        self.ordinals: nn.Linear | None = None  # tells which image a token is of; for phase five
+        self.ordinals: nn.Linear | None = None  # predicts the image of a token, in phase five
 
     def loss(self, phase: str, features: Tensor, shown: list[Scene]) -> Loss:
-        """Loss of a batch of scenes, whose features are given, and what to log."""
+        """Loss of a batch of scenes, given their features, and figures to log."""
         rng = random.Random(f"{phase} {sum(scene.seed for scene in shown)}")
         right: dict[str, list[float]] = defaultdict(list)
         answers, count = torch.zeros(()), 0
         losses: dict[str, Tensor] = self._images(features, shown)
         batches = self.conversations.batches(shown, rng)
         for said in batches:
-            summed, tokens, taught = self._conversations(features[said.images], said, right)
+            summed, tokens, auxiliary = self._conversations(features[said.images], said, right)
             answers, count = answers + summed, count + tokens
-            for name, value in taught.items():
+            for name, value in auxiliary.items():
                 losses[name] = losses.get(name, torch.zeros(())) + value / len(batches)
         answers = answers / count
         figures = {"loss": answers.item()}
@@ -125,43 +125,47 @@ class Teaching:
         return answers + sum(losses.values()), figures
 
     def _images(self, features: Tensor, shown: list[Scene]) -> dict[str, Tensor]:
-        """Image tokens that resemble the words for what they show are soon found by them."""
+        """Losses by which image tokens predict the words and places of their shapes."""
         model, conversations = self.model, self.conversations
         images = model.project(features)
-        known, where = conversations.places(shown)
+        known, where = conversations.place_targets(shown)
         return {
-            "naming": SHOWING * naming(model.named(images), conversations.named(shown)),
-            "pairs": SHOWING * naming(model.pairs(images), conversations.pairs(shown)),
+            "naming": IMAGE_TOKEN_WEIGHT
+            * word_loss(model.vocabulary_logits(images), conversations.word_targets(shown)),
+            "pairs": IMAGE_TOKEN_WEIGHT
+            * word_loss(model.pairs(images), conversations.pair_targets(shown)),
             "places": F.smooth_l1_loss(model.places(images[known]), where),
         }
 
     def _conversations(
         self, features: Tensor, said: Batch, right: dict[str, list[float]]
     ) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Summed loss of the answers and their tokens; losses of the questions' tokens."""
+        """Summed loss and number of answer tokens; auxiliary losses of the question tokens."""
         model = self.model
         where = said.labels[:, 1:] >= 0
         labels = said.labels[:, 1:][where]
         asking = (said.turns >= 0) & (said.labels < 0)
-        asking[said.names] = False  # these tokens tell of one thing
+        asking[said.mentions] = False  # these tokens predict the mentioned shape instead
         with torch.autocast("cpu", torch.bfloat16):
             before, last = model.hidden(features, said.ids)
             logits = model.decoder.lm_head(last[:, :-1][where]).float()
-            foretold = model.named(before[asking]).float()
-            named = before[said.names]
-            called = model.named(named).float()
+            question_words = model.vocabulary_logits(before[asking]).float()
+            mentioned = before[said.mentions]
+            mention_words = model.vocabulary_logits(mentioned).float()
         losses: dict[str, Tensor] = {}
         if self.ordinals is not None:
             shown = said.ids == IMAGE_TOKEN
             numbers = (shown.cumsum(1) - 1)[shown] // self.conversations.tokens_per_image
             losses["order"] = F.cross_entropy(self.ordinals(before[shown].float()), numbers)
-        losses |= {"foretelling": FORETELLING * naming(foretold, said.words[said.turns[asking]])}
-        if len(said.called):
-            places = F.smooth_l1_loss(model.places(named.float()), said.places)
-            losses["calling"] = FORETELLING * (naming(called, said.called) + places)
+        targets = said.answer_words[said.turns[asking]]
+        losses["foretelling"] = QUESTION_WEIGHT * word_loss(question_words, targets)
+        if len(said.mention_words):
+            places = F.smooth_l1_loss(model.places(mentioned.float()), said.mention_places)
+            words = word_loss(mention_words, said.mention_words)
+            losses["calling"] = QUESTION_WEIGHT * (words + places)
         read = asking & before_answers(said.labels)
         number = model.numbers(before[read].float())[:, 0]
-        losses["counting"] = F.smooth_l1_loss(number, said.numbers[said.turns[read]])
+        losses["counting"] = F.smooth_l1_loss(number, said.shape_counts[said.turns[read]])
         wrong = said.turns[:, 1:][where][logits.argmax(-1) != labels].tolist()
         for turn, task in enumerate(said.tasks):
             right[task].append(turn not in wrong)
@@ -169,67 +173,67 @@ class Teaching:
 
 
 def train_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Phases three and four: projector and decoder learn to answer, then the tower with them.
+    """Phases three and four: train projector and decoder, then the whole model.
 
-    In the third the tower only looked once at each of FEATURES scenes; in the fourth it is trained
-    on new ones, with the statistics of its BatchNorms as they are.
+    Phase three uses cached features of FEATURES scenes, phase four new scenes; BatchNorm statistics
+    are frozen.
     """
     model.train()
     model.tower.eval()
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
     apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
     others = [p for p in model.parameters() if id(p) not in apart]
-    teaching = Teaching(model, tokenizer)
+    answer_loss = AnswerLoss(model, tokenizer)
 
-    def see(pixels: Tensor) -> Tensor:
+    def encode(pixels: Tensor) -> Tensor:
         return model.tower(pixels)[1]
 
-    seen = data.looked_at(out / "features.npy", FEATURES, scene, PREPARE, see)
+    cached = data.cached_features(out / "features.npy", FEATURES, scene, PREPARE, encode)
 
     def answer(chosen: np.ndarray) -> Loss:
-        features = torch.from_numpy(seen[chosen]).float()
-        return teaching.loss("decoder", features, [scene(int(seed)) for seed in chosen])
+        features = torch.from_numpy(cached[chosen]).float()
+        return answer_loss.loss("decoder", features, [scene(int(seed)) for seed in chosen])
 
     groups = [{"params": others, "lr": 1e-3}]
     source = partial(data.choose, ANSWER_BATCH, count=FEATURES)
     train("decoder", model, groups, source, answer, DECODER_STEPS, out, matrices)
 
-    def look_and_answer(batch: tuple[Tensor, list[Scene]]) -> Loss:
+    def encode_and_answer(batch: tuple[Tensor, list[Scene]]) -> Loss:
         pixels, shown = batch
         middle, final = model.tower(pixels)
-        loss, figures = teaching.loss("together", final, shown)
-        named = model.tower.loss(middle, final, shown)
-        return loss + SEEING * sum(named.values()), figures
+        loss, figures = answer_loss.loss("together", final, shown)
+        head_losses = model.tower.loss(middle, final, shown)
+        return loss + TOWER_WEIGHT * sum(head_losses.values()), figures
 
     def new_scenes(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
         return data.draw_batches(scene, PREPARE, ANSWER_BATCH, LATER // ANSWER_BATCH + done)
 
     groups = [{"params": list(model.parameters()), "lr": 2e-4}]
-    train("together", model, groups, new_scenes, look_and_answer, TOGETHER_STEPS, out)
+    train("together", model, groups, new_scenes, encode_and_answer, TOGETHER_STEPS, out)
 
 
 def refine_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Phase five: projector and decoder, on new scenes, with more questions about two images.
+    """Phase five: train projector and decoder on new scenes, with more pairs of images.
 
-    Half-way through the decoder each image token has to tell which image it is of.
+    The hidden states of image tokens, after half of the layers, also predict the image's number.
     """
     model.train()
     model.tower.eval()
-    teaching = Teaching(model, tokenizer)
-    teaching.ordinals = nn.Linear(model.decoder.config.hidden_size, len(REFINING_IMAGES))
-    teaching.conversations.shares |= REFINING_SHARES
-    teaching.conversations.images = REFINING_IMAGES
-    teaching.conversations.comparing = REFINING_COMPARING
+    answer_loss = AnswerLoss(model, tokenizer)
+    answer_loss.ordinals = nn.Linear(model.decoder.config.hidden_size, len(REFINING_IMAGES))
+    answer_loss.conversations.shares |= REFINING_SHARES
+    answer_loss.conversations.images = REFINING_IMAGES
+    answer_loss.conversations.comparing = REFINING_COMPARING
     matrices = [p for p in model.decoder.model.layers.parameters() if p.ndim == 2]
     apart = {id(p) for p in (*model.tower.parameters(), *matrices)}
-    learning = nn.ModuleList([model, teaching.ordinals])
+    learning = nn.ModuleList([model, answer_loss.ordinals])
     others = [p for p in learning.parameters() if id(p) not in apart]
 
     def answer(batch: tuple[Tensor, list[Scene]]) -> Loss:
         pixels, shown = batch
         with torch.no_grad():
             features = model.tower(pixels)[1]
-        return teaching.loss("refining", features, shown)
+        return answer_loss.loss("refining", features, shown)
 
     def new_scenes(done: int) -> Iterator[tuple[Tensor, list[Scene]]]:
         first = LATER // ANSWER_BATCH + TOGETHER_STEPS
@@ -240,7 +244,7 @@ def refine_answers(model: FastVLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def run(out: Path) -> FastVLM:
-    """Every phase, and the checkpoint in `out`/demo."""
+    """Run all phases and write the checkpoint to `out`/demo."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tower = Tower(crop=False)

@@ -1,11 +1,11 @@
-"""Train the MobileCLIP demo model: the tower, then the texts, then both together, twice.
+"""Train the MobileCLIP demo model: the image tower, then the text tower, then both, twice.
 
-The texts are learned once more from the finished model by the loss of reinforced training, to
-compare the two: DIR/plain and DIR/reinforced are what each has made of the same start.
+After phase three, a second text tower is trained from the same start by distillation from that
+model, with the loss of reinforced training, to compare the losses: DIR/plain and DIR/reinforced.
 
     PYTHONPATH=. python tests/demo/train_mobileclip.py --out DIR
 
-Run it again after an interruption: it goes on where it last saved.
+Run it again after an interruption: it resumes from the last saved state.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import data
 import numpy as np
 from captions import LABELS, Caption, caption
 from export import convert_mobileclip
-from PIL.Image import Resampling
 from reference import TOWER, F, MobileCLIP, Tower, torch
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -30,7 +29,8 @@ from training import train
 from variations import COUNT, variations
 from world import SIZES, Scene, scene
 
-from mlx_mobileclip.preprocess.processor import _resize_crop
+from mlx_mobileclip.models.clip import PreprocessConfig
+from mlx_mobileclip.preprocess.processor import resized
 from mlx_mobileclip.preprocess.tokenizer import (
     WORD_END,
     WORD_PATTERN,
@@ -41,22 +41,23 @@ from mlx_mobileclip.preprocess.tokenizer import (
 
 SIDE, EMBED_DIM, CONTEXT = 256, 128, 64
 TEXT = {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 3}
-SCENES = 24_000  # that texts are learned from
-PREPARE = partial(_resize_crop, size=SIDE, resample=Resampling.BILINEAR)
-GROUP = 8  # scenes that come together, so that a caption meets those that it is nearly true of
+SCENES = 24_000  # with cached features, for training the text tower
+PREPARE = partial(resized, config=PreprocessConfig(SIDE, "bilinear", (0.0,) * 3, (1.0,) * 3))
+GROUP = 8  # consecutive scenes in a batch, among them hard negatives
 FACTS = len(LABELS) * (1 + len(SIZES) + 1 + 9)
 TOWER_STEPS, TOWER_BATCH = 1800, 32
 TEXT_STEPS, TEXT_BATCH = 600, 192
 TOGETHER_STEPS, REFINING_STEPS, TOGETHER_BATCH = 120, 400, 96
-PRESENT = 60.0  # weight of telling from the tower's mean what there is
-SEEING = 0.1  # weight of the tower's own losses while it learns with the texts
-MOST_SIMILAR = 100.0
+FACTS_WEIGHT = 60.0  # of predicting the facts from the pooled features
+TOWER_WEIGHT = 0.1  # of the losses of the tower's heads in phases three and four
+MAX_LOGIT_SCALE = 100.0
 
 
 def central(seed: int) -> Scene:
-    """A scene that cropping leaves whole.
+    """A scene that is complete after cropping.
 
-    Of GROUP scenes in a row, the first four are variations of one; of the others one has one shape.
+    Of GROUP consecutive scenes, the first four are variations of one another, and one of the others
+    has a single shape.
     """
     group, number = divmod(seed, GROUP)
     if number < COUNT:
@@ -65,7 +66,7 @@ def central(seed: int) -> Scene:
 
 
 def varied_less(seed: int) -> Scene:
-    """A scene as of `central`, but of GROUP in a row two are variations, two have one shape."""
+    """Like `central`, but of GROUP scenes two are variations and two have a single shape."""
     group, number = divmod(seed, GROUP)
     if number < 2:
         return variations(group)[number * (1 + group % (COUNT - 1))]
@@ -73,7 +74,7 @@ def varied_less(seed: int) -> Scene:
 
 
 def facts(shown: Scene) -> list[int]:
-    """Which things are there, of which size, where, and twice: numbers below FACTS."""
+    """Labels below FACTS: which shapes are present, of which size, where, and which twice."""
     found = set()
     for shape in shown.shapes:
         label, of_size = LABELS.index(shape.name), list(SIZES).index(shape.size)
@@ -87,7 +88,7 @@ def facts(shown: Scene) -> list[int]:
 
 
 def train_merges(directory: Path) -> Tokenizer:
-    """Learn byte pairs from captions without printed texts, which are spelled by letters."""
+    """Train BPE merges on captions without printed texts, which are spelled by letters."""
     rng = random.Random(0)
     lines = [caption(scene(seed, text=0), rng).text for seed in range(4000)]
     lines += [caption(each, rng).text for seed in range(1000) for each in variations(seed)]
@@ -111,8 +112,8 @@ def train_merges(directory: Path) -> Tokenizer:
 def contrastive(
     images: Tensor, texts: Tensor, scale: Tensor, captions: list[Caption], scenes: list[Scene]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy both ways; a caption that is true of another image as well is no negative."""
-    logits = scale.exp().clamp(max=MOST_SIMILAR) * images @ texts.T
+    """Symmetric contrastive loss; captions that are also true of other images are not negatives."""
+    logits = scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T
     also = torch.tensor([[c.is_true_of(s) for c in captions] for s in scenes])
     also.fill_diagonal_(False)
     logits = logits.masked_fill(also, -1e4)
@@ -125,8 +126,8 @@ def contrastive(
 def reinforced(
     images: Tensor, texts: Tensor, scale: Tensor, similar: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy both ways with a teacher's softmax: weights (0, 1) of MobileCLIP's paper."""
-    logits = scale.exp().clamp(max=MOST_SIMILAR) * images @ texts.T
+    """Symmetric distillation from a teacher's softmax: weights (0, 1) of MobileCLIP's paper."""
+    logits = scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T
     by_image = F.cross_entropy(logits, similar.softmax(1))
     by_text = F.cross_entropy(logits.T, similar.T.softmax(1))
     loss = (by_image + by_text) / 2
@@ -137,13 +138,13 @@ def reinforced(
 class Training:
     """The phases of one model."""
 
-    def __init__(self, words: Tokenizer, out: Path):
-        self.words, self.out = words, out
-        self.text = {**TEXT, "vocab_size": words.end_id + 1}
+    def __init__(self, tokenizer: Tokenizer, out: Path):
+        self.tokenizer, self.out = tokenizer, out
+        self.text = {**TEXT, "vocab_size": tokenizer.end_id + 1}
         self.tower = Tower(crop=True)
 
-    def see(self) -> None:
-        """Phase one: the tower learns to name what is where, and its mean what there is."""
+    def train_tower(self) -> None:
+        """Phase one: train the tower's heads, and to predict the facts from pooled features."""
         present = nn.Linear(self.tower.trunk.num_features, FACTS)
         model = nn.ModuleList([self.tower, present]).train()
 
@@ -151,44 +152,44 @@ class Training:
             pixels, shown = batch
             middle, final = self.tower(pixels)
             losses = self.tower.loss(middle, final, shown)
-            there = torch.zeros(len(shown), FACTS)
-            for row, one in zip(there, shown, strict=True):
+            targets = torch.zeros(len(shown), FACTS)
+            for row, one in zip(targets, shown, strict=True):
                 row[facts(one)] = 1
             logits = present(final.mean((2, 3)))
-            losses["present"] = PRESENT * F.binary_cross_entropy_with_logits(logits, there)
+            losses["present"] = FACTS_WEIGHT * F.binary_cross_entropy_with_logits(logits, targets)
             return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
         batches = partial(self._batches, central, TOWER_BATCH, 0)
         self._train("tower", model, 3e-3, batches, step, TOWER_STEPS)
         self.tower.eval()  # BatchNorm keeps its statistics from now on, as when it is folded
 
-    def match(self, name: str, teacher: MobileCLIP | None = None) -> MobileCLIP:
-        """Phase two: texts and projection learn to match what the tower sees.
+    def train_texts(self, name: str, teacher: MobileCLIP | None = None) -> MobileCLIP:
+        """Phase two: train text tower and projection with a frozen image tower.
 
-        With a teacher, they learn from it alone, by the reinforced loss.
+        With a teacher, only by distillation from it, with the reinforced loss.
         """
         torch.manual_seed(1)
         model = MobileCLIP(self.tower, self.text, EMBED_DIM).train()
         self.tower.eval()
-        seen = self._looked_at("means", lambda pixels: self.tower(pixels)[1].mean((2, 3)))
+        pooled = self._cached("means", lambda pixels: self.tower(pixels)[1].mean((2, 3)))
         if teacher is not None:
             teacher.eval()
-            known = self._looked_at("known", lambda pixels: teacher.images(pixels)[0])
+            teacher_images = self._cached("known", lambda pixels: teacher.images(pixels)[0])
         learning = nn.ModuleList([model.text, model.projection])
         learning.logit_scale = model.logit_scale
 
         def step(chosen: np.ndarray) -> tuple[Tensor, dict[str, float]]:
             shown = [central(int(seed)) for seed in chosen]
-            means = torch.from_numpy(seen[chosen]).float()
-            images = F.normalize(model.projection(means), dim=-1)
+            features = torch.from_numpy(pooled[chosen]).float()
+            images = F.normalize(model.projection(features), dim=-1)
             captions = self._captions("texts", shown)
             ids = self._ids(captions)
             texts = model.texts(ids)
             if teacher is None:
                 return contrastive(images, texts, model.logit_scale, captions, shown)
             with torch.no_grad():
-                similar = torch.from_numpy(known[chosen]).float() @ teacher.texts(ids).T
-                similar *= teacher.logit_scale.exp().clamp(max=MOST_SIMILAR)
+                similar = torch.from_numpy(teacher_images[chosen]).float() @ teacher.texts(ids).T
+                similar *= teacher.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             return reinforced(images, texts, model.logit_scale, similar)
 
         groups = [{"params": list(learning.parameters()), "lr": 1e-3}]
@@ -200,8 +201,19 @@ class Training:
         train(name, learning, groups, source, step, TEXT_STEPS, self.out)
         return model
 
-    def together(self, model: MobileCLIP) -> None:
-        """Phases three and four: both towers, then once more on scenes that vary less."""
+    def train_together(self, model: MobileCLIP) -> None:
+        """Phase three: train both towers."""
+        first = TOWER_STEPS * TOWER_BATCH // TOGETHER_BATCH
+        self._match_both("together", model, central, first, TOGETHER_STEPS)
+
+    def train_refining(self, model: MobileCLIP) -> None:
+        """Phase four: train both towers on scenes with fewer variations."""
+        first = TOWER_STEPS * TOWER_BATCH // TOGETHER_BATCH + TOGETHER_STEPS
+        self._match_both("refining", model, varied_less, first, REFINING_STEPS)
+
+    def _match_both(
+        self, name: str, model: MobileCLIP, make: data.MakeScene, first: int, steps: int
+    ) -> None:
         model.train()
         model.tower.eval()
 
@@ -211,17 +223,11 @@ class Training:
             captions = self._captions("together", shown)
             texts = model.texts(self._ids(captions))
             loss, figures = contrastive(images, texts, model.logit_scale, captions, shown)
-            seen = model.tower.loss(middle, final, shown)
-            return loss + SEEING * sum(seen.values()), figures
+            head_losses = model.tower.loss(middle, final, shown)
+            return loss + TOWER_WEIGHT * sum(head_losses.values()), figures
 
-        first = TOWER_STEPS * TOWER_BATCH // TOGETHER_BATCH
-        for name, make, steps in (
-            ("together", central, TOGETHER_STEPS),
-            ("refining", varied_less, REFINING_STEPS),
-        ):
-            batches = partial(self._batches, make, TOGETHER_BATCH, first)
-            self._train(name, model, 5e-4, batches, step, steps)
-            first += steps
+        batches = partial(self._batches, make, TOGETHER_BATCH, first)
+        self._train(name, model, 5e-4, batches, step, steps)
 
     def convert(self, model: MobileCLIP, name: str) -> None:
         convert_mobileclip(model, TOWER, self.text, SIDE, self.out / name)
@@ -229,7 +235,7 @@ class Training:
     def _batches(
         self, make: data.MakeScene, size: int, first: int, done: int
     ) -> Iterator[tuple[Tensor, list[Scene]]]:
-        """Batches of new scenes, from the one numbered `first` + `done` on."""
+        """Batches of new scenes, beginning with batch `first` + `done`."""
         return data.draw_batches(make, PREPARE, size, first + done)
 
     def _train(
@@ -238,32 +244,33 @@ class Training:
         groups = [{"params": list(model.parameters()), "lr": lr}]
         train(name, model, groups, batches, step, steps, self.out)
 
-    def _looked_at(self, name: str, see: Callable[[Tensor], Tensor]) -> np.ndarray:
-        return data.looked_at(self.out / f"{name}.npy", SCENES, central, PREPARE, see)
+    def _cached(self, name: str, encode: Callable[[Tensor], Tensor]) -> np.ndarray:
+        return data.cached_features(self.out / f"{name}.npy", SCENES, central, PREPARE, encode)
 
     def _captions(self, name: str, shown: list[Scene]) -> list[Caption]:
         rng = random.Random(f"{name} {sum(one.seed for one in shown)}")
         return [caption(one, rng) for one in shown]
 
     def _ids(self, captions: list[Caption]) -> Tensor:
-        return torch.from_numpy(self.words([one.text for one in captions])).long()
+        return torch.from_numpy(self.tokenizer([one.text for one in captions])).long()
 
 
 def run(out: Path) -> MobileCLIP:
-    """Every phase, and the checkpoints in `out`/demo, plain and reinforced."""
+    """Run all phases and write the checkpoints `out`/demo, plain and reinforced."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    words = train_merges(out)
-    training = Training(words, out)
-    training.see()
-    model = training.match("texts")
+    tokenizer = train_merges(out)
+    training = Training(tokenizer, out)
+    training.train_tower()
+    model = training.train_texts("texts")
     training.convert(model, "plain")
     tower = copy.deepcopy(training.tower)
-    training.together(model)
-    training.convert(model, "demo")
+    training.train_together(model)
     training.tower = tower
-    student = training.match("reinforced", teacher=model)
+    student = training.train_texts("reinforced", teacher=model)
     training.convert(student, "reinforced")
+    training.train_refining(model)
+    training.convert(model, "demo")
     return model
 
 

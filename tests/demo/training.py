@@ -1,4 +1,4 @@
-"""The loop that both demo models are trained with: resumable, logged, reproducible."""
+"""The training loop of both demo models: resumable, logged, reproducible."""
 
 import json
 import math
@@ -27,18 +27,18 @@ def train(
     matrices: Sequence[nn.Parameter] = (),
     muon_rate: float = MUON_RATE,
 ) -> None:
-    """Run one phase of training, or the rest of it if it was interrupted.
+    """Run one phase of training, or resume it after an interruption.
 
     Args:
-        name: Of the phase; its state and its log are files of this name under `out`.
+        name: Name of the phase, and of its state and log files in `out`.
         model: Trained in place.
-        groups: Parameters with their peak `lr`; it rises for 3 % of the steps, then falls as a
-            cosine to zero.
-        batches: Endless batches, given how many batches were already used.
-        step: Loss of a batch, and what to log.
-        steps: Optimizer steps in all.
+        groups: Parameter groups with their peak `lr`: linear warm-up for 3 % of the steps, then
+            cosine decay to zero.
+        batches: Returns endless batches, given the number of batches already used.
+        step: Returns the loss of a batch, and figures to log.
+        steps: Total number of optimizer steps.
         out: Directory for state and log.
-        matrices: Parameters of two dimensions that Muon updates instead of AdamW.
+        matrices: 2-D parameters that Muon updates instead of AdamW.
         muon_rate: Their peak learning rate.
     """
     optimizers = [torch.optim.AdamW(groups, weight_decay=0.03, betas=(0.9, 0.98), fused=True)]

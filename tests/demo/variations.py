@@ -1,4 +1,4 @@
-"""Scenes that differ in one thing only: a size, a position, or how many there are."""
+"""Scenes that differ in a single respect: a size, a position, or a count."""
 
 import random
 from collections.abc import Iterable
@@ -7,12 +7,12 @@ from dataclasses import replace
 from questions import article, listed, place, plural
 from world import COLOURS, KINDS, MARGIN, SIZES, Scene, Shape
 
-COUNT = 4  # scenes of one seed: as it is; another size; another position; one more
-NEAR = 0.04  # of a shape's centre to that of its ninth of the image, at most
+COUNT = 4  # scenes per seed: original; another size; another position; one shape more
+NEAR = 0.04  # largest distance of a shape's centre from that of its cell
 
 
 def variations(seed: int) -> list[Scene]:
-    """COUNT square scenes with one or two different shapes, all on the same ground."""
+    """COUNT square scenes with one or two different shapes, all on the same background."""
     rng = random.Random(f"variations {seed}")
     cells = rng.sample(range(9), 4)
     (kind, other), (colour, another) = rng.sample(KINDS, 2), rng.sample(list(COLOURS), 2)
@@ -28,23 +28,24 @@ def variations(seed: int) -> list[Scene]:
 
 
 def _shape(rng: random.Random, kind: str, colour: str, size: str, cell: int) -> Shape:
-    """A shape in one of nine cells, well within the image."""
+    """A shape near the centre of one of nine cells."""
     x, y = ((2 * i + 1) / 6 + rng.uniform(-NEAR, NEAR) for i in (cell % 3, cell // 3))
     radius = SIZES[size] * rng.uniform(0.95, 1.05)
     return _inside(Shape(kind, colour, size, x, y, radius, rng.uniform(-15, 15)))
 
 
 def _inside(shape: Shape) -> Shape:
+    """Move a shape so that it is entirely within the image."""
     low = shape.radius + MARGIN
     x, y = (min(max(v, low), 1 - low) for v in (shape.x, shape.y))
     return replace(shape, x=x, y=y)
 
 
 def detailed(scene: Scene) -> str | None:
-    """How many of which size and colour there are, and where; None if that takes too long.
+    """Caption with sizes, counts and places; None if it would be too long.
 
-    Like shapes are counted, and only what there is one of is placed. Only of square scenes: in
-    others, cropping leaves it open where the left third ends.
+    Equal shapes are counted, and only single ones have a place. Only for square scenes: cropping
+    moves the thirds of others.
     """
     if scene.width != scene.height:
         return None

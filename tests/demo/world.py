@@ -1,7 +1,7 @@
 """The synthetic world of the demo models: scenes of coloured shapes and printed text.
 
-A scene is drawn from a seed and nothing else, so a set of scenes is a range of seeds. Training
-uses seeds below HELD_OUT; accuracy is measured on seeds from there on.
+A scene depends only on its seed, so a set of scenes is a range of seeds. Training uses seeds below
+HELD_OUT, evaluation those from HELD_OUT on.
 
 Lengths are fractions of the image's longer side; (0, 0) is its top left corner.
 """
@@ -35,18 +35,18 @@ MILK MOON MOUSE NEST NIGHT NOSE OWL PARK PEN PIG QUEEN RAIN RING ROAD SALT SHIP 
 SNOW SUN TENT TIGER TRAIN TREE VAN WIND WOLF YARN ZEBRA
 """.split()  # noqa: SIM905
 
-GAP = 0.015  # between two things, at least
-MARGIN = 0.01  # to the image's edge
+GAP = 0.015  # least distance between two things
+MARGIN = 0.01  # least distance to the image's edge
 LONG_SIDES = (240, 480)  # px
 SHORT_SIDES = (0.6, 1.0)
-OVERSAMPLING = 3  # shapes are drawn this much larger and averaged
+OVERSAMPLING = 3  # factor by which shapes are drawn larger and then averaged
 
 Box = tuple[float, float, float, float]  # centre, half the width, half the height
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape: `x`, `y` its centre, `radius` half its width."""
+    """A coloured shape with centre (x, y); `radius` is half its width, `angle` in degrees."""
 
     kind: str
     colour: str
@@ -63,7 +63,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Text:
-    """A printed word or number: `x`, `y` its centre, `letters` the centre of each character."""
+    """A printed word or number with centre (x, y)."""
 
     content: str
     x: float
@@ -74,6 +74,7 @@ class Text:
 
     @property
     def letters(self) -> list[tuple[str, float, float]]:
+        """Each character and its centre."""
         start, scale = self.x - self.width / 2, self.width / _font(100).getlength(self.content)
         ends = [_font(100).getlength(self.content[: i + 1]) for i in range(len(self.content))]
         starts = [0.0, *ends[:-1]]
@@ -83,7 +84,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows; `width` and `height` in fractions of the longer side."""
+    """The contents of an image; `width` and `height` in fractions of the longer side."""
 
     seed: int
     width: float
@@ -94,7 +95,7 @@ class Scene:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)  # the one Pillow carries: the same on every machine
+    font = ImageFont.load_default(size)  # included in Pillow, so the same on every machine
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return font
 
@@ -102,20 +103,19 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def scene(
     seed: int, shapes: tuple[int, int] = (1, 5), text: float = 0.5, *, central: bool = False
 ) -> Scene:
-    """Draw a scene's content.
+    """Sample a scene.
 
     Args:
-        seed: All that it depends on, besides the other arguments.
-        shapes: Fewest and most shapes; where there is no room for more, they stay fewer.
+        seed: Seed of the random generator.
+        shapes: Smallest and largest number of shapes; there may be fewer for lack of space.
         text: Probability of a printed text.
-        central: Whether everything stands in the central square, which is all that is left of
-            an image whose preprocessing crops.
+        central: Whether everything is in the central square, which remains after cropping.
     """
     rng = random.Random(seed)
     short = rng.uniform(*SHORT_SIDES)
     width, height = (1.0, short) if rng.random() < 0.5 else (short, 1.0)
     taken: list[Box] = []
-    if central:  # both ends of the longer side are taken from the start
+    if central:  # keep both ends of the longer side free
         end = (1 - short) / 2
         if width > height:
             taken += [(0, height / 2, end, height), (1, height / 2, end, height)]
@@ -129,7 +129,7 @@ def scene(
         shape = _shape(rng, width, height, taken, rng.choice(size_names))
         if shape is not None:
             placed.append(shape)
-        else:  # too little room for this size: from now on only smaller ones, in the end none
+        else:  # no space for this size: try only smaller ones from now on
             size_names = size_names[:-1]
     return Scene(seed, width, height, tuple(placed), printed)
 
@@ -162,7 +162,7 @@ def _shape(
     taken: list[Box],
     size: str,
 ) -> Shape | None:
-    """Place one more shape; None if no room for it was found in many tries."""
+    """Place one more shape; None if 60 tries found no space."""
     radius = SIZES[size] * rng.uniform(0.95, 1.05)
     for _ in range(60):
         x = rng.uniform(radius + MARGIN, width - radius - MARGIN)
@@ -178,7 +178,7 @@ def _shape(
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as an RGB image, 240 to 480 px on its longer side."""
+    """Render a scene as an RGB image with a longer side of 240 to 480 px."""
     rng = random.Random(f"pixels {scene.seed}")
     side = rng.randint(*LONG_SIDES)
     width, height = round(scene.width * side), round(scene.height * side)
@@ -202,7 +202,7 @@ def _noise() -> np.ndarray:
 
 
 def _background(rng: random.Random, width: int, height: int) -> tuple[Image.Image, float]:
-    """Plain, shaded or striped, of little colour; and its lightness, 95 to 185 of 255."""
+    """A plain, shaded or striped background of low saturation, and its lightness, 95 to 185."""
     light = rng.uniform(95, 185)
     colour = np.array([light + rng.uniform(-22, 22) for _ in range(3)], np.float32)
     angle, style = rng.uniform(0, 2 * math.pi), rng.choice(("plain", "shaded", "striped"))
@@ -216,7 +216,7 @@ def _background(rng: random.Random, width: int, height: int) -> tuple[Image.Imag
 
 
 def _draw_shape(image: Image.Image, shape: Shape, side: int, rng: random.Random) -> None:
-    """Average an oversampled mask of the shape, and paste its colour through it."""
+    """Draw an antialiased shape: paste its colour through an averaged, oversampled mask."""
     left, top = ((c - shape.radius) * side for c in (shape.x, shape.y))
     x0, y0 = math.floor(left), math.floor(top)
     size = math.ceil(2 * shape.radius * side) + 2
@@ -230,7 +230,7 @@ def _draw_shape(image: Image.Image, shape: Shape, side: int, rng: random.Random)
 
 
 def _outline(kind: str, angle: float) -> np.ndarray:
-    """Points (n, 2) of a shape within the unit circle, turned by `angle` radians."""
+    """Outline (n, 2) of a shape within the unit circle, rotated by `angle` radians."""
     if kind == "circle":
         t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         return np.stack([np.cos(t), np.sin(t)], 1)

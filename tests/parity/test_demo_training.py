@@ -1,4 +1,4 @@
-"""A few training steps of the demo models; the results in MLX equal those in PyTorch."""
+"""A few training steps of the demo models; the converted models equal the trained ones."""
 
 import random
 from pathlib import Path
@@ -21,8 +21,8 @@ import mlx_mobileclip
 from mlx_mobileclip.preprocess.image import resize_pad
 
 pytestmark = pytest.mark.parity
-ROUNDED = 1e-2  # weights stored in float16, twice: as the source's and as ours
-STEPS = ("TOWER", "PLACES", "DECODER", "TOGETHER")
+FLOAT16_WEIGHTS = 1e-2  # error of weights stored in float16
+STEPS = ("TOWER", "PLACES", "DECODER", "TOGETHER", "REFINING")
 FEW = {f"{name}_STEPS": 2 for name in STEPS}
 
 
@@ -39,8 +39,8 @@ def test_trained_fastvlm_equals_pytorch(tmp_path: Path, monkeypatch: pytest.Monk
     shrink(monkeypatch, train_fastvlm, **FEW, FEATURES=32)
     trained = train_fastvlm.run(tmp_path).eval()
     first = states(tmp_path)
-    assert [path.name for path in sorted(tmp_path.glob("*.jsonl"))] == [
-        "decoder.jsonl", "places.jsonl", "together.jsonl", "tower.jsonl",
+    assert [path.stem for path in sorted(tmp_path.glob("*.jsonl"))] == [
+        "decoder", "places", "refining", "together", "tower",
     ]  # fmt: skip
     train_fastvlm.run(tmp_path)  # there is nothing left to do
     assert states(tmp_path) == first
@@ -61,16 +61,19 @@ def test_trained_fastvlm_equals_pytorch(tmp_path: Path, monkeypatch: pytest.Monk
             _, hidden = trained.hidden(features, torch.tensor([prompt]))
             expected = trained.decoder.lm_head(hidden).numpy()
         logits = model(inputs.input_ids[None], pixels=inputs.pixels)
-        assert relative_error(logits, expected) < ROUNDED
+        assert relative_error(logits, expected) < FLOAT16_WEIGHTS
 
 
 def test_trained_mobileclip_equals_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"TOWER_STEPS": 2, "TEXT_STEPS": 2, "TOGETHER_STEPS": 2, "SCENES": 40}
+    steps = dict.fromkeys(("TOWER", "TEXT", "TOGETHER", "REFINING"), 2)
+    few = {f"{name}_STEPS": count for name, count in steps.items()} | {"SCENES": 40}
     batches = dict.fromkeys(("TOWER_BATCH", "TEXT_BATCH", "TOGETHER_BATCH"), 8)
     shrink(monkeypatch, train_mobileclip, **few, **batches)
     trained = train_mobileclip.run(tmp_path).eval()
     first = states(tmp_path)
-    assert first.keys() == {"tower.pt", "texts.pt", "together.pt", "reinforced.pt"}
+    assert first.keys() == {
+        f"{name}.pt" for name in ("tower", "texts", "together", "reinforced", "refining")
+    }
     model, processor = mlx_mobileclip.load(tmp_path / "demo", dtype="float32")
     scenes = [train_mobileclip.central(HELD_OUT + i) for i in range(4)]
     pixels = processor.images([render(shown) for shown in scenes])
@@ -79,8 +82,8 @@ def test_trained_mobileclip_equals_pytorch(tmp_path: Path, monkeypatch: pytest.M
         images, *_ = trained.images(torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2))
         texts = trained.texts(torch.from_numpy(np.array(ids)).long())
     found = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)
-    assert relative_error(found[0], images.numpy()) < ROUNDED
-    assert relative_error(found[1], texts.numpy()) < ROUNDED
+    assert relative_error(found[0], images.numpy()) < FLOAT16_WEIGHTS
+    assert relative_error(found[1], texts.numpy()) < FLOAT16_WEIGHTS
     for name in ("plain", "reinforced"):
         other, _ = mlx_mobileclip.load(tmp_path / name, dtype="float32")
         assert mx.isfinite(other.encode_text(ids)).all().item()

@@ -147,7 +147,7 @@ def test_mlx_vlm_gives_the_same_answer(options: tuple[str, ...], tmp_path: Path)
     ids, side = np.array(inputs.input_ids), processor.image_size
     first, last = np.flatnonzero(ids < 0)[[0, -1]]
     short = np.concatenate([ids[:first], [-200], ids[last + 1 :]])  # mlx-vlm has one id per image
-    assert inputs.pixels is not None and side == 256
+    assert inputs.pixels is not None and side == 384
     pixels = np.array(inputs.pixels).transpose(0, 3, 1, 2)
     np.savez(tmp_path / "inputs.npz", ids=short[None], pixels=pixels)
     paths = (tmp_path / name for name in ("there", "inputs.npz", "output.npz", "image.png"))
