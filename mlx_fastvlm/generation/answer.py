@@ -1,12 +1,15 @@
 """The parts of an answer: text up to a stop text, chunks and statistics."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..preprocess.processor import Processor
 from ..preprocess.tokenizer import TextDecoder
+
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and of the likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +47,51 @@ class Chunk:
 
     Attributes:
         text: New text, possibly empty.
-        token: Id of the generated token.
-        finish_reason: None; in the last chunk "stop" or "length".
+        token: Id of the generated token; -1 if there is none because of an error.
+        finish_reason: None; in the last chunk "stop" or "length", in a batch also "error".
         stats: Statistics so far.
+        logprob: Log-probability of the token, if the request asks for it: by the model's own
+            logits, before temperature, filters, penalties and constraints.
+        top_logprobs: The likeliest tokens with their log-probabilities, the likeliest first.
+        error: What went wrong, if the finish_reason is "error".
     """
 
     text: str
     token: int
     finish_reason: str | None
     stats: Stats
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A complete answer; `token_ids` excludes the end token."""
+    """A complete answer.
+
+    Attributes:
+        text: The answer.
+        token_ids: Its tokens, without the end token.
+        finish_reason: "stop" or "length", in a batch also "error".
+        stats: Statistics.
+        error: What went wrong, if the finish_reason is "error"; the text is incomplete then.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
+    error: Exception | None = None
 
 
 def join_chunks(chunks: list[Chunk], processor: Processor) -> Result:
     """Combine the chunks of a complete stream."""
     last = chunks[-1]
-    token_ids = [chunk.token for chunk in chunks]
-    if token_ids[-1] in processor.tokenizer.stop_ids:
+    token_ids = [chunk.token for chunk in chunks if chunk.error is None]
+    if token_ids and token_ids[-1] in processor.tokenizer.stop_ids:
         token_ids.pop()
     text = "".join(chunk.text for chunk in chunks)
-    return Result(text, token_ids, last.finish_reason or "stop", last.stats)
+    return Result(text, token_ids, last.finish_reason or "stop", last.stats, last.error)
 
 
 class AnswerText:
@@ -116,8 +135,8 @@ def _overlap(text: str, stop: str) -> int:
 class Clock:
     """Timestamps of one answer in seconds, from `time.perf_counter`."""
 
-    started: float
-    preprocess: float
+    started: float = 0.0
+    preprocess: float = 0.0
     vision: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -143,3 +162,51 @@ class Clock:
             generation_tokens=count,
             peak_memory_bytes=mx.get_peak_memory(),
         )
+
+
+class Answer:
+    """An answer in progress: from tokens to chunks."""
+
+    def __init__(
+        self,
+        text: AnswerText,
+        stop_ids: Collection[int],
+        max_tokens: int,
+        *,
+        prompt_tokens: int,
+        image_tokens: int,
+    ):
+        """Begin an answer of at most `max_tokens`, which one of `stop_ids` ends."""
+        self._text, self._stop_ids, self._max_tokens = text, stop_ids, max_tokens
+        self._prompt_tokens, self._image_tokens, self._cached_tokens = (
+            prompt_tokens,
+            image_tokens,
+            0,
+        )
+        self._clock = Clock()
+        self.count = 0  # tokens so far
+
+    def begin(self, clock: Clock, cached_tokens: int) -> None:
+        """Record the times of the prefill, and how many tokens of the prompt were known."""
+        self._clock, self._cached_tokens = clock, cached_tokens
+
+    def add(
+        self, token: int, *, is_complete: bool, logprobs: LogProbabilities | None = None
+    ) -> Chunk:
+        """Add a token; `is_complete` says that nothing but an end may follow."""
+        self.count += 1
+        self._clock.record_token(self.count)
+        finish_reason = "length" if self.count == self._max_tokens else None
+        if token in self._stop_ids or self._text.feed(token) or is_complete:
+            finish_reason = "stop"
+        text = self._text.take(final=finish_reason is not None)
+        logprob, top = (None, ()) if logprobs is None else logprobs
+        return Chunk(text, token, finish_reason, self._stats(), logprob, top)
+
+    def fail(self, error: Exception) -> Chunk:
+        """The last chunk of an answer that cannot go on."""
+        return Chunk(self._text.take(final=True), -1, "error", self._stats(), error=error)
+
+    def _stats(self) -> Stats:
+        prompt = self._prompt_tokens, self._image_tokens, self._cached_tokens
+        return self._clock.stats(self.count, *prompt)

@@ -125,11 +125,22 @@ class ConstrainedSampler(Sampler):
 class ConstrainedDecoder(Decoder):
     """Runs the decoder for one answer that must meet a constraint."""
 
-    _sampler: ConstrainedSampler
+    sampler: ConstrainedSampler
+    waits = True
 
-    def _sample(self, logits: mx.array) -> PendingToken:
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but an end may follow the tokens accepted."""
+        return self.sampler.matcher.is_complete
+
+    def _start(self, logits: mx.array) -> PendingToken:
         mx.async_eval(logits)  # while the mask is computed
-        return super()._sample(logits)
+        return super()._start(logits)
+
+    def accept(self, value: int) -> None:
+        """Check a token that has been read, and add it to the answer."""
+        super().accept(value)
+        self.sampler.matcher.advance(value)
 
     def tokens(self, pending: PendingToken, max_tokens: int) -> Iterator[int]:
         """Yield tokens; the pass of each step is queued before the previous token is read."""
@@ -141,12 +152,11 @@ class ConstrainedDecoder(Decoder):
                 mx.async_eval(logits)
             value = cast(int, pending.token.item())
             if value == UNDECIDED:
-                pending = self._sample_again(pending, trim=int(logits is not None))
+                pending = self._start_again(pending, trim=int(logits is not None))
                 continue
-            self._check_finite(value)
-            self._sampler.matcher.advance(value)
-            if logits is None or self._sampler.matcher.is_complete:
+            self.accept(value)
+            if logits is None or self.is_complete:
                 yield value
                 return
-            pending, count = self._sample(logits), count + 1
+            pending, count = self._start(logits), count + 1
             yield value

@@ -99,7 +99,7 @@ def test_closed_images_are_refused(demo: Any, clip: Any) -> None:
         {"seed": np.uint32(7), "temperature": np.float32(1e-3)},
         {"temperature": 1, "top_k": np.int16(1)},
         {"top_p": np.float64(1), "min_p": np.float16(0), "repetition_penalty": np.float32(1)},
-        {"resolution": np.int64(256)},
+        {"resolution": np.int64(384)},
         {"kv_bits": np.int8(8)},
         {"stop": None},
         {"stop": ("zzz",)},
