@@ -1,0 +1,93 @@
+"""HTTP/1.1 connections with limits on time and number, which uvicorn leaves to a proxy."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError
+
+
+class BoundedProtocol(H11Protocol):
+    """A connection that must send each head, and take each response, within some seconds."""
+
+    header_s: float
+    write_s: float
+    max_connections: int
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Accept a connection, unless there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+            return
+        # Whatever a client does not take counts as pending, however little it is.
+        transport.set_write_buffer_limits(high=0)
+        self._watch_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks."""
+        self._cancel("_header_timer")
+        self._cancel("_write_timer")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read what a client has sent."""
+        super().data_received(data)
+        self._watch_header()
+
+    def on_response_complete(self) -> None:
+        """Go on with what the client has sent meanwhile, perhaps a part of a head."""
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:
+            self._watch_header()
+
+    def _watch_header(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel("_header_timer")
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_s, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that does not take what was sent."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting."""
+        super().resume_writing()
+        self._cancel("_write_timer")
+
+    def _cancel(self, name: str) -> None:
+        timer = getattr(self, name)
+        if timer is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, in the shape of all errors; or hang up amid a response."""
+        response = ApiError(400, msg).response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        try:
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+
+def bounded_protocol(
+    header_s: float, write_s: float, max_connections: int
+) -> type[BoundedProtocol]:
+    """A class of connections with these limits, as uvicorn wants it."""
+    limits = {"header_s": header_s, "write_s": write_s, "max_connections": max_connections}
+    return type("LimitedProtocol", (BoundedProtocol,), limits)
