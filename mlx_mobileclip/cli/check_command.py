@@ -11,7 +11,7 @@ from .options import add_model_arguments
 if TYPE_CHECKING:
     from ..check.report import Report
 
-HELP = "check that this machine computes what the model states"
+HELP = "check that this machine computes correct values"
 EXAMPLES = (
     "mlx-mobileclip check --model demo",
     "mlx-mobileclip check --model demo --dtype float16 --json",

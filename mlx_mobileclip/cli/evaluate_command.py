@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
         if present < len(labels) or args.classes_from_folders:
             results = {"classes": present, "labels": len(labels), **results}
     else:
-        paths, captions, owners = karpathy_test(args.captions, args.images)
+        paths, captions, image_of_text = karpathy_test(args.captions, args.images)
         model, processor = load_model(args)
-        results = evaluate_retrieval(model, processor, paths, captions, owners, **options)
+        results = evaluate_retrieval(model, processor, paths, captions, image_of_text, **options)
     if args.json:
         print(json.dumps({"model": args.model, **results}))
         return

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..defaults import DEFAULT_MODEL
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..json_fields import Fields
 from ..paths import user_path
 
@@ -95,6 +98,41 @@ def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="default: %(default)s"
     )
+
+
+def add_index_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --index."""
+    parser.add_argument(
+        "--index", type=named_path, metavar="FILE", help="the index, instead of the user's own"
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that lists photos."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument("--paths", action="store_true", help="print a path a line")
+    group.add_argument(
+        "-0", dest="print0", action="store_true", help="print paths that end with NUL, for xargs -0"
+    )
+
+
+def print_paths(paths: Sequence[str], args: argparse.Namespace) -> None:
+    """Print the bytes of paths, ended as the options say.
+
+    Raises:
+        DataError: with --paths, a name contains a newline.
+    """
+    end = b"\0" if args.print0 else b"\n"
+    for path in paths:
+        if "\n" in path and not args.print0:
+            raise DataError(f"{path}: has a newline in its name; use -0 instead of --paths")
+    output = getattr(sys.stdout, "buffer", None)
+    if output is None:  # replaced by something without bytes
+        print("".join(path + end.decode() for path in paths), end="")
+        return
+    sys.stdout.flush()
+    output.write(b"".join(os.fsencode(path) + end for path in paths))
 
 
 def named_path(name: str) -> Path:

@@ -1,0 +1,1 @@
+"""A library of photos: an index on disk that texts and images search."""
