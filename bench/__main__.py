@@ -1,9 +1,9 @@
-"""The command line: `python -m bench counts|roofline|compare|mac|attacks|schema`."""
+"""The command line: `python -m bench COMMAND`; bench/README.md describes the commands."""
 
 import argparse
 import sys
 
-from . import attacks, compare, counts, mac, roofline, schema
+from . import attacks, batch, compare, counts, mac, roofline, schema, search, server
 from .record import add_record_argument, machine_info, write_report
 
 COMMANDS = {
@@ -13,6 +13,9 @@ COMMANDS = {
     "mac": mac,
     "attacks": attacks,
     "schema": schema,
+    "search": search,
+    "batch": batch,
+    "server": server,
 }
 
 

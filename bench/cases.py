@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 DECODE_PROMPT = 300  # tokens before the timed ones
 FASTVLM = ("ours", "mlx-vlm", "transformers")
-MOBILECLIP = ("ours", "open_clip")
+MOBILECLIP = ("ours", "open_clip", "onnxruntime")
 VARIANTS = {  # those that open_clip supports too
     "s0": "MobileCLIP2-S0",
     "s2": "MobileCLIP-S2",
@@ -50,6 +50,11 @@ class Case:
         """Whether the case only preprocesses images, which never uses a GPU."""
         return self.work in ("preprocess", "photo")
 
+    @property
+    def is_headline(self) -> bool:
+        """Whether FLOPs, tokens and weights are reported beside the times."""
+        return self.name.startswith("headline")
+
 
 def standard(size: str) -> list[Case]:
     """Cases that `python -m bench compare` runs; size "tiny" is for a quick trial."""
@@ -77,6 +82,23 @@ def clip_case(name: str, tower: str, batch: int) -> Case:
     return Case(
         f"clip-{name}-{tower}-{batch}", tower, MOBILECLIP, batch=batch, variant=VARIANTS[name]
     )
+
+
+def headline(size: str) -> list[Case]:
+    """Cases of the claims in the models' papers; slow, so only on request.
+
+    FastVLM's first token beside LLaVA-OneVision's, and the images a second of MobileCLIP-S2
+    beside those of CLIP ViT-B/16.
+    """
+    models = ("ours", "transformers", "llava-onevision")
+    variant = VARIANTS["s0" if size == "tiny" else "s2"]
+    return [
+        Case("headline-first-token", "first", models, size),
+        Case(
+            "headline-images", "image", ("ours", "open_clip", "openai-clip"),
+            batch=2 if size == "tiny" else 16, variant=variant,
+        ),
+    ]  # fmt: skip
 
 
 def scaling(size: str) -> list[Case]:

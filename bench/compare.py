@@ -35,15 +35,25 @@ INSTALL = {
     "mlx-lm": "pip install .",
     "transformers": 'pip install ".[parity]"',
     "open_clip": 'pip install ".[parity]"',
+    "onnxruntime": "pip install onnxruntime onnxscript",
+    "openai-clip": 'pip install ".[parity]"',
+    "llava-onevision": 'pip install ".[parity]"',
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Results of a contender: seconds of each turn, and peak memory in bytes."""
+    """Results of a contender.
+
+    Attributes:
+        seconds: Duration of each turn.
+        peak_bytes: Peak memory.
+        work: "flops", "tokens" and "weights", see worker.py; for headline cases only.
+    """
 
     seconds: list[float]
     peak_bytes: int
+    work: dict[str, int] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +85,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     selected = cases.scaling(args.size) if args.scaling else cases.standard(args.size)
     selected = [replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in selected]
     if args.only:
+        selected += [
+            replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in cases.headline(args.size)
+        ]
         names = ", ".join(case.name for case in selected)
         selected = [case for case in selected if case.name.startswith(tuple(args.only))]
         if not selected:
@@ -93,7 +106,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             except KeyboardInterrupt:
                 if not results:
                     raise
-                notes.append(f"Stopped by hand at {case.name}.")
+                notes.append(f"Interrupted at {case.name}.")
                 break
             new_rows = list(_rows(case, measured))
             print("\n".join(" ".join(row) for row in new_rows), file=sys.stderr, flush=True)
@@ -101,12 +114,16 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             taken = {name: asdict(figures) for name, figures in measured.items()}
             results.append(asdict(case) | {"measured": taken})
     header = ("case", "contender", "median, s", "range", "ours: times faster", "range", "peak, MB")
+    tables = [table(header, rows)]
+    if work_rows := [row for result in results for row in _work_rows(result)]:
+        columns = ("case", "contender", "GFLOP", "prompt, tokens", "weights, MB")
+        tables.append(table(columns, work_rows))
     notes += [f"{name} is left out: {why}" for name, why in absent.items()]
     device = mx.device_info().get("device_name", "") if not on_cpu() else "the CPU"
     notes.append(f"In {args.dtype}, on {device}.")
     notes.append(f"Load average before the run: {load:.1f}; an idle machine is below 0.5.")
     record = {"results": results, "absent": absent, "load_before": load, "device": device}
-    return "\n\n".join([table(header, rows), *notes]), record
+    return "\n\n".join([*tables, *notes]), record
 
 
 def measure(
@@ -143,7 +160,11 @@ def measure(
                     absent[f"{name} at {case.name}"] = "it failed"
                     del workers[name]
         return {
-            name: Measured(seconds[name][1:], worker.ask("peak")["bytes"])
+            name: Measured(
+                seconds[name][1:],
+                worker.ask("peak")["bytes"],
+                worker.ask("work") if case.is_headline else None,
+            )
             for name, worker in workers.items()
         }
 
@@ -200,3 +221,11 @@ def _rows(case: Case, measured: dict[str, Measured]) -> Iterator[list[str]]:
             "" if name == OURS else f"{min(ratios):.2f} to {max(ratios):.2f}",
             f"{figures.peak_bytes / 1e6:.0f}",
         ]
+
+
+def _work_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    for name, figures in result["measured"].items():
+        if work := figures["work"]:
+            flops = f"{work['flops'] / 1e9:.0f}" if work["flops"] else "as in PyTorch"
+            tokens = str(work["tokens"] or "")
+            yield [result["name"], name, flops, tokens, f"{work['weights'] / 1e6:.0f}"]

@@ -1,6 +1,6 @@
 """Measure on a Mac what cannot be measured elsewhere, and write a record to send back.
 
-Each measurement decides between formulations that this package could use, or replaces an estimate.
+Each measurement compares implementations of an operation, or replaces an estimate.
 Random weights take the same time as trained ones, but the effect of half precision can only be
 measured with --model apple/FastVLM-0.5B.
 """
@@ -27,6 +27,8 @@ import mlx_fastvlm
 import mlx_mobileclip
 from mlx_fastvlm import FastVLM
 from mlx_mobileclip import Quantization
+from mlx_mobileclip.device import backend
+from mlx_mobileclip.gpu import depthwise as gpu_depthwise
 
 from . import ROOT, cases, checkpoints, inputs
 from .power import Power
@@ -129,7 +131,7 @@ def random(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     return array
 
 
-# Comparisons of formulations.
+# Comparisons of implementations.
 
 
 def pointwise(setting: Setting) -> Figures:
@@ -170,6 +172,12 @@ def depthwise(setting: Setting) -> Figures:
         taken = setting.kernel_seconds(convolve, x, weight)
         yield Figure(name, "", 2 * 49 * x.size / taken / 1e9, "GFLOP/s")
         yield Figure(name, "", 2 * x.nbytes / taken / 1e9, "GB/s")
+        own = None if backend() == "cpu" else gpu_depthwise.arranged([weight])
+        if own is not None:  # a candidate; FASTER_ON in its file lists where it is used
+            biases = mx.zeros((1, channels))
+            mx.eval(own, biases)
+            taken = setting.kernel_seconds(gpu_depthwise.depthwise_conv, x, own, biases, 1)
+            yield Figure(name, "own kernel", 2 * 49 * x.size / taken / 1e9, "GFLOP/s")
         if stage < 4:
             name = (
                 f"depthwise 7x7, {channels} to {2 * channels} channels, {side} x {side}, stride 2"
@@ -255,18 +263,19 @@ def decode(setting: Setting) -> Figures:
 
 def buffers(setting: Setting) -> Figures:
     """Vary how much work MLX collects per command buffer, in new processes that read it once."""
-    for operations, megabytes in ((None, None), (200, 1000)):
+    for operations in (None, 100):
         environment = dict(os.environ)
         if operations:
             environment["MLX_MAX_OPS_PER_BUFFER"] = str(operations)
-            environment["MLX_MAX_MB_PER_BUFFER"] = str(megabytes)
+        variant = f"{operations} operations" if operations else "MLX's default"
         record = setting.directory / "buffers.json"
         options = ["--model", setting.model, "--size", setting.size, "--record", str(record)]
-        command = [sys.executable, "-m", "bench", "mac", "--only", "tower", *options]
+        options += ["--only", "tower", "--only", "answer"]
+        command = [sys.executable, "-m", "bench", "mac", *options]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        (figure, *_) = json.loads(record.read_text())["figures"]
-        variant = f"{operations} operations, {megabytes} MB" if operations else "MLX's default"
-        yield Figure("image tower, by size of command buffers", variant, figure["value"], "ms")
+        for figure in json.loads(record.read_text())["figures"]:
+            name = f"{figure['measurement']}, {figure['variant']}, by command buffers"
+            yield Figure(name, variant, figure["value"], figure["unit"])
 
 
 def matrix_units(setting: Setting) -> Figures:

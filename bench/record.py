@@ -23,6 +23,7 @@ PACKAGES = (
     "transformers",
     "timm",
     "open_clip_torch",
+    "onnxruntime",
     "pillow",
 )
 # Prefixes of environment variables that affect speed.
@@ -36,6 +37,7 @@ def machine_info() -> dict[str, Any]:
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_memory_gb()} GB",
         "system": platform.platform(),
         "blas": Path(preload()).resolve().name,
+        "blas_kernel": blas_kernel(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(SETTINGS)},
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         "versions": {"python": platform.python_version()} | _versions(),
@@ -52,6 +54,30 @@ def preload() -> str:
     return os.environ.get("LD_PRELOAD", str(found[0]) if found else "")
 
 
+def blas_kernel() -> str:
+    """Name of the kernel that OpenBLAS selects here; empty without OpenBLAS.
+
+    OPENBLAS_CORETYPE in the environment overrides its choice; then both are named.
+    """
+    kernel = _blas_kernel(dict(os.environ))
+    forced = os.environ.get("OPENBLAS_CORETYPE")
+    if not kernel or not forced:
+        return kernel
+    chosen = _blas_kernel({k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"})
+    return f"{kernel} by OPENBLAS_CORETYPE={forced}, {chosen} without it"
+
+
+def _blas_kernel(environment: dict[str, str]) -> str:
+    """The kernel's name, asked for in a process of its own, since it is chosen at loading."""
+    code = (
+        "import ctypes, sys; name = ctypes.CDLL(sys.argv[1]).openblas_get_corename; "
+        "name.restype = ctypes.c_char_p; print(name().decode())"
+    )
+    command = [sys.executable, "-c", code, preload()]
+    environment = {k: v for k, v in environment.items() if k != "LD_PRELOAD"}
+    return _output(*command, env=environment) if preload() else ""
+
+
 def _processor() -> str:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
@@ -65,9 +91,10 @@ def _memory_gb() -> int:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
 
 
-def _output(*command: str) -> str:
+def _output(*command: str, env: dict[str, str] | None = None) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -108,7 +135,7 @@ def write_report(
 ) -> None:
     """Print the tables and their origin; write them and the record if a file is given."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    blas = f", {machine['blas']}" if machine["blas"] else ""
+    blas = f", {machine['blas']} ({machine['blas_kernel']})" if machine["blas"] else ""
     settings = "".join(f", {name}={value}" for name, value in machine["environment"].items())
     origin = (
         f"{machine['date']}, {machine['machine']}, {machine['system']}: {versions}{blas}{settings}."

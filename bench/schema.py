@@ -1,4 +1,4 @@
-"""Time what a schema adds to an answer, for a vocabulary of 151,936 tokens."""
+"""Time the overhead of constrained generation, for a vocabulary of 151,936 tokens."""
 
 import argparse
 import os
@@ -49,11 +49,11 @@ ANSWER = (
     '{"name":"Some long name, of a person","age":42,"tags":["cached words","those graphs"],'
     '"kind":"green","mail":"abc@def.com","share":-1.25}'
 )
-FREE = r"(?s).*"
+ANY_TEXT = r"(?s).*"
 
 
 class Vocabulary:
-    """A tokenizer as large as Qwen2's: bytes, beginnings of words, and pairs of these."""
+    """A tokenizer of the size of Qwen2's: bytes, beginnings of words, and pairs of these."""
 
     def __init__(self) -> None:
         tokens = dict.fromkeys(bytes([byte]) for byte in range(256))
@@ -76,7 +76,7 @@ class Vocabulary:
         return self._tokens[token_id] if token_id < len(self._tokens) else b""
 
     def encode(self, text: str) -> list[int]:
-        """The longest tokens, from the left."""
+        """Encode greedily, by the longest token from the left."""
         data, ids = text.encode(), []
         while data:
             length = next(n for n in range(min(24, len(data)), 0, -1) if data[:n] in self._ids)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def time_masks(tokenizer: Any, repeats: int) -> dict[str, list[float]]:
-    """Seconds of processor time, so that other work on the machine does not count."""
+    """Processor time in seconds, which does not depend on other load."""
     figures: dict[str, list[float]] = {"check of the schema": [], "first mask": [], "mask": []}
     figures |= {"mask and its lookup": []}
     for _ in range(repeats):
@@ -127,14 +127,14 @@ def timed(times: list[float], compute: Callable[[], Any]) -> Any:
     return result
 
 
-def constrained(**given: Any) -> Constraint:
-    constraint = Constraint.of(given.get("schema"), None, given.get("regex"))
+def constrained(schema: Any = None, regex: str | None = None) -> Constraint:
+    constraint = Constraint.of(schema, None, regex)
     assert constraint
     return constraint
 
 
 class NoMatcher:
-    """Allows everything at no cost, to time what waiting for each token costs."""
+    """Allows every token, to time only the waiting for each token."""
 
     is_complete = False
 
@@ -146,7 +146,7 @@ class NoMatcher:
 
 
 def time_steps(tokenizer: Any, size: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds for each token, with random weights; the ways take turns."""
+    """Seconds per token with random weights; the variants take turns."""
     model = models.ours(size)
     model.set_dtype(default_dtype())
     mx.eval(model.parameters())
@@ -161,14 +161,14 @@ def time_steps(tokenizer: Any, size: str, repeats: int) -> dict[str, list[float]
             decoder = ConstrainedDecoder(model, cache, sampler, VOCABULARY)
         return decoder.tokens(decoder.queue(mx.array([ids])), TOKENS)
 
-    ways: dict[str, Callable[[], Any]] = {
+    variants: dict[str, Callable[[], Any]] = {
         "token without constraint": lambda: None,
         "token, each waited for": NoMatcher,
-        "token with regex " + FREE: lambda: Matcher(constrained(regex=FREE), tokenizer),
+        "token with regex " + ANY_TEXT: lambda: Matcher(constrained(regex=ANY_TEXT), tokenizer),
     }
-    figures: dict[str, list[float]] = {name: [] for name in ways}
+    figures: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
-        for name, matcher in ways.items():
+        for name, matcher in variants.items():
             tokens = decode(matcher())
             next(tokens)
             started = time.perf_counter()

@@ -4,6 +4,8 @@ Answers each line on stdin with a line of JSON on stdout. "run": {"seconds"}, th
 work; short work is repeated for TURN_S and the median reported. "peak": {"bytes"}, peak memory
 since loading ended: on a GPU as counted by MLX or PyTorch (PyTorch on a Mac only reports what it
 holds at the end), else resident memory (since loading only on Linux, elsewhere since the start).
+"work": {"flops", "tokens", "weights"}: operations of one repetition as PyTorch counts them, tokens
+of the prompt, and bytes of weights; 0 where that does not apply.
 """
 
 import gc
@@ -22,7 +24,13 @@ from .contenders import Repeat
 
 TURN_S = 1.0
 # Modules of contenders, where the name differs.
-MODULES = {"mlx-vlm": "mlx_vlm", "mlx-lm": "mlx_lm"}
+MODULES = {
+    "mlx-vlm": "mlx_vlm",
+    "mlx-lm": "mlx_lm",
+    "onnxruntime": "onnx_runtime",
+    "openai-clip": "openai_clip",
+    "llava-onevision": "llava_onevision",
+}
 
 
 def main() -> None:
@@ -40,6 +48,7 @@ def main() -> None:
         answer(missing=error.name)
         return
     repeat = contender.prepare(case, checkpoint)
+    weights = weight_bytes() if case.is_headline else 0
     reset_peak()
     on_gpu = case.gpu and not case.preprocesses
     answer(ready=True)
@@ -47,6 +56,9 @@ def main() -> None:
     for request in sys.stdin:
         if request.strip() == "peak":
             answer(bytes=gpu_peak() if on_gpu else peak())
+        elif request.strip() == "work":
+            tokens = contender.prompt_tokens(case) if case.work == "first" else 0
+            answer(flops=flops(repeat), tokens=tokens, weights=weights)
         else:
             answer(seconds=median(turn(repeat, repetitions)))
 
@@ -70,6 +82,26 @@ def synchronize() -> None:
     if "mlx.core" in sys.modules:
         sys.modules["mlx.core"].synchronize()
     gc.collect()
+
+
+def flops(repeat: Repeat) -> int:
+    """Operations of one repetition in PyTorch, a product and a sum as two; else 0."""
+    if "torch" not in sys.modules:
+        return 0
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        repeat(0)()
+    return int(counter.get_total_flops())
+
+
+def weight_bytes() -> int:
+    """Bytes of the weights: of PyTorch's parameters, else of what MLX holds after loading."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return int(sys.modules["mlx.core"].get_active_memory())
+    found = (x for x in gc.get_objects() if type(x) is torch.nn.Parameter)
+    return sum(x.nbytes for x in found if x.device.type != "meta")
 
 
 def reset_peak() -> None:

@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variant",
         metavar="V",
-        help="MobileCLIP: the published model that SRC is built like, such as MobileCLIP2-S0, if "
-        "its name does not show it",
+        help="MobileCLIP: published model with the architecture of SRC, such as MobileCLIP2-S0, if "
+        "its name does not state it",
     )
     add_description_arguments(parser)
     parser.add_argument(

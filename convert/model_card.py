@@ -77,13 +77,13 @@ def quality_table(size: Size, quality: Agreement | Similarity) -> str:
         rows += [
             ("bytes read per token of an answer", f"{size.per_token_bytes:,}"),
             (f"KL divergence, mean of {quality.positions} tokens", f"{quality.kl:.3g} nats"),
-            ("same likeliest token", f"{100 * quality.top_1:.1f} %"),
+            ("same most likely token", f"{100 * quality.top_1:.1f} %"),
         ]
     else:
         rows.append(("cosine of image embeddings, mean", f"{quality.image:.5f}"))
         if quality.text is not None and quality.top_1 is not None:
             rows.append(("cosine of text embeddings, mean", f"{quality.text:.5f}"))
-            rows.append(("same likeliest of 48 labels", f"{100 * quality.top_1:.1f} %"))
+            rows.append(("same most likely of 48 labels", f"{100 * quality.top_1:.1f} %"))
     body = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"| against the unquantised model | |\n|---|---|\n{body}"
 

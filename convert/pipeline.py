@@ -64,9 +64,9 @@ def convert(
         mlx_path: Directory to create. It appears when it is complete.
         revision: Branch, tag or commit of the repository.
         dtype: "float16", "bfloat16" or "float32", of the weights that are not quantised.
-        variant: MobileCLIP: the published model it is built like, if its name does not show it.
+        variant: MobileCLIP: published model with its architecture, if its name does not state it.
         config: MobileCLIP: JSON file that describes the checkpoint, in place of those beside it.
-        preprocess: MobileCLIP: how images are prepared, in place of the checkpoint's settings.
+        preprocess: MobileCLIP: image preprocessing, in place of the checkpoint's settings.
         vision_from: FastVLM: checkpoint to take the image tower from, if it has none itself.
         layout: FastVLM: "mlx-vlm" or "transformers" to write the layout of that runtime.
         quantize: Quantise Linear and Embedding layers.
@@ -174,7 +174,7 @@ def _write(
     source.write_tokenizer(directory)
     name, revision = source.checkpoint.name, source.checkpoint.revision
     origin = f"{name}, commit {revision}" if revision else name
-    change = _change(config.source.get("vision_from"), options, bool(layers))
+    change = _describe_changes(config.source.get("vision_from"), options, bool(layers))
     reports, quality = list[str](), ""
     if left_out := copy_licence(source.checkpoint.path, directory, origin, change):
         reports.append(
@@ -220,8 +220,8 @@ def _stored(
     return config, as_stored(tensors, DTYPES[options.dtype], layers)
 
 
-def _change(vision_from: str | None, options: ConvertOptions, quantized: bool) -> str:
-    """Describe for the notice how the weights were changed."""
+def _describe_changes(vision_from: str | None, options: ConvertOptions, quantized: bool) -> str:
+    """Describe the changes to the weights, for the notice."""
     tower = f"Image tower taken from: {vision_from}\n" if vision_from else ""
     form = f"{options.layout}'s layout" if options.layout else "MLX"
     suffix = ", quantised" if quantized else ""

@@ -7,10 +7,12 @@ from mlx_mobileclip.terminal import CommandParser, open_standard_streams
 
 from .check import command as check
 from .cli import generate
+from .server import command as server
 
 COMMANDS = {
     "generate": (generate.main, "answer a question about images"),
     "check": (check.main, check.HELP),
+    "server": (server.main, server.HELP),
 }
 
 
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, (_, help_text) in COMMANDS.items():
         commands.add_parser(name, help=help_text)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
-        parser.error(f"a command comes first, such as: mlx-fastvlm generate {argv[0]}")
+        parser.error(f"give a command first, such as: mlx-fastvlm generate {argv[0]}")
     parser.parse_args(argv[:1])  # exits with help, version or a usage error
     return 2
 

@@ -10,10 +10,11 @@ import mlx.core as mx
 from mlx_mobileclip.checkpoints.hub import DEMO, Checkpoint, resolve
 from mlx_mobileclip.checkpoints.safetensors import read_tensors
 from mlx_mobileclip.checkpoints.weights import assign
-from mlx_mobileclip.concurrency import enter
+from mlx_mobileclip.concurrency import register_thread
 from mlx_mobileclip.cpu import process
 from mlx_mobileclip.device import parse_dtype
 from mlx_mobileclip.errors import CheckpointError, ConfigError
+from mlx_mobileclip.gpu.elementwise import compile_all
 from mlx_mobileclip.json_fields import read_json
 from mlx_mobileclip.layers import prepare
 from mlx_mobileclip.quantization import Quantization, quantize_parts
@@ -84,14 +85,15 @@ def load_checkpoint(
 
     If answers will be constrained, the table that this needs is begun in a thread.
     """
-    enter()
+    register_thread()
     config, tensors = read_canonical(checkpoint, vision_from)
     model = FastVLM(config)
     if group is not None:
         tensors = shard(model, tensors, group, checkpoint.name)
     model.eval()
-    with ThreadPoolExecutor(1) as executor:  # reading 152k tokens takes half a second
+    with ThreadPoolExecutor(2) as executor:  # reading 152k tokens takes half a second
         tokenizer = executor.submit(read_tokenizer, checkpoint, config)
+        executor.submit(compile_all, parse_dtype(dtype))
         if constrained:
             executor.submit(lambda: vocabulary(tokenizer.result()))
         assign(model, tensors, parse_dtype(dtype), checkpoint.name)

@@ -15,6 +15,11 @@ from .eval.metrics import top_k_accuracy as top_k_accuracy
 from .eval.zero_shot import Prediction as Prediction
 from .eval.zero_shot import build_zero_shot_classifier as build_zero_shot_classifier
 from .eval.zero_shot import classify as classify
+from .library.index import IndexSummary as IndexSummary
+from .library.library import Library as Library
+from .library.maintenance import Problem as Problem
+from .library.match import Match as Match
+from .library.results import SearchResults as SearchResults
 from .loader import load as load
 from .models.clip import MobileCLIP as MobileCLIP
 from .models.clip import MobileCLIPConfig as MobileCLIPConfig

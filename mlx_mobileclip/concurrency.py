@@ -2,7 +2,7 @@
 
 MLX 0.32.4 caches compiled functions per thread and frees them when the OS thread ends. That takes
 the GIL, and aborts the process if Python is shutting down at that moment. Before Python 3.13 `join`
-returns before the OS thread has ended, so at exit we wait for the threads that have used a model. A
+returns before the OS thread has ended, so at exit we wait for all registered threads. A
 forked child has none of its parent's threads, including MLX's, and would wait for them forever.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from .errors import ModelError
 
-WAIT_S = 1.0  # at most, for all threads together
-FALLBACK_S = 0.05  # where OS threads cannot be listed
-TASKS = Path("/proc/self/task")  # on Linux, a directory for each thread of the process
+WAIT_S = 1.0  # limit for all threads together
+FALLBACK_S = 0.05  # if OS threads cannot be listed
+TASKS = Path("/proc/self/task")  # on Linux: one directory per OS thread
 
 
 class _Process:
@@ -30,16 +30,16 @@ class _Process:
 class _Thread(threading.local):
     """State of one Python thread."""
 
-    is_known = False
+    is_registered = False
 
 
 _process = _Process()
 _thread = _Thread()
-_workers: set[int] = set()  # threads other than the main one that have used a model
+_workers: set[int] = set()  # native ids of registered threads, without the main one
 
 
-def enter() -> None:
-    """Record that this thread uses MLX; every function that runs a model calls it first.
+def register_thread() -> None:
+    """Register this thread as a user of MLX; functions that load or run a model call it first.
 
     Raises:
         ModelError: the process was forked from one that had used MLX.
@@ -49,8 +49,8 @@ def enter() -> None:
             "this process was forked from one that had loaded a model, and MLX cannot compute "
             "here; start it with multiprocessing's 'spawn' method, or fork before the first load"
         )
-    if not _thread.is_known:
-        _thread.is_known = _process.uses_mlx = True
+    if not _thread.is_registered:
+        _thread.is_registered = _process.uses_mlx = True
         if threading.current_thread() is not threading.main_thread():
             _workers.add(threading.get_native_id())
 
@@ -61,7 +61,7 @@ def _after_fork() -> None:
 
 
 def _wait_for_workers() -> None:
-    """Wait until the OS threads of finished Python threads that have used a model have ended."""
+    """Wait until the OS threads of finished Python threads that used MLX have ended."""
     running = {thread.native_id for thread in threading.enumerate()}
     ended = _workers - running
     if not ended or sys.version_info >= (3, 13):

@@ -22,6 +22,11 @@ def backend() -> str:
     return "cpu" if on_cpu() else "metal" if on_metal() else "cuda"
 
 
+def reserves_memory() -> bool:
+    """Whether to allocate buffers for all that may come; on a GPU, larger ones are slower."""
+    return on_cpu()
+
+
 def default_dtype() -> mx.Dtype:
     """float16 on a GPU; float32 on a CPU, where half precision is slow."""
     return mx.float32 if on_cpu() else mx.float16

@@ -1,11 +1,10 @@
 """Layers of the models, in the implementation that is fast on the device in use.
 
-This is the only model code that depends on the device. On a GPU and in training, layers use plain
-MLX operations. On a CPU they use `cpu/`, in many cases only in float32, and a feature map may be an
-array or `Rows`.
+This is the only model code that depends on the device. In training, layers use plain MLX
+operations; on a GPU mostly, too, with a few kernels in `gpu/`. On a CPU they use `cpu/`, in many
+cases only in float32, and a feature map may be an array or `Rows`.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,10 +17,12 @@ from .cpu import depthwise, elementwise, executor, matmul, stem
 from .cpu.rows import FeatureMap as FeatureMap
 from .cpu.rows import Rows, map_rows, positionwise
 from .cpu.rows import whole as whole
+from .derived import derived
 from .device import on_cpu, on_metal
-from .errors import ModelError
-
-PAD_HEADS_FROM = 512  # positions; estimated from bytes and FLOPs, measured by `bench mac`
+from .gpu import depthwise as gpu_depthwise
+from .gpu import elementwise as gpu_elementwise
+from .gpu.attention import pad_heads_from
+from .gpu.queue import WorkQueue
 
 
 def _on_cpu_in_float32(x: FeatureMap, training: bool) -> bool:
@@ -39,15 +40,14 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.weight = mx.zeros((channels, kernel_size, kernel_size, 1))
         self.stride = stride
-        self._banded: tuple[list[mx.array], mx.array] | None = None  # cache: kernels, matrix
 
     def kernels(self) -> list[mx.array]:
         """The kernel in a list, (C, k, k, 1)."""
         return [self.weight]
 
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up."""
-        return _depthwise(x, self)
+    def __call__(self, x: FeatureMap, bias: mx.array | None = None) -> FeatureMap:
+        """(B, H, W, C) to (B, H/s, W/s, C), sizes rounded up; adds a bias if one is given."""
+        return _depthwise(x, self, bias)
 
 
 class DepthwiseKernel(nn.Module):
@@ -59,7 +59,7 @@ class DepthwiseKernel(nn.Module):
 
 
 class DepthwiseConvDouble(nn.Module):
-    """Grouped k x k convolution with two outputs per channel; `__call__` does not add the bias.
+    """Grouped k x k convolution with two outputs per channel.
 
     Stored as two depthwise kernels, for even and odd output channels, because MLX's fast Metal
     kernel supports only one output per channel.
@@ -71,59 +71,99 @@ class DepthwiseConvDouble(nn.Module):
         self.odd = DepthwiseKernel(channels, kernel_size)
         self.bias = mx.zeros((2 * channels,))
         self.stride = stride
-        self._banded: tuple[list[mx.array], mx.array] | None = None
 
     def kernels(self) -> list[mx.array]:
         """The two kernels, (C, k, k, 1) each."""
         return [self.even.weight, self.odd.weight]
 
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        """(B, H, W, C) to (B, H/s, W/s, 2C), without the bias."""
-        return _depthwise(x, self)
+    def __call__(self, x: FeatureMap, bias: mx.array | None = None) -> FeatureMap:
+        """(B, H, W, C) to (B, H/s, W/s, 2C); adds a bias, such as its own, if one is given."""
+        return _depthwise(x, self, bias)
 
 
-def _depthwise(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureMap:
+def _depthwise(
+    x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble, bias: mx.array | None
+) -> FeatureMap:
     """Apply the layer's kernels; the outputs of each channel are adjacent."""
+    if not layer.training and _own_kernel_supports(x, layer):
+        weights = layer.kernels() if bias is None else [*layer.kernels(), bias]
+        weight, biases = derived(layer, _own_kernel, weights)
+        return gpu_depthwise.depthwise_conv(whole(x), weight, biases, layer.stride)[0]
+    y = _conv(x, layer)
+    return y if bias is None else y + bias
+
+
+def _conv(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureMap:
+    """The convolution without a bias, by MLX or `cpu/`."""
     kernels, stride = layer.kernels(), layer.stride
     channels, kernel_size = kernels[0].shape[:2]
     if kernels[0].dtype == mx.float32 and _on_cpu_in_float32(x, layer.training):
-        return depthwise.depthwise_conv(x, _banded_matrix(layer), kernel_size, stride)
+        matrix = derived(layer, _banded_matrix, kernels)
+        return depthwise.depthwise_conv(x, matrix, kernel_size, stride)
     x = whole(x)
     ys = [mx.conv2d(x, kernel, stride, kernel_size // 2, groups=channels) for kernel in kernels]
     return ys[0] if len(ys) == 1 else mx.stack(ys, axis=-1).reshape(*ys[0].shape[:3], -1)
 
 
-def _banded_matrix(layer: DepthwiseConv | DepthwiseConvDouble) -> mx.array:
-    """The banded matrix of the layer's kernels for `depthwise_conv`, cached until they change."""
-    kernels, cached = layer.kernels(), layer._banded
-    if cached is not None and all(a is b for a, b in zip(cached[0], kernels, strict=True)):
-        return cached[1]
-    matrix = depthwise.banded_matrix(kernels, layer.stride)
-    try:
-        mx.eval(matrix)  # only the thread that created a lazy array can evaluate it
-    except ValueError:  # within transformations such as mx.compile, kernels have no values
-        return matrix
-    layer._banded = kernels, matrix
-    return matrix
+def conv_add_biases(
+    x: FeatureMap, mixer: nn.Module, next_bias: mx.array
+) -> tuple[FeatureMap, FeatureMap]:
+    """`add_biases` of a depthwise convolution; our own kernel does both.
+
+    Args:
+        x: (B, H, W, C).
+        mixer: Has `conv`, a `DepthwiseConv`, and `bias`.
+        next_bias: (C,).
+    """
+    conv = mixer.conv
+    if mixer.training or not _own_kernel_supports(x, conv):
+        return add_biases(conv(x), mixer, next_bias)
+    weight, biases = derived(mixer, _own_mixer, [conv.weight, mixer.bias, next_bias])
+    first, second = gpu_depthwise.depthwise_conv(whole(x), weight, biases, conv.stride)
+    return first, second
+
+
+def _own_kernel_supports(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> bool:
+    """Whether our own GPU kernel is in use, and can compute this layer."""
+    kernels = layer.kernels()
+    return gpu_depthwise.use_own() and gpu_depthwise.supports(whole(x), kernels[0], len(kernels))
+
+
+# What is computed from weights. Each function takes the layer and the weights it depends on.
+
+
+def _banded_matrix(layer: nn.Module, kernels: list[mx.array]) -> mx.array:
+    return depthwise.banded_matrix(kernels, layer.stride)
+
+
+def _own_kernel(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """The kernels of the layer as our own kernel takes them, and the bias after them or zeros."""
+    count = len(layer.kernels())
+    weight, bias = gpu_depthwise.arranged(weights[:count]), weights[count:]
+    return weight, bias[0].astype(mx.float32)[None] if bias else mx.zeros((1, weight.shape[1]))
+
+
+def _own_mixer(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
+    kernel, *biases = weights
+    return gpu_depthwise.arranged([kernel]), _summed_biases(layer, biases)
+
+
+def _summed_biases(layer: nn.Module, biases: list[mx.array]) -> mx.array:
+    """The first bias, and the sum of both, float32 (2, C)."""
+    first, second = (bias.astype(mx.float32) for bias in biases)
+    return mx.stack([first, first + second])
 
 
 def prepare(model: nn.Module) -> None:
-    """Fill the caches that layers would fill at first use, so that threads can share the model.
+    """Compute what layers would compute at first use, so that threads can share the model.
 
     Args:
         model: A model whose weights are evaluated.
     """
-    depthwise_layers = (DepthwiseConv, DepthwiseConvDouble) if on_cpu() else ()
+    layers = (DepthwiseConv, DepthwiseConvDouble) if on_cpu() else ()
     for layer in model.modules():
-        if isinstance(layer, depthwise_layers) and layer.kernels()[0].dtype == mx.float32:
-            _banded_matrix(layer)
-
-
-def release(model: nn.Module) -> None:
-    """Empty the caches of `prepare`, which hold what was computed from earlier weights."""
-    for layer in model.modules():
-        if isinstance(layer, (DepthwiseConv, DepthwiseConvDouble)):
-            layer._banded = None
+        if isinstance(layer, layers) and layer.kernels()[0].dtype == mx.float32:
+            derived(layer, _banded_matrix, layer.kernels())
 
 
 class StemConv(nn.Conv2d):
@@ -234,14 +274,7 @@ class GELU(nn.Module):
             return map_rows(self, x, bias)
         if _on_cpu_in_float32(x, self.training):
             return elementwise.gelu(x if bias is None else x + bias)
-        return nn.gelu(x) if bias is None else _bias_gelu(x, bias)
-
-
-@partial(mx.compile, shapeless=True)
-def _bias_gelu(x: mx.array, bias: mx.array) -> mx.array:
-    """GELU of x + bias in one kernel."""
-    x = x + bias
-    return x * (1 + mx.erf(x / 2**0.5)) / 2
+        return gpu_elementwise.gelu(x) if bias is None else gpu_elementwise.bias_gelu(x, bias)
 
 
 def swiglu(gate_up: mx.array, training: bool) -> mx.array:
@@ -255,12 +288,8 @@ def swiglu(gate_up: mx.array, training: bool) -> mx.array:
         (B, L, I).
     """
     gate, up = mx.split(gate_up, 2, axis=-1)
-    return elementwise.swiglu(gate, up) if _on_cpu_in_float32(gate, training) else _swiglu(gate, up)
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
+    plain = not _on_cpu_in_float32(gate, training)
+    return (gpu_elementwise if plain else elementwise).swiglu(gate, up)
 
 
 def global_average_pool(x: mx.array) -> mx.array:
@@ -268,18 +297,21 @@ def global_average_pool(x: mx.array) -> mx.array:
     return mx.mean(x.astype(mx.float32), axis=(1, 2)).astype(x.dtype)
 
 
+def add_biases(
+    x: FeatureMap, layer: nn.Module, next_bias: mx.array
+) -> tuple[FeatureMap, FeatureMap]:
+    """Return x plus the layer's `bias`, and that plus `next_bias`; on a GPU in one kernel."""
+    if layer.training or on_cpu():
+        return _add_biases(x, layer.bias, next_bias)
+    biases = derived(layer, _summed_biases, [layer.bias, next_bias])
+    first, second = gpu_elementwise.add_biases(whole(x), biases)
+    return first, second
+
+
 @positionwise
-def add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
-    """Return x + bias and x + bias + next_bias; on a GPU in one kernel."""
-    return (_add_biases if on_cpu() else _fused_add_biases)(x, bias, next_bias)
-
-
 def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> tuple[mx.array, mx.array]:
     x = x + bias
     return x, x + next_bias
-
-
-_fused_add_biases = mx.compile(_add_biases, shapeless=True)
 
 
 # Attention.
@@ -332,39 +364,24 @@ def attention(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-def pad_heads_from() -> int:
-    """Number of positions from which heads of width 32 are padded to 64 on Metal.
-
-    MLX's fused attention supports heads of width 64 but not 32. On long inputs, not storing the
-    scores saves more time than the doubled arithmetic costs.
-
-    Returns:
-        $MLX_MOBILECLIP_PAD_HEADS_FROM if it is set, or 512.
-
-    Raises:
-        ModelError: it is not a number.
-    """
-    value = os.environ.get("MLX_MOBILECLIP_PAD_HEADS_FROM")
-    if not value:
-        return PAD_HEADS_FROM
-    if not value.isdecimal() or len(value) > 9:
-        raise ModelError(
-            f"MLX_MOBILECLIP_PAD_HEADS_FROM is {value[:20]!r}; set it to a number of positions, "
-            f"such as {PAD_HEADS_FROM}, or not at all"
-        )
-    return int(value)
-
-
 # Sequences of layers.
 
 
 def run(layers: Sequence[Callable[[Any], Any]], x: mx.array, training: bool) -> mx.array:
     """Apply layers in sequence to a batch.
 
-    On a CPU the items are divided among the cores, layer by layer. With fewer items than cores, the
-    layers divide their own work instead.
+    On a GPU they are queued piece by piece, which bounds memory. On a CPU the items are divided
+    among the cores, layer by layer. With fewer items than cores, the layers divide their own work
+    instead.
     """
-    if training or not on_cpu() or len(x) < executor.cores():
+    if not (training or on_cpu()):
+        queue = WorkQueue()
+        for layer in layers:
+            for part in layer.parts() if hasattr(layer, "parts") else (layer,):
+                x = part(x)
+                queue.add(x)
+        return x
+    if training or len(x) < executor.cores():
         for layer in layers:
             x = layer(x)
         return whole(x)

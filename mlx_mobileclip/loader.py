@@ -12,7 +12,7 @@ from .checkpoints.mobileclip import read_foreign
 from .checkpoints.safetensors import read_tensors
 from .checkpoints.stated_config import with_preprocessing
 from .checkpoints.weights import assign
-from .concurrency import enter
+from .concurrency import register_thread
 from .cpu import process
 from .defaults import DEFAULT_MODEL
 from .device import parse_dtype
@@ -85,7 +85,7 @@ def load_checkpoint(
     config: str | os.PathLike[str] | None = None,
 ) -> tuple[MobileCLIP, Processor]:
     """`load` for a checkpoint that is already on disk."""
-    enter()
+    register_thread()
     model_config, tensors = read_canonical(checkpoint, variant, preprocess, config)
     tokenizer = read_tokenizer(checkpoint, model_config)
     model = MobileCLIP(model_config)
@@ -94,6 +94,30 @@ def load_checkpoint(
     prepare(model)
     process.configure()
     return model, Processor(model_config.preprocess, tokenizer)
+
+
+def load_text_tower(
+    model: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    preprocess: PreprocessConfig | None = None,
+    config: str | os.PathLike[str] | None = None,
+) -> tuple[MobileCLIP, Processor]:
+    """`load` without reading the image tower; the model can only embed texts."""
+    register_thread()
+    checkpoint = resolve_file(model, revision)
+    model_config, tensors = read_canonical(checkpoint, variant, preprocess, config)
+    tokenizer = read_tokenizer(checkpoint, model_config)
+    loaded = MobileCLIP(model_config)
+    loaded.eval()
+    loaded.pop("image")
+    texts = {name: value for name, value in tensors.items() if not name.startswith(PARTS["image"])}
+    assign(loaded, texts, parse_dtype(dtype), checkpoint.name)
+    prepare(loaded)
+    process.configure()
+    return loaded, Processor(model_config.preprocess, tokenizer)
 
 
 def read_canonical(

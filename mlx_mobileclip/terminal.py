@@ -82,22 +82,34 @@ def _invalid_choices(message: str) -> Iterator[tuple[str, list[str]]]:
         yield match[1], [choice.strip(" '") for choice in match[2].split(",")]
 
 
-def run_command(command: Callable[[], None], *, debug: bool) -> int:
+def run_command(
+    command: Callable[[], int | None],
+    *,
+    debug: bool,
+    error_status: int = 1,
+    limit_memory: bool = True,
+) -> int:
     """Run a command and report errors in one line.
 
     Args:
-        command: Function to run.
+        command: Function to run; it may return an exit status.
         debug: Show the traceback of errors.
+        error_status: Exit status of an error.
+        limit_memory: Limit what MLX keeps, which imports it.
 
     Returns:
-        The exit status: 0 done, 1 error, 130 interrupted or stdout closed.
+        The exit status: the command's, 0 done, 1 error, 130 interrupted or stdout closed.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those of libraries
             warnings.filterwarnings("always", module="mlx_mobileclip|mlx_fastvlm|convert")
             warnings.showwarning = _show_warning
-            command()
+            if limit_memory:
+                from .gpu.memory import limit_cache  # here, as --help need not wait for MLX
+
+                limit_cache()
+            status = command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         say("\ninterrupted", keep="\n")
@@ -117,8 +129,8 @@ def run_command(command: Callable[[], None], *, debug: bool) -> int:
             sys.stdout.flush()
         except OSError:
             _redirect_to_null(sys.stdout)
-        return 1
-    return 0
+        return error_status
+    return status or 0
 
 
 def open_standard_streams() -> None:

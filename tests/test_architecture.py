@@ -24,11 +24,11 @@ PACKAGES = ("mlx_mobileclip", "mlx_fastvlm", "convert")
 MAY_IMPORT = {
     "mlx_mobileclip": {
         *("mlx", "numpy", "PIL", "safetensors", "huggingface_hub", "tokenizers"),
-        *("ftfy", "pyarrow"),  # used if installed
+        *("ftfy", "pyarrow", "pandas", "watchfiles"),  # used if installed
     },
     "mlx_fastvlm": {
         *("mlx", "numpy", "tokenizers", "mlx_mobileclip"),
-        "llguidance",  # used if installed
+        *("llguidance", "starlette", "uvicorn", "h11"),  # used if installed
     },
     "convert": {"mlx", "numpy", "PIL", "huggingface_hub", "mlx_mobileclip", "mlx_fastvlm"},
 }
@@ -197,6 +197,7 @@ def test_generate_is_the_function_in_every_order_of_imports() -> None:
     """Each order runs in a forked process, which is quicker than starting one."""
     code = f"""
 import importlib, itertools, os, sys
+import starlette.routing, uvicorn.protocols.http.h11_impl  # once, as they take long
 steps = {STEPS!r}
 for order in itertools.permutations(steps):
     child = os.fork()
@@ -219,7 +220,8 @@ print("done")
 
 
 @pytest.mark.parametrize(
-    "module", ["mlx_fastvlm.generate", "mlx_fastvlm", "mlx_mobileclip", "convert"]
+    "module",
+    ["mlx_fastvlm.generate", "mlx_fastvlm.server", "mlx_fastvlm", "mlx_mobileclip", "convert"],
 )
 def test_commands_start_without_a_warning(module: str) -> None:
     done = subprocess.run(

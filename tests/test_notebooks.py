@@ -34,7 +34,7 @@ def fonts() -> None:
 
 
 def outputs(cell: dict[str, Any], kind: str) -> list[str]:
-    """What a cell has printed ("stream"), or its pictures ("image/png")."""
+    """Printed outputs ("stream") or images ("image/png") of a cell."""
     if kind == "stream":
         return ["".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream"]
     return ["".join(o["data"][kind]) for o in cell["outputs"] if kind in o.get("data", {})]

@@ -27,6 +27,10 @@ def prepare(case: Case, checkpoint: Path) -> Repeat:
     return synchronized(_fastvlm(case, checkpoint, device, dtype), device)
 
 
+def prompt_tokens(case: Case) -> int:
+    return case.images * (case.resolution // STRIDE) ** 2 + case.tokens
+
+
 def _preprocess(case: Case) -> Repeat:
     side = {"height": case.resolution, "width": case.resolution}
     black, white = [0.0] * 3, [1.0] * 3

@@ -1,4 +1,4 @@
-"""The inverse of reading a checkpoint: canonical tensors to those of a source checkpoint.
+"""Convert canonical tensors back to those of a source checkpoint, the inverse of reading it.
 
 Names are the common ones of the loader: timm's for the image tower, Hugging Face's for the decoder.
 Quantised layers are split without being dequantised, as each row is quantised separately. All
@@ -73,9 +73,9 @@ def split_decoder(config: Qwen2Config, tensors: Tensors) -> Tensors:
 
 
 def unfold_tower(folded: Tensors) -> Tensors:
-    """A FastViT tower in timm's names, with the branches of each module fused.
+    """Convert a FastViT tower to timm's names and shapes, with fused branches.
 
-    Folded tensors cannot be separated again, so layer scales become 1 and BatchNorms the identity.
+    What was folded cannot be separated, so layer scales become 1 and BatchNorms the identity.
     The shift of a MobileCLIP's BatchNorm before attention stays in a bias of qkv, which no source
     has.
     """
@@ -93,7 +93,7 @@ def unfold_tower(folded: Tensors) -> Tensors:
             tensor = tensor.transpose(0, 3, 1, 2)  # (O, H, W, I) to (O, I, H, W)
         elif tensor.ndim == 2 and ".token_mixer." not in name:
             tensor = tensor[:, :, None, None]  # a 1x1 convolution
-        out[renamed(name, FASTVIT_NAMES)] = tensor
+        out[rename(name, FASTVIT_NAMES)] = tensor
     for name, kernel in list(out.items()):
         if name.endswith(".mlp.conv.conv.weight"):
             out |= _identities(name.removesuffix(".mlp.conv.conv.weight"), kernel, out)
@@ -125,7 +125,7 @@ def identity_norm(dst: str, kernel: mx.array) -> Tensors:
     return {f"{dst}.{name}": value for name, value in zip(names, values, strict=True)}
 
 
-def renamed(name: str, names: Iterable[tuple[str, str]]) -> str:
+def rename(name: str, names: Iterable[tuple[str, str]]) -> str:
     """Replace each pattern in a name, in order."""
     for pattern, replacement in names:
         name = re.sub(pattern, replacement, name)

@@ -1,9 +1,9 @@
 """Mixed quantisation: more bits for the layers whose rounding changes the outputs most.
 
-The layers of one module, such as a decoder layer's attention, get the same number of bits. Each
-such group is rounded separately, and the outputs on calibration samples are compared with the
-original's. Bits are then added step by step where the gain per bit is largest, until the budget is
-spent.
+The layers of one module, such as a decoder layer's attention, are a unit with one number of bits.
+Each unit is rounded separately, and the outputs on calibration samples are compared with the
+original's. Bits are then added step by step to the unit with the largest gain per bit, until the
+budget is spent.
 """
 
 from collections import Counter, defaultdict
@@ -24,13 +24,13 @@ from .quality import divergence
 
 FLOAT = 16  # means "not quantised" in BITS
 BITS = (*sorted(MODES["affine"][0]), FLOAT)
-TRIAL_BITS = 4  # that layers are rounded to, to measure their sensitivity
-EXTRA_BITS = 0.5  # per weight, of a mixture over uniform quantisation
-HEADER_BYTES = 256  # at most, for each tensor in a safetensors file
+TRIAL_BITS = 4  # for measuring the sensitivity of a unit
+EXTRA_BITS = 0.5  # default budget, per weight
+HEADER_BYTES = 256  # upper bound per tensor in a safetensors file
 
 
 def group_by_module(quantized: QuantizedLayers) -> Units:
-    """Layers grouped by the module that holds them."""
+    """Group layers by the module that contains them."""
     units: Units = defaultdict(dict)
     for path, quantization in quantized.items():
         units[path.rpartition(".")[0]][path] = quantization
@@ -40,17 +40,17 @@ def group_by_module(quantized: QuantizedLayers) -> Units:
 def sensitivities(
     run_stages: RunStages, read: Read, quantized: QuantizedLayers, samples: list[Sample], bar: Bar
 ) -> dict[str, float]:
-    """Measure how much outputs change when one group of layers is rounded to TRIAL_BITS.
+    """Measure how much outputs change when one unit is rounded to TRIAL_BITS.
 
     Args:
         run_stages: Runs a model of this architecture.
         read: Reads the source.
         quantized: Layers to quantise.
         samples: Calibration samples.
-        bar: Advanced by one for each group.
+        bar: Advanced by one for each unit.
 
     Returns:
-        By group, for FastVLM the mean Kullback-Leibler divergence of the next token in nats, for
+        By unit, for FastVLM the mean Kullback-Leibler divergence of the next token in nats, for
         MobileCLIP the mean of 1 - cosine over images and texts.
     """
     units = group_by_module(
@@ -85,20 +85,20 @@ def allocate_bits(
     budget: float,
     dtype: mx.Dtype,
 ) -> dict[str, int]:
-    """Choose the bits of each group of layers, at least those of `quantization`.
+    """Choose the bits of each unit, at least those of `quantization`.
 
     Rounding errors are proportional to the step between two values, and the divergence to their
     square: one more bit halves the steps and leaves a quarter of the divergence.
 
     Args:
         costs: From `sensitivities`.
-        weights: Number of weights of each group.
-        quantization: Initial quantisation of all groups.
+        weights: Number of weights of each unit.
+        quantization: Initial quantisation of all units.
         budget: Bits that may be added.
         dtype: dtype of weights that are not quantised, and of scales.
 
     Returns:
-        One of BITS for each group.
+        One of BITS for each unit.
     """
 
     def stored_bits(bits: int) -> float:

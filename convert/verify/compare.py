@@ -63,7 +63,7 @@ def stage_errors(
 
 
 def check_errors(errors: dict[str, float], dtype: mx.Dtype, quantized: bool, where: Path) -> None:
-    """Check that the errors of the stages are no larger than rounding the weights explains.
+    """Check that the errors of the stages are within the bounds of rounding the weights.
 
     Args:
         errors: From `stage_errors`.

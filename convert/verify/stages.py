@@ -28,13 +28,13 @@ from mlx_mobileclip.quantization import Quantization, QuantizedLayers, dequantiz
 
 from ..calibration import LABELS, Sample
 
-RESOLUTION = 512  # px at most; more image tokens would add time and little information
-HEAD_ROWS = 1 << 14  # rows of the output layer that are dequantised at a time
-UNROUNDED = ""  # instead of a unit, if no weights are rounded
+RESOLUTION = 512  # maximum, in px; more image tokens would add time and little information
+HEAD_ROWS = 1 << 14  # rows of the output layer to dequantise at a time
+UNROUNDED = ""  # stands for a unit if no weights are rounded
 HEAD_UNIT = "language_model"  # the unit of the embedding and the output layer
 LOGITS, IMAGES, TEXTS = "logits", "image embedding", "text embedding"
 Read = Callable[[], tuple[Any, Tensors]]  # reads a checkpoint: config and canonical tensors
-Units = dict[str, QuantizedLayers]  # layers quantised together, by the module that contains them
+Units = dict[str, QuantizedLayers]  # layers that are rounded together, by their module
 
 
 class StageOutput(NamedTuple):
@@ -42,7 +42,7 @@ class StageOutput(NamedTuple):
 
     Attributes:
         stage: Name of the stage.
-        rounded: The unit whose weights were rounded, all others being exact; or UNROUNDED.
+        rounded: The only unit whose weights were rounded, or UNROUNDED.
         value: For LOGITS, log-probabilities (L, V) of the token after each token that follows the
             image; for IMAGES and TEXTS, unit vectors (N, D).
     """

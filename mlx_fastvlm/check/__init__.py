@@ -1,1 +1,1 @@
-"""Check that this machine computes what FastVLM states."""
+"""Check that this machine computes FastVLM correctly."""

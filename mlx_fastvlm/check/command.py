@@ -19,7 +19,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = CommandParser(
         prog=prog,
         examples=(f"{prog} --model demo", f"{prog} --model demo --dtype float16 --json"),
-        description=f"{HELP[0].upper()}{HELP[1:]}: each part on the default device against "
+        description=f"{HELP[0].upper()}{HELP[1:]}: compare each layer on the default device with "
         "float32 on the CPU.",
         epilog="The result goes to stdout, progress to stderr. "
         "Exit status: 0 all right, 1 something is wrong, 2 usage, 130 interrupted.",

@@ -1,4 +1,4 @@
-"""Check a FastVLM."""
+"""The layers of FastVLM that `check` compares, in order."""
 
 import os
 from functools import partial
@@ -12,7 +12,7 @@ from mlx_mobileclip.check.compare import Chain, Models, Row, Step
 from mlx_mobileclip.check.mobileclip import fastvit_steps
 from mlx_mobileclip.check.picture import draw
 from mlx_mobileclip.check.report import Report, run_check
-from mlx_mobileclip.concurrency import enter
+from mlx_mobileclip.concurrency import register_thread
 from mlx_mobileclip.device import parse_dtype
 
 from ..defaults import DEFAULT_PROMPT
@@ -24,9 +24,9 @@ from ..preprocess.processor import Inputs, Processor
 EMBEDDING, HEAD = "language_model.embed_tokens", "language_model.lm_head"
 NORM = "language_model.norm."
 TABLES = (EMBEDDING, HEAD)
-TABLE_ROWS = 1 << 14  # of the output layer that are in float32 at a time
-# Pixels, at most: in float32 on a CPU, MLX computes the depthwise convolutions of FastViTHD at 0.05
-# GMAC/s (AMD EPYC, MLX 0.32.4, 2026-11-27), and there are 1.4 GMAC of them at 512 px, 5.6 at 1024.
+TABLE_ROWS = 1 << 14  # rows of the output layer to convert to float32 at a time
+# Maximum side in pixels. In float32 on a CPU, MLX computes the depthwise convolutions of FastViTHD
+# at 0.05 GMAC/s (AMD EPYC, MLX 0.32.4, 2026-11-27): 1.4 GMAC at 512 px, 5.6 at 1024.
 RESOLUTION = 512
 
 
@@ -40,15 +40,15 @@ def check_fastvlm(
     """Compare a FastVLM on the device with float32 on the CPU, on a question about a picture.
 
     Args:
-        model: As for `load`, like the other arguments.
+        model: This and the other arguments as for `load`.
         revision: Branch, tag or commit of the repository.
-        dtype: dtype of the device.
+        dtype: dtype on the device.
         quiet: Show no progress.
 
     Raises:
         ModelError: the checkpoint or an argument cannot be used; mostly one of its subclasses.
     """
-    enter()
+    register_thread()
     checkpoint = find_checkpoint(model, revision)
     read = partial(read_canonical, checkpoint)
     models = Models(FastVLM, read, parse_dtype(dtype), checkpoint.name, TABLES)
@@ -61,12 +61,12 @@ def check_fastvlm(
 
 
 def fastvlm_steps(models: Models, inputs: Inputs, bounds: Bounds) -> list[Step]:
-    """The steps from the pixels to the likeliest tokens.
+    """List the comparisons from the pixels to the most likely tokens.
 
     Args:
-        models: FastVLM on the device, and its plain form, with TABLES.
+        models: FastVLM on the device, and its reference, with TABLES.
         inputs: A prompt with one image.
-        bounds: Largest errors that rounding explains.
+        bounds: Upper bounds of the rounding errors.
     """
     assert inputs.pixels is not None
     chain = Chain(models, inputs.pixels, bounds.part)
@@ -82,7 +82,7 @@ def fastvlm_steps(models: Models, inputs: Inputs, bounds: Bounds) -> list[Step]:
         "",
         (f"{EMBEDDING}.", NORM),  # the norm's dtype is that of the embeddings
         lambda model, x: model.embed(ids, x),
-        partial(_plain_embed, models, ids),
+        partial(_embed_reference, models, ids),
     )
     return [
         *fastvit_steps(chain, "vision_tower", models.config.vision),
@@ -94,17 +94,17 @@ def fastvlm_steps(models: Models, inputs: Inputs, bounds: Bounds) -> list[Step]:
     ]
 
 
-def _plain_embed(models: Models, ids: mx.array, model: FastVLM, features: mx.array) -> mx.array:
-    """The embeddings, with only the rows of the table that are needed."""
-    used, places = np.unique(np.array(ids), return_inverse=True)
-    words = used[used >= 0]
-    model.language_model.embed_tokens.weight = models.rows(EMBEDDING, mx.array(words))
-    own = places.reshape(ids.shape) - (len(used) - len(words))
-    return model.embed(mx.array(np.where(np.array(ids) < 0, IMAGE_TOKEN, own)), features)
+def _embed_reference(models: Models, ids: mx.array, model: FastVLM, features: mx.array) -> mx.array:
+    """Embed ids with only the rows of the table that they need; IMAGE_TOKEN is negative."""
+    used, indices = np.unique(np.array(ids), return_inverse=True)
+    rows = used[used >= 0]
+    model.language_model.embed_tokens.weight = models.rows(EMBEDDING, mx.array(rows))
+    row_ids = indices.reshape(ids.shape) - (len(used) - len(rows))
+    return model.embed(mx.array(np.where(np.array(ids) < 0, IMAGE_TOKEN, row_ids)), features)
 
 
 def _decoder_layer(chain: Chain, index: int) -> list[Row]:
-    """Compare a layer that fills its KV cache, and then takes one more token."""
+    """Compare a layer on all tokens but the last, which fill its KV cache, and on the last."""
 
     def layer(model: FastVLM) -> Any:
         return model.language_model.layers[index]
@@ -134,7 +134,7 @@ def _output_layer(models: Models, chain: Chain, start: int, head: str) -> list[R
         x = decoder.norm(x[:, start:])
         return decoder.embed_tokens.as_linear(x) if decoder.lm_head is None else decoder.lm_head(x)
 
-    def plain_run(model: FastVLM, x: mx.array) -> mx.array:
+    def run_reference(model: FastVLM, x: mx.array) -> mx.array:
         x = model.language_model.norm(x[:, start:])
         size, parts = models.config.text.vocab_size, []
         for row in range(0, size, TABLE_ROWS):
@@ -143,23 +143,23 @@ def _output_layer(models: Models, chain: Chain, start: int, head: str) -> list[R
         return mx.concatenate(parts, axis=-1)
 
     models.read_again()
-    return chain.step("output layer", "", (NORM, f"{head}."), run, plain_run)
+    return chain.step("output layer", "", (NORM, f"{head}."), run, run_reference)
 
 
 def _tokens(chain: Chain, bound: float) -> list[Row]:
-    """Compare the likeliest token after each position.
+    """Compare the most likely token after each position.
 
-    Where they differ, the error is how much less likely the device's token is to the reference: the
-    difference of their logits, relative to the root mean square of all. Each of the two logits may
-    be off by `bound`.
+    If they differ, the error is how far the device's token is below the best one in the reference:
+    the difference of their logits, relative to the root mean square of all logits. Each of the two
+    may be off by `bound`.
     """
     if chain.chained is None:
         return [Row("tokens", "", float("nan"), 2 * bound)]
     exact = np.array(chain.exact[0])
     actual = np.array(chain.chained[0].astype(mx.float32))
-    picked, likeliest = actual.argmax(-1), exact.argmax(-1)
+    picked, best = actual.argmax(-1), exact.argmax(-1)
     rows = np.arange(len(exact))
-    gaps = (exact[rows, likeliest] - exact[rows, picked]) / np.sqrt(np.mean(exact**2, axis=-1))
+    gaps = (exact[rows, best] - exact[rows, picked]) / np.sqrt(np.mean(exact**2, axis=-1))
     error = float(np.max(gaps)) if np.isfinite(actual).all() else float("nan")
-    same = f"{int(np.sum(picked == likeliest))} of {len(rows)} the same"
+    same = f"{int(np.sum(picked == best))} of {len(rows)} the same"
     return [Row("tokens", same, error, 2 * bound)]

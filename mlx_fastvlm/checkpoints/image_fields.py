@@ -45,7 +45,7 @@ ImageSettings = tuple[int, str]
 
 
 def check_supported(fields: Fields, supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise ConfigError for unsupported values; null is a value, as in transformers."""
+    """Raise ConfigError for unsupported values; null is not a missing field, as in transformers."""
     for key, allowed in supported.items():
         value = fields.values.get(key, allowed[0])
         if not any(value == each and type(value) is type(each) for each in allowed):
@@ -151,11 +151,11 @@ def _flag(fields: Fields, key: str, default: bool) -> bool:
     return fields.has(key) and fields.boolean(key) if given else default
 
 
-def _check_channels(fields: Fields, key: str, only: int) -> None:
+def _check_channels(fields: Fields, key: str, expected: int) -> None:
     value = fields.get(key)
     colours = value if isinstance(value, list) else [value] * 3
-    if colours != [only] * 3:
-        raise fields.error(key, f"{_excerpt(value)}, only {only} for each colour is supported")
+    if colours != [expected] * 3:
+        raise fields.error(key, f"{_excerpt(value)}, only {expected} for each colour is supported")
 
 
 def _resized_side(fields: Fields, pads: bool) -> int:

@@ -9,7 +9,7 @@ from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_co
 
 from ..defaults import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, PRESETS
 from .options import add_model_arguments, add_output_arguments
-from .ranks import lost_peers_reported, run_rank
+from .ranks import report_lost_peers, run_rank
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--kv-bits",
         type=int,
         choices=(8, 4),
-        help="quantise the KV cache to 8 or 4 bits (default: floats)",
+        help="quantise the KV cache to 8 or 4 bits, which is slower (default: floats)",
     )
     parser.add_argument(
         "--stop",
@@ -147,5 +147,5 @@ def _run(args: argparse.Namespace) -> None:
     # A slow import: --help and usage errors come before it, and Ctrl-C during it ends in one line.
     from .run_generate import run
 
-    with lost_peers_reported():
+    with report_lost_peers():
         run(args)

@@ -12,8 +12,8 @@ from mlx_mobileclip.errors import ModelError
 from mlx_mobileclip.terminal import INTERRUPTED, say
 
 RANK = "MLX_RANK"  # set by mlx.launch
-# Most errors occur on all ranks. Within this time mlx.launch ends the others if one has failed,
-# one or two seconds where nothing else runs.
+# Delay per rank. If one rank fails, mlx.launch ends the others within this time (one or two seconds
+# on an idle machine), so an error of all ranks is reported once.
 GRACE_S = 4.0
 
 
@@ -51,12 +51,12 @@ def run_rank(command: Callable[[], int]) -> int:
 
 
 @contextmanager
-def lost_peers_reported() -> Iterator[None]:
-    """Give a rank that has failed time to report its error, before this one reports the loss."""
+def report_lost_peers() -> Iterator[None]:
+    """Report that another rank has ended, after a delay in which that one can report its error."""
     try:
         yield
     except RuntimeError as error:
         if RANK not in os.environ or "peer" not in str(error):
             raise
         time.sleep(GRACE_S)
-        raise ModelError("another rank has ended; see its error, or its computer") from error
+        raise ModelError("another rank has ended; see its error, or check its machine") from error

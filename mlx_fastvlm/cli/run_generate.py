@@ -10,8 +10,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_mobileclip.checkpoints.hub import is_repository
 from mlx_mobileclip.cpu.process import slow_blas_remedy
 from mlx_mobileclip.errors import PromptError
@@ -32,10 +30,6 @@ from .schema_option import read_schema
 from .shared_input import share_inputs, share_lines
 from .stdin import chat, read_inputs, read_lines
 
-# Limit on freed memory that MLX keeps for reuse. By default it keeps all, too much after an image
-# of 1024 px on a Mac with 8 GB.
-CACHE_LIMIT_BYTES = 1 << 30
-
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer; `args` are those of `generate.build_parser`."""
@@ -50,7 +44,6 @@ def run(args: argparse.Namespace) -> None:
         _check_options(args, prompt, images)  # before anything is downloaded
     checkpoint = find_checkpoint(args.model, args.revision)
     _check_options(args, prompt, images)
-    mx.set_cache_limit(CACHE_LIMIT_BYTES)
     started = time.perf_counter()
     with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
         model, processor = load_checkpoint(

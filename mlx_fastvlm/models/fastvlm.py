@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_mobileclip.concurrency import enter
+from mlx_mobileclip.concurrency import register_thread
 from mlx_mobileclip.errors import ConfigError, ImageError, PromptError
 from mlx_mobileclip.layers import GELU, Linear
 from mlx_mobileclip.models.fastvit import FastViT
@@ -73,7 +73,7 @@ class FastVLM(nn.Module):
         Raises:
             ImageError: the shape is not (n, S, S, 3) with S a multiple of the tower's stride.
         """
-        enter()
+        register_thread()
         stride = self.config.vision.stride
         if pixels.ndim != 4 or pixels.shape[3] != 3 or any(s % stride for s in pixels.shape[1:3]):
             raise ImageError(
@@ -101,7 +101,7 @@ class FastVLM(nn.Module):
         Raises:
             PromptError: the number of IMAGE_TOKEN ids is not n * N.
         """
-        enter()
+        register_thread()
         flat_ids = np.array(input_ids).reshape(-1)
         positions = np.flatnonzero(flat_ids == IMAGE_TOKEN)
         given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
@@ -140,7 +140,7 @@ class FastVLM(nn.Module):
         Returns:
             (B, L, V), or (B, 1, V) with `last_only`.
         """
-        enter()
+        register_thread()
         if input_embeddings is None and (pixels is not None or inputs.shape[1] > 1):
             # A single id is a decode step, which must not wait for the host.
             features = None if pixels is None else self.encode_image(pixels)

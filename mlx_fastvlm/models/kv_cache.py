@@ -4,6 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mobileclip.device import reserves_memory
+
 STEP = 256
 
 
@@ -15,9 +17,15 @@ class KVCache:
     """
 
     def __init__(self, capacity: int = STEP) -> None:
-        """Allocate `capacity` tokens at the first update, so that none is copied later."""
+        """Create an empty cache.
+
+        Args:
+            capacity: Number of tokens to allocate at the first update, so that none is copied
+                later. On a GPU each update copies the buffers while the one before is computed,
+                with all that they reserve, so they only grow in steps there.
+        """
         self.offset = 0
-        self._capacity = capacity
+        self._capacity = capacity if reserves_memory() else 0
         self._buffers: list[mx.array] = []  # keys and values, or the six parts of quantised ones
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -13,9 +13,9 @@ from mlx_mobileclip.errors import PromptError
 from mlx_mobileclip.preprocess.image import ImageSource
 
 ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "path", "url", "base64")  # of an image part, for its source
+IMAGE_KEYS = ("image", "path", "url", "base64")  # keys for the source of an image part
 MAX_SHOWN = 60  # characters of a message in an error
-MAGICS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of files
+IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 Message = Mapping[str, Any]
 
@@ -121,7 +121,7 @@ def _source(value: Any) -> Any:
         except (binascii.Error, ValueError):
             return value
         # A path can be valid base64, but not that of an image.
-        if data.startswith(MAGICS):
+        if data.startswith(IMAGE_SIGNATURES):
             return data
     return value
 

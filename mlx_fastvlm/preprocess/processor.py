@@ -29,7 +29,7 @@ from ..preprocess import chat_format as chat
 from .messages import Image, Message
 from .tokenizer import Tokenizer
 
-KEY_ROWS = 64  # rows of an image that are hashed at a time
+KEY_ROWS = 64  # rows of an image to hash at a time
 
 Images = ImageSource | Sequence[ImageSource] | None
 

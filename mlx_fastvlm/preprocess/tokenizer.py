@@ -32,9 +32,9 @@ WORD_PATTERN = (
 )
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CONTROL_TOKENS = (TURN_START, TURN_END, TEXT_END, "<image>")  # regardless of their flags
-IN_PROMPTS = (TURN_START, TURN_END, "<image>")
+PROMPT_TOKENS = (TURN_START, TURN_END, "<image>")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-STRIPPING = ("single_word", "lstrip", "rstrip")  # would change the text around a control token
+STRIP_FLAGS = ("single_word", "lstrip", "rstrip")  # would change the text around a control token
 
 
 BYTES = byte_alphabet()
@@ -180,8 +180,8 @@ def read(directory: Path) -> Tokenizer:
             f"{where}: has no token for {len(missing)} of the 256 bytes; text would be lost"
         )
     for entry in added:
-        strips = [flag for flag in STRIPPING if getattr(entry, flag)]
-        if entry.content in IN_PROMPTS and strips:
+        strips = [flag for flag in STRIP_FLAGS if getattr(entry, flag)]
+        if entry.content in PROMPT_TOKENS and strips:
             raise ConfigError(f"{where}: {strips[0]} of {entry.content} is true; it must be false")
         if vocab.get(entry.content, entry.id) != entry.id:
             raise ConfigError(f"{where}: {entry.content[:40]!r} has another id in the vocabulary")

@@ -31,7 +31,7 @@ DIGEST_BYTES = 32
 HEADER = struct.Struct("<8sQQ")  # dtype, rows, columns
 DTYPE = b"float32"
 UNIT_TOLERANCE = 1e-3  # deviation of a row's norm from 1
-NEW_AND_PRIVATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+CREATE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ class DiskCache:
         """
         path = self._path(key)
         try:
-            if not self._is_private() or not _private(path.stat()):
+            if not self._is_trusted() or not _only_owner_writes(path.stat()):
                 return None
             data = read_bounded(path, MAX_ENTRY_BYTES)
         except (OSError, ModelError):
             return None
         with suppress(OSError):  # on a read-only file system
-            os.utime(path)  # recently used entries survive the longest
+            os.utime(path)  # for the eviction by last use
         body = data[DIGEST_BYTES:]
         header = HEADER.pack(DTYPE, rows, columns)
         if data[:DIGEST_BYTES] != _digest(key, body) or not body.startswith(header):
@@ -90,11 +90,11 @@ class DiskCache:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not self._is_private():
+            if not self._is_trusted():
                 return
             partial = self.directory / f"{key}-{os.getpid()}-{get_ident()}{PARTIAL}"
             try:
-                with os.fdopen(os.open(partial, NEW_AND_PRIVATE, 0o600), "wb") as file:
+                with os.fdopen(os.open(partial, CREATE_NEW, 0o600), "wb") as file:
                     file.write(_digest(key, body) + body)
                 partial.replace(self._path(key))
             finally:
@@ -103,14 +103,16 @@ class DiskCache:
         except OSError:
             return
 
-    def _is_private(self) -> bool:
-        """Whether only the user can write to the directory; warns once if others can.
+    def _is_trusted(self) -> bool:
+        """Whether others cannot change files in the directory; warns once if they can.
 
         Raises:
             OSError: the directory cannot be read.
         """
         status = self.directory.stat()
-        if _private(status) or (status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX):
+        if _only_owner_writes(status) or (
+            status.st_uid == os.geteuid() and status.st_mode & stat.S_ISVTX
+        ):
             return True
         if self.directory not in _warned:
             _warned.add(self.directory)
@@ -144,7 +146,7 @@ class DiskCache:
 _warned: set[Path] = set()
 
 
-def _private(status: os.stat_result) -> bool:
+def _only_owner_writes(status: os.stat_result) -> bool:
     """Whether the user owns a file or directory, and nobody else can write to it."""
     if os.name != "posix":
         return True

@@ -1,4 +1,4 @@
-"""Compare weights of models, by content (a hash) or by identity."""
+"""Identify the weights of a model, by a hash of their content or by reference."""
 
 import hashlib
 from functools import cached_property

@@ -1,1 +1,1 @@
-"""Check that this machine computes what the models state."""
+"""Check that this machine computes the models correctly."""

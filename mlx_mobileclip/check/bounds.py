@@ -1,4 +1,4 @@
-"""The largest errors that rounding explains, by the precision of the device."""
+"""Upper bounds of the rounding errors, by the precision of the device."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from .machine import Machine
 
 
 class Bounds(NamedTuple):
-    """Largest errors, see `relative_error`.
+    """Upper bounds for `relative_error`.
 
     Attributes:
-        part: Of a part of a model or a formulation, given the same input as the reference.
-        logits: Of the logits of a whole model.
+        part: For one layer or operation, given the same input as the reference.
+        logits: For the logits of a whole model.
     """
 
     part: float

@@ -1,9 +1,9 @@
-"""Compare the parts of a model on the device with their plain forms in float32 on the CPU.
+"""Compare a model on the device, layer by layer, with a reference in float32 on the CPU.
 
-A model in training mode computes the plain forms on every device, so the reference shares neither
-kernels nor formulations with what it checks. Both take the same numbers: weights and pixels,
-rounded to the dtype of the device. A part has weights only while it is compared, so a model of any
-size needs the memory of its largest part.
+The reference is the same model in training mode, which uses MLX's basic operations only, so it
+shares no optimised kernel with what it checks. Both have the same weights and pixels, rounded to
+the dtype of the device. A layer has weights only while it is compared, so a model of any size needs
+the memory of its largest layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,12 @@ import numpy as np
 
 from ..checkpoints.source import Tensors
 from ..checkpoints.weights import as_dtype, check_fit, row_major
-from ..layers import release, whole
+from ..derived import release
+from ..layers import whole
 from ..quantization import dequantize
 
-Run = Callable[[Any, mx.array], mx.array]  # of a model and an input to an output
-Parts = dict[str, slice]  # positions (axis 1) that are compared separately
+Run = Callable[[Any, mx.array], mx.array]  # from a model and its input to an output
+Parts = dict[str, slice]  # ranges of positions (axis 1), compared separately, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,10 @@ class Row:
     Attributes:
         stage: What was compared, such as "stage 2" or "decoder layer 0".
         part: Which part of the stage, such as "block 3"; may be empty.
-        error: Relative error, given the input of the reference; NaN if it could not be computed.
-        bound: Largest error that rounding explains.
-        chain_error: Relative error, given the outputs of the device so far; None if there are none.
+        error: Relative error on the reference's input; NaN if it could not be computed.
+        bound: Upper bound of the rounding error.
+        chain_error: Relative error accumulated since the first layer, on the device's own input;
+            None if a layer before it failed.
         failure: MLX's message, if the device could not compute it.
     """
 
@@ -56,14 +58,14 @@ class Row:
         return f"{self.stage} ({self.part})" if self.part else self.stage
 
 
-Step = Callable[[], list[Row]]  # makes one or more comparisons
+Step = Callable[[], list[Row]]  # makes one comparison or several
 
 
 @contextmanager
-def plain() -> Iterator[None]:
+def on_reference_device() -> Iterator[None]:
     """Compute on the CPU within the block, without compiled functions.
 
-    MLX would compile those for the CPU with the C++ compiler of the system, if there is one.
+    MLX would build those for the CPU with the system's C++ compiler, if there is one.
     """
     mx.disable_compile()
     try:
@@ -76,9 +78,8 @@ def plain() -> Iterator[None]:
 def relative_error(exact: mx.array, actual: mx.array) -> float:
     """Root mean square over the positions of norm(a - b) / norm(a), the norms over the channels.
 
-    Positions with a norm below the median are compared with the median. So a few very large
-    positions, as decoders have them, do not hide errors of the others, and a position that is
-    almost zero does not count as wrong.
+    Norms below the median are replaced by the median. So a few very large positions, as decoders
+    have them, do not hide errors of the others, nor does a position near zero count as wrong.
 
     Args:
         exact: (..., C).
@@ -93,7 +94,7 @@ def relative_error(exact: mx.array, actual: mx.array) -> float:
 
 
 def on_device(run: Callable[[], mx.array]) -> tuple[mx.array | None, str]:
-    """A result, or MLX's message if it cannot be computed, as where a kernel is missing."""
+    """Evaluate; return the result, or None and MLX's message, as if a kernel is missing."""
     try:
         result = run()
         mx.eval(result)
@@ -103,13 +104,14 @@ def on_device(run: Callable[[], mx.array]) -> tuple[mx.array | None, str]:
 
 
 class Models:
-    """A model on the device and its plain form, whose parts have weights only while in use.
+    """A model on the device and its reference; layers have weights only while in use.
 
     Attributes:
         device: The model as it is used.
-        plain: The model with floats for quantised layers, in training mode.
+        reference: The model in training mode, with quantised layers dequantised.
         dtype: dtype of the weights on the device.
-        loaded: The weights in use, as the device has them.
+        loaded: The weights in use, as on the device.
+        weight_bytes: Size of all weights on the device.
     """
 
     def __init__(
@@ -127,16 +129,20 @@ class Models:
             read: Reads config and lazy tensors, anew at each call.
             dtype: dtype of the weights on the device.
             where: The checkpoint's name, for messages.
-            tables: Layers that are too large in float32; the plain model gets no weights for them.
+            tables: Embedding and output layers, too large in float32: the reference gets no weights
+                for them.
 
         Raises:
             CheckpointError: the tensors do not fit the config.
         """
         self._read, self._tables = read, tables
         self.config, self._tensors = read()
-        self.device, self.plain = build(self.config), build(replace(self.config, quantization={}))
+        self.device, self.reference = (
+            build(self.config),
+            build(replace(self.config, quantization={})),
+        )
         self.device.eval()
-        self.plain.train()
+        self.reference.train()
         self.dtype = dtype
         self.loaded: Tensors = {}
         check_fit(self.device, self._tensors, where)
@@ -144,37 +150,39 @@ class Models:
 
     @contextmanager
     def weights(self, *prefixes: str) -> Iterator[None]:
-        """Load the weights under some prefixes, once, and release them at the end of the block."""
+        """Load the weights with these prefixes, and release them at the end of the block."""
         names = [name for name in self._tensors if name.startswith(prefixes)]
         self.loaded = {n: as_dtype(row_major(self._tensors.pop(n)), self.dtype) for n in names}
         mx.eval(self.loaded)
         self.device.load_weights(list(self.loaded.items()), strict=False)
-        with plain():
+        with on_reference_device():
             floats = {
                 name: self.rows(name.removesuffix(".weight"))
                 if name.endswith(".weight")
                 else value.astype(mx.float32)
                 for name, value in self.loaded.items()
-                if self._is_plain(name)
+                if self._in_reference(name)
             }
             mx.eval(floats)
-        self.plain.load_weights(list(floats.items()), strict=False)
+        self.reference.load_weights(list(floats.items()), strict=False)
         del floats
         try:
             yield
         finally:
             nothing = [(name, mx.zeros(())) for name in self.loaded]
             self.device.load_weights(nothing, strict=False)
-            self.plain.load_weights([(n, x) for n, x in nothing if self._is_plain(n)], strict=False)
+            self.reference.load_weights(
+                [(n, x) for n, x in nothing if self._in_reference(n)], strict=False
+            )
             release(self.device)
             self.loaded = {}
 
     def read_again(self) -> None:
-        """Make all weights available again, for parts that share them with an earlier one."""
+        """Make all weights available again, for layers that share them with an earlier one."""
         _, self._tensors = self._read()
 
     def rows(self, path: str, rows: Any = slice(None)) -> mx.array:
-        """Rows of a loaded layer's weight in float32, lazy; those of quantised ones dequantised."""
+        """Rows of a loaded layer's weight, dequantised if necessary: float32, lazy."""
         tensors = {
             name: as_dtype(self.loaded[f"{path}.{name}"][rows], mx.float32)
             for name in ("weight", "scales", "biases")
@@ -185,30 +193,30 @@ class Models:
             return tensors["weight"]
         return dequantize(tensors, quantization, mx.float32)
 
-    def _is_plain(self, name: str) -> bool:
-        """Whether the plain model has this tensor: no scales, and no rows of large tables."""
+    def _in_reference(self, name: str) -> bool:
+        """Whether the reference has this tensor: neither scales nor `tables`."""
         path, _, parameter = name.rpartition(".")
         scale = path in self.config.quantization and parameter in ("scales", "biases")
         return not scale and path not in self._tables
 
 
 class Chain:
-    """Compares one part after another.
+    """Compares layers in order, each of which takes the output of the one before.
 
     Attributes:
-        exact: Output of the reference so far, float32.
-        chained: Output of the device so far, from its own outputs; None once that has failed.
+        exact: Latest output of the reference, float32.
+        chained: Latest output of the device, given its own outputs; None once a layer has failed.
     """
 
     def __init__(self, models: Models, x: mx.array, bound: float):
-        """Start with the input of the first part."""
+        """Start with the input of the first layer."""
         self._models, self._bound = models, bound
         x = self._rounded(x)
         self.exact = x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
         self.chained: mx.array | None = x
 
     def layer(self, stage: str, part: str, path: str, **options: Any) -> list[Row]:
-        """Compare the layer at a path of the model, which takes the output of the part before."""
+        """Compare the layer at a path of the model; `options` are its keyword arguments."""
 
         def run(model: nn.Module, x: mx.array) -> mx.array:
             return whole(dict(model.named_modules())[path](x, **options))
@@ -221,7 +229,7 @@ class Chain:
         part: str,
         prefixes: tuple[str, ...],
         run: Run,
-        plain_run: Run | None = None,
+        run_reference: Run | None = None,
         parts: Parts | None = None,
     ) -> list[Row]:
         """Compare a part of the model.
@@ -229,18 +237,18 @@ class Chain:
         Args:
             stage: Name of the stage.
             part: Name of the part within the stage.
-            prefixes: Of the names of its weights.
+            prefixes: Prefixes of the names of its weights.
             run: Runs it.
-            plain_run: Runs it in float32 on the CPU; `run` if not given.
-            parts: Positions to compare separately, by the name of the part.
+            run_reference: Runs the reference, if differently.
+            parts: Ranges of positions to compare separately, by name.
 
         Returns:
             A row for each of `parts`, or one.
         """
         with self._models.weights(*prefixes):
             x = self._rounded(self.exact)
-            with plain():
-                self.exact = (plain_run or run)(self._models.plain, self.exact)
+            with on_reference_device():
+                self.exact = (run_reference or run)(self._models.reference, self.exact)
                 mx.eval(self.exact)
             actual, failure = on_device(partial(run, self._models.device, x))
             if self.chained is not None:
@@ -250,7 +258,7 @@ class Chain:
             error, chain_error = (
                 None
                 if value is None
-                else relative_error(_at(self.exact, positions), _at(value, positions))
+                else relative_error(_select(self.exact, positions), _select(value, positions))
                 for value in (actual, self.chained)
             )
             error = float("nan") if error is None else error
@@ -261,5 +269,5 @@ class Chain:
         return x.astype(self._models.dtype) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
-def _at(x: mx.array, positions: slice) -> mx.array:
+def _select(x: mx.array, positions: slice) -> mx.array:
     return x if positions == slice(None) else x[:, positions]

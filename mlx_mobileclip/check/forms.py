@@ -1,7 +1,7 @@
-"""Formulations that the device uses, against their definitions, whether or not a model has them.
+"""Compare each operation in `layers.py` with its definition, on random inputs.
 
-The plain function of each takes the same numbers in float32 on the CPU and says what is meant in
-MLX's basic operations.
+This covers the kernels that the device would use, whether or not the model needs them. Definitions
+use MLX's basic operations, in float32 on the CPU.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints.weights import as_dtype
+from ..gpu import depthwise as gpu_depthwise
 from ..layers import (
     GELU,
     DepthwiseConv,
@@ -29,27 +30,27 @@ from ..layers import (
     whole,
 )
 from ..quantization import MODES, Quantization, dequantize
-from .compare import Row, on_device, plain, relative_error
+from .compare import Row, on_device, on_reference_device, relative_error
 
-MAP = (1, 24, 24, 96)  # a feature map; its 576 positions are enough for padded heads
-CACHE_LENGTH = 700  # of keys, for one query
+MAP = (1, 24, 24, 96)  # shape of a feature map; 576 positions are enough for padded heads
+CACHE_LENGTH = 700  # keys for a single query
 QUANTIZED_SHAPE = (256, 512)
 
 
 class Form(NamedTuple):
-    """A formulation and its definition.
+    """An operation and its definition.
 
     Attributes:
-        name: What it computes.
-        shapes: Shapes of its inputs, which are random.
-        device: Computes it as the device does.
-        plain: Computes it as it is defined.
+        name: Name in the report.
+        shapes: Shapes of its inputs.
+        device: The operation as models use it.
+        definition: The same in basic operations.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     device: Callable[..., mx.array]
-    plain: Callable[..., mx.array]
+    definition: Callable[..., mx.array]
 
 
 def _gelu(x: mx.array) -> mx.array:
@@ -67,7 +68,7 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, causal: bool) -> mx.array:
     return mx.softmax(scores, axis=-1) @ v
 
 
-def _plain_self_attention(qkv: mx.array) -> mx.array:
+def _self_attention(qkv: mx.array) -> mx.array:
     B, N, _, K, D = qkv.shape
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
     y = _attention(q, k, v, causal=False)
@@ -75,7 +76,7 @@ def _plain_self_attention(qkv: mx.array) -> mx.array:
 
 
 def _module(build: Callable[[], nn.Module], *names: str) -> Callable[..., mx.array]:
-    """A layer as a function of its input and the weights of these names."""
+    """Return a function of a layer's input and of its parameters with these names."""
 
     def run(x: mx.array, *weights: mx.array) -> mx.array:
         layer = build()
@@ -93,32 +94,51 @@ def _add_product(residual: mx.array, x: mx.array, weight: mx.array) -> mx.array:
     return whole(add_product(residual, x, layer))
 
 
-def _pair(x: mx.array, even: mx.array, odd: mx.array) -> mx.array:
-    """One grouped convolution with two outputs for each channel, of stride 2."""
+def _double_conv(x: mx.array, even: mx.array, odd: mx.array) -> mx.array:
+    """Grouped convolution of stride 2 with two outputs per channel."""
     weight = mx.stack([even, odd], axis=1).reshape(-1, *even.shape[1:])
     return mx.conv2d(x, weight, 2, even.shape[1] // 2, groups=x.shape[-1])
 
 
-def _two_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> mx.array:
-    return mx.stack([whole(y) for y in add_biases(x, bias, next_bias)])
+def _add_biases(x: mx.array, bias: mx.array, next_bias: mx.array) -> mx.array:
+    layer = nn.Module().eval()
+    layer.bias = bias
+    return mx.stack([whole(y) for y in add_biases(x, layer, next_bias)])
 
 
-def _stored(mode: str) -> dict[str, mx.array]:
-    """A weight, quantised; its scales are exact in every dtype."""
+def _own_conv(stride: int, x: mx.array, *weights: mx.array) -> mx.array:
+    """Our own kernel, of one or two depthwise kernels and as many biases."""
+    *kernels, biases = weights
+    weight = gpu_depthwise.arranged(kernels)
+    return gpu_depthwise.depthwise_conv(x, weight, biases.astype(mx.float32), stride)
+
+
+def _grouped_conv(stride: int, x: mx.array, *weights: mx.array) -> mx.array:
+    """Its definition: a grouped convolution, plus each of the biases."""
+    *kernels, biases = weights
+    weight = mx.stack(kernels, axis=1).reshape(-1, *kernels[0].shape[1:])
+    y = mx.conv2d(x, weight, stride, weight.shape[1] // 2, groups=x.shape[-1])
+    return y + biases[:, None, None, None]
+
+
+def _quantized_weight(mode: str) -> dict[str, mx.array]:
+    """A random quantised weight; its bfloat16 scales are exact in float16 and float32 too."""
     weight = np.random.default_rng(1).standard_normal(QUANTIZED_SHAPE, np.float32)
-    with plain():
+    with on_reference_device():
         stored = Quantization.of(mode).quantize(mx.array(weight))
         return {name: as_dtype(value, mx.bfloat16) for name, value in stored.items()}
 
 
 def _quantized_product(x: mx.array, mode: str) -> mx.array:
     layer = Linear(*QUANTIZED_SHAPE[::-1], bias=False).to_quantized(**asdict(Quantization.of(mode)))
-    layer.load_weights([(name, as_dtype(v, x.dtype)) for name, v in _stored(mode).items()])
+    layer.load_weights(
+        [(name, as_dtype(v, x.dtype)) for name, v in _quantized_weight(mode).items()]
+    )
     return whole(layer.eval()(x))
 
 
 def _dequantized_product(x: mx.array, mode: str) -> mx.array:
-    stored = {name: as_dtype(value, mx.float32) for name, value in _stored(mode).items()}
+    stored = {name: as_dtype(value, mx.float32) for name, value in _quantized_weight(mode).items()}
     return x @ dequantize(stored, Quantization.of(mode), mx.float32).T
 
 
@@ -146,7 +166,7 @@ FORMS = (
         "depthwise pair",
         (MAP, (C, 7, 7, 1), (C, 7, 7, 1)),
         _module(partial(DepthwiseConvDouble, C, 7, 2), "even.weight", "odd.weight"),
-        _pair,
+        _double_conv,
     ),
     Form("GELU", (MAP,), lambda x: GELU().eval()(x), _gelu),
     Form(
@@ -156,7 +176,7 @@ FORMS = (
         lambda x, b: _gelu(x + b),
     ),
     Form(
-        "two biases", (MAP, (C,), (C,)), _two_biases, lambda x, b, c: mx.stack([x + b, x + b + c])
+        "two biases", (MAP, (C,), (C,)), _add_biases, lambda x, b, c: mx.stack([x + b, x + b + c])
     ),
     Form(
         "SwiGLU",
@@ -199,7 +219,7 @@ FORMS = (
         "attention in heads of 32",
         ((1, MAP[1] * MAP[2], 3, C // 32, 32),),
         lambda qkv: self_attention(qkv, training=False),
-        _plain_self_attention,
+        _self_attention,
     ),
     *(
         Form(
@@ -212,20 +232,36 @@ FORMS = (
         for rows in (1, 48)
     ),
 )
+# A candidate, which models use only where `gpu_depthwise.use_own` says so.
+GPU_FORMS = tuple(
+    Form(
+        f"own {name} {size}x{size}, stride {stride}",
+        (MAP, *[(C, size, size, 1)] * kernels, (biases, kernels * C)),
+        partial(_own_conv, stride),
+        partial(_grouped_conv, stride),
+    )
+    for name, size, stride, kernels, biases in (
+        ("depthwise with two biases,", 3, 1, 1, 2),
+        ("depthwise", 3, 2, 1, 1),
+        ("depthwise", 7, 1, 1, 1),
+        ("depthwise pair", 7, 2, 2, 1),
+        ("depthwise pair", 3, 1, 2, 1),
+    )
+)
 
 
 def compare_form(form: Form, dtype: mx.Dtype, bound: float) -> list[Row]:
-    """Compare a formulation on random inputs.
+    """Compare an operation with its definition on random inputs.
 
     Args:
-        form: One of FORMS.
-        dtype: dtype of the device.
-        bound: Largest error that rounding explains.
+        form: One of FORMS or, on a GPU, GPU_FORMS.
+        dtype: dtype on the device.
+        bound: Upper bound of the rounding error.
     """
     rng = np.random.default_rng(0)
     inputs = [mx.array(rng.standard_normal(s, np.float32)).astype(dtype) for s in form.shapes]
-    with plain():
-        exact = form.plain(*(x.astype(mx.float32) for x in inputs))
+    with on_reference_device():
+        exact = form.definition(*(x.astype(mx.float32) for x in inputs))
         mx.eval(exact)
     actual, failure = on_device(partial(form.device, *inputs))
     error = float("nan") if actual is None else relative_error(exact, actual)

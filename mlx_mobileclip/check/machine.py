@@ -1,4 +1,4 @@
-"""The machine and its software, against what is known to compute wrong values."""
+"""Describe the machine, and find versions known to be wrong and memory that is too small."""
 
 import os
 import platform
@@ -14,23 +14,23 @@ import mlx.core as mx
 from .. import __version__
 from ..device import backend
 
-MLX_SINCE = (0, 32, 4)
-MATRIX_UNITS_SINCE = 5  # generation of the chip: M5
-MACOS_WITH_MATRIX_UNITS = (26, 2)
-# Memory that an image of 1024 px takes beside the weights, estimated from the buffers in flight.
+MIN_MLX = (0, 32, 4)
+MIN_GENERATION = 5  # of Apple chips with matrix units: M5
+MIN_MACOS = (26, 2)  # for matrix units
+# Memory for an image of 1024 px besides the weights, estimated from the buffers in flight.
 ACTIVATION_BYTES = 900_000_000
-SHARE_FOR_GPU = 2 / 3  # of all memory, which macOS recommends as a limit below 36 GB
+USABLE_SHARE = 2 / 3  # of all memory; the limit for GPUs that macOS recommends below 36 GB
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What results depend on besides the model.
+    """Hardware and software that results depend on.
 
     Attributes:
         device: Name of MLX's default device.
         backend: "metal", "cuda" or "cpu".
         memory_bytes: All memory of the machine, or of a separate GPU.
-        free_bytes: Memory that is free or can be freed; None if unknown.
+        free_bytes: Available memory; None if unknown.
         mlx: Version of MLX.
         package: Version of this package.
         python: Version of Python.
@@ -52,10 +52,10 @@ class Machine:
 
 
 class Finding(NamedTuple):
-    """Something to know about the machine.
+    """A problem of the machine.
 
     Attributes:
-        wrong: Whether it makes results wrong.
+        wrong: Whether it makes results wrong; otherwise it is only a note.
         text: What, why, and what to do, in one line.
     """
 
@@ -64,10 +64,10 @@ class Finding(NamedTuple):
 
 
 def this_machine() -> Machine:
-    """Read what this machine is and runs."""
+    """Describe this machine."""
     info, kind = mx.device_info(), backend()
     device = str(info.get("device_name", "unknown"))
-    matrix_units = kind == "cuda" or _generation(device) >= MATRIX_UNITS_SINCE
+    matrix_units = kind == "cuda" or _generation(device) >= MIN_GENERATION
     return Machine(
         device=device,
         backend=kind,
@@ -83,7 +83,7 @@ def this_machine() -> Machine:
 
 
 def findings(machine: Machine, dtype: mx.Dtype, weight_bytes: int) -> list[Finding]:
-    """Compare a machine with what is known to be wrong or too small.
+    """Find known problems of a machine: wrong versions, too little memory.
 
     Args:
         machine: From `this_machine`.
@@ -91,16 +91,16 @@ def findings(machine: Machine, dtype: mx.Dtype, weight_bytes: int) -> list[Findi
         weight_bytes: Size of the model's weights.
     """
     found = []
-    if _numbers(machine.mlx) < MLX_SINCE:
+    if _parse_version(machine.mlx) < MIN_MLX:
         found.append(
             Finding(
                 True,
                 f"mlx {machine.mlx}: 0.32.0 reads wrong scales of nvfp4 and its threads race for "
-                "kernels, and nothing before 0.32.4 was examined; pip install -U mlx",
+                "kernels, and no version before 0.32.4 was tested; pip install -U mlx",
             )
         )
-    old_system = machine.macos and _numbers(machine.macos) < MACOS_WITH_MATRIX_UNITS
-    if _generation(machine.device) >= MATRIX_UNITS_SINCE and old_system:
+    old_system = machine.macos and _parse_version(machine.macos) < MIN_MACOS
+    if _generation(machine.device) >= MIN_GENERATION and old_system:
         found.append(
             Finding(
                 True,
@@ -124,26 +124,26 @@ def findings(machine: Machine, dtype: mx.Dtype, weight_bytes: int) -> list[Findi
                 "MLX_ENABLE_TF32=0",
             )
         )
-    needed, usable = weight_bytes + ACTIVATION_BYTES, machine.memory_bytes * SHARE_FOR_GPU
+    needed, usable = weight_bytes + ACTIVATION_BYTES, machine.memory_bytes * USABLE_SHARE
     if needed > usable:
         found.append(
             Finding(
                 False,
                 f"the model needs about {needed / 1e9:.1f} GB and the device may use "
-                f"{usable / 1e9:.1f}; close other programs, or take fewer bits or a smaller model",
+                f"{usable / 1e9:.1f}; close other programs, or use fewer bits or a smaller model",
             )
         )
     return found
 
 
 def _generation(device: str) -> int:
-    """5 for an Apple M5 of any size; 0 if it is not an Apple chip."""
+    """Generation of an Apple chip, such as 5 for every M5; 0 for other devices."""
     match = re.search(r"Apple M(\d+)", device)
     return int(match[1]) if match else 0
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers of a version, such as (0, 32, 4), for comparison."""
+def _parse_version(version: str) -> tuple[int, ...]:
+    """Parse a version, such as (0, 32, 4), for comparison."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
@@ -152,7 +152,7 @@ def _all_memory() -> int:
 
 
 def _free_memory() -> int | None:
-    """Bytes that are free or hold only copies of files; None if the system does not tell."""
+    """Bytes that are free or used as file cache; None if unknown."""
     try:
         if sys.platform == "darwin":
             text = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True).stdout

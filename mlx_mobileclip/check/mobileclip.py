@@ -1,4 +1,4 @@
-"""Check a MobileCLIP."""
+"""The layers of MobileCLIP that `check` compares, in order."""
 
 import os
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import mlx.core as mx
 
 from ..checkpoints.hub import resolve_file
-from ..concurrency import enter
+from ..concurrency import register_thread
 from ..device import parse_dtype
 from ..loader import read_canonical, read_tokenizer
 from ..models.clip import MobileCLIP, MobileCLIPConfig, PreprocessConfig
@@ -34,10 +34,10 @@ def check_mobileclip(
     """Compare a MobileCLIP on the device with float32 on the CPU, on a picture and three texts.
 
     Args:
-        model: As for `load`, like the other arguments.
+        model: This and the other arguments as for `load`.
         variant: Published model with the architecture of the checkpoint.
         revision: Branch, tag or commit of the repository.
-        dtype: dtype of the device.
+        dtype: dtype on the device.
         preprocess: Image preprocessing.
         config: JSON file that describes the checkpoint.
         quiet: Show no progress.
@@ -45,7 +45,7 @@ def check_mobileclip(
     Raises:
         ModelError: the checkpoint or an argument cannot be used; mostly one of its subclasses.
     """
-    enter()
+    register_thread()
     checkpoint = resolve_file(model, revision)
     read = partial(read_canonical, checkpoint, variant, preprocess, config)
     models = Models(MobileCLIP, read, parse_dtype(dtype), checkpoint.name)
@@ -61,13 +61,13 @@ def check_mobileclip(
 
 
 def mobileclip_steps(models: Models, pixels: mx.array, ids: mx.array, bound: float) -> list[Step]:
-    """The steps for both towers.
+    """List the comparisons of both towers.
 
     Args:
-        models: MobileCLIP on the device, and its plain form.
+        models: MobileCLIP on the device, and its reference.
         pixels: (1, S, S, 3), from `Processor.images`.
         ids: (N, L), from `Processor.texts`; not used without a text tower.
-        bound: Largest error that rounding explains.
+        bound: Upper bound of the rounding error.
     """
     config: MobileCLIPConfig = models.config
     image = Chain(models, pixels, bound)
@@ -84,7 +84,7 @@ def mobileclip_steps(models: Models, pixels: mx.array, ids: mx.array, bound: flo
 
 
 def fastvit_steps(chain: Chain, path: str, config: FastViTConfig) -> list[Step]:
-    """The steps for a FastViT at a path of the model: stem, each part of each stage, the rest."""
+    """List the comparisons of a FastViT at a path of the model: stem, stages, final convolution."""
     steps: list[Step] = [partial(chain.layer, "stem", "", f"{path}.stem")]
     for i, blocks in enumerate(config.layers):
         stage = partial(chain.layer, f"stage {i}")

@@ -1,4 +1,4 @@
-"""A picture drawn for the check, the same on every machine."""
+"""The test image of `check`, the same on every machine."""
 
 import numpy as np
 from PIL import Image, ImageDraw

@@ -1,4 +1,4 @@
-"""Run the steps of a check, and report what they found."""
+"""Run the comparisons of `check` and report their results."""
 
 import math
 import time
@@ -16,11 +16,11 @@ from ..errors import name_some
 from ..terminal import Bar
 from .bounds import Bounds, bounds
 from .compare import Models, Row, Step
-from .forms import FORMS, compare_form
+from .forms import FORMS, GPU_FORMS, compare_form
 from .machine import Finding, Machine, findings, this_machine
 
-CACHE_BYTES = 1 << 28  # of freed memory that MLX may keep
-NAMED = 4  # of what is wrong, in the verdict
+CACHE_BYTES = 1 << 28  # freed memory that MLX may keep
+MAX_NAMED = 4  # names of failures in the verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ class Report:
     Attributes:
         model: Name of the model.
         revision: Its commit, if it is from a repository.
-        dtype: dtype of the device.
+        dtype: dtype on the device.
         machine: The machine and its software.
-        findings: What is known about it.
+        findings: Known problems of the machine.
         rows: The comparisons.
-        seconds: Time that the comparisons took.
-        peak_memory_bytes: Most memory that MLX has held.
+        seconds: Time of the comparisons.
+        peak_memory_bytes: Peak memory of MLX.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def wrong(self) -> list[str]:
-        """Names of what is wrong."""
+        """Names of the findings and comparisons that are wrong."""
         known = [finding.text.partition(":")[0] for finding in self.findings if finding.wrong]
         return known + [row.name for row in self.rows if not row.right]
 
@@ -57,7 +57,7 @@ class Report:
     def verdict(self) -> str:
         """The result in one line."""
         if self.wrong:
-            return f"WRONG: {name_some(self.wrong, NAMED)}"
+            return f"WRONG: {name_some(self.wrong, MAX_NAMED)}"
         return f"All right: {len(self.rows)} comparisons in {self.dtype} on {self.machine.device}"
 
     def lines(self) -> Iterator[str]:
@@ -79,7 +79,7 @@ class Report:
         yield self.verdict
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for a bug report."""
+        """The whole report, for bug reports."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -102,23 +102,24 @@ class Report:
 def run_check(
     checkpoint: Checkpoint,
     models: Models,
-    steps_within: Callable[[Bounds], list[Step]],
+    list_steps: Callable[[Bounds], list[Step]],
     *,
     quiet: bool,
 ) -> Report:
-    """Compare a model and FORMS with a progress bar.
+    """Compare a model with its reference and FORMS with their definitions, with a progress bar.
 
     Args:
-        checkpoint: The model's.
-        models: The model on the device, and its plain form.
-        steps_within: Returns the model's steps, given the bounds of errors.
+        checkpoint: The model's checkpoint.
+        models: The model on the device, and its reference.
+        list_steps: Returns the comparisons of the model, given the bounds.
         quiet: Show no progress.
     """
     machine = this_machine()
     limits = bounds(models.dtype, machine)
+    forms = FORMS if machine.backend == "cpu" else (*FORMS, *GPU_FORMS)
     steps: list[Step] = [
-        *steps_within(limits),
-        *(partial(compare_form, form, models.dtype, limits.part) for form in FORMS),
+        *list_steps(limits),
+        *(partial(compare_form, form, models.dtype, limits.part) for form in forms),
     ]
     cache_limit = mx.set_cache_limit(CACHE_BYTES)
     mx.reset_peak_memory()
@@ -143,7 +144,7 @@ def run_check(
 
 
 def _shown(rows: list[Row]) -> list[Row]:
-    """The rows of a stage that the table shows: those that are wrong, or the worst."""
+    """Rows of a stage to show: those that are wrong, else the one with the largest error."""
     wrong = [row for row in rows if not row.right]
     return wrong or [max(rows, key=lambda row: row.error / row.bound)]
 
@@ -155,7 +156,7 @@ def _line(row: Row) -> str:
 
 
 def _as_json(row: Row) -> dict[str, Any]:
-    """The fields of a row; infinity and NaN, which JSON does not have, are null."""
+    """Fields of a row; infinity and NaN, which JSON lacks, become null."""
     values = asdict(row) | {"right": row.right}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -35,9 +35,9 @@ from .stated_config import (
 from .torch_pickle import read_torch
 
 CONFIG_NAMES = ("config.json", "open_clip_config.json")
-# The last is the update counter of PyTorch's AveragedModel.
+# Tensors without effect; the last is the update counter of PyTorch's AveragedModel.
 NEVER_USED = r"\.num_batches_tracked$|(^|\.)attn_mask$|^n_averaged$"
-# Names in open_clip's models without a separate text tower ("custom_text": false).
+# Names of the text tower in open_clip's models without a prefix for it ("custom_text": false).
 TEXT_AT_ROOT = re.compile(
     r"(token_embedding\.|positional_embedding$|transformer\.|ln_final\.|text_projection$)"
 )
@@ -76,17 +76,17 @@ def read_foreign(
         config = _config(checkpoint, file, variant, preprocess, config_path)
 
         def check(tensors: dict[str, mx.array], layout: Layout) -> dict[str, mx.array]:
-            return _canonical(checkpoint, config, tensors, layout)[1]
+            return _to_canonical(checkpoint, config, tensors, layout)[1]
 
         tensors, layout = read_source(checkpoint, check)
     else:
         variant, towers = core_ml
         config = _config(checkpoint, checkpoint.path, variant, preprocess, config_path)
         tensors, layout = read_towers(checkpoint, towers, config), CORE_ML
-    return _canonical(checkpoint, config, tensors, layout)
+    return _to_canonical(checkpoint, config, tensors, layout)
 
 
-def _canonical(
+def _to_canonical(
     checkpoint: Checkpoint, config: MobileCLIPConfig, tensors: dict[str, mx.array], layout: Layout
 ) -> tuple[MobileCLIPConfig, dict[str, mx.array]]:
     """Complete the config for a layout, and convert its tensors to canonical form."""
@@ -113,19 +113,19 @@ def read_source(
     """
     file = _weights_file(checkpoint)
     if file.suffix == ".safetensors":
-        return _with_layout(read_safetensors(file), checkpoint.name)
+        return _identify(read_safetensors(file), checkpoint.name)
 
     if check is None:
-        return _with_layout(read_torch(file), checkpoint.name)
+        return _identify(read_torch(file), checkpoint.name)
 
     def check_zeros(zeros: dict[str, mx.array]) -> None:
-        check(*_with_layout(zeros, checkpoint.name))
+        check(*_identify(zeros, checkpoint.name))
 
-    return _with_layout(read_torch(file, check_zeros, NEVER_USED), checkpoint.name)
+    return _identify(read_torch(file, check_zeros, NEVER_USED), checkpoint.name)
 
 
-def _with_layout(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
-    """Detect the layout of tensors; float64 becomes float32, wrappers' prefixes are removed."""
+def _identify(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
+    """Detect the layout, and give the tensors its usual names and dtypes (float64 as float32)."""
     tensors = {
         key: value.astype(mx.float32, stream=mx.cpu) if value.dtype == mx.float64 else value
         for key, value in tensors.items()
@@ -265,7 +265,7 @@ def _refuse_other_config(checkpoint: Checkpoint, files: list[Fields]) -> None:
 
 
 def _detect(tensors: dict[str, mx.array], where: str) -> tuple[dict[str, mx.array], Layout]:
-    """Detect the layout; returns it and the tensors without the prefix of wrappers."""
+    """Detect the layout; returns it, and the tensors without a prefix common to all names."""
     ends = [0]
     first, last = (end(tensors, default="").split(".")[:-1] for end in (min, max))
     for a, b in zip(first, last, strict=False):

@@ -155,6 +155,7 @@ class _Machine:
         self.pop_to_mark()
 
     def top(self, kind: type) -> Any:
+        """The top of the stack, which must be of this type."""
         if not self.stack or not isinstance(self.stack[-1], kind):
             raise ValueError(f"an instruction that needs a {kind.__name__}")
         return self.stack[-1]
@@ -312,7 +313,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "BINPERSID": _Machine.persistent_id,
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {
+_LITERALS = {  # these push their argument
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8"),
 }

@@ -8,9 +8,9 @@ from pathlib import PurePath
 from ..models.variants import TOWERS, variant_named
 from .hub import OWNERS, WEIGHT_SUFFIXES, is_repository
 
-# Suffixes of ports of Apple's models: of any name, and after the tower in timm's names.
+# Ports of Apple's models are named with a suffix, or in timm as tower.tag.
 _PORT_SUFFIXES = ("-OpenCLIP", "_timm")
-_ORIGINS = ("apple_mclip", "apple_mclip_lt", "apple_mclip2_dfndr2b")
+_TIMM_TAGS = ("apple_mclip", "apple_mclip_lt", "apple_mclip2_dfndr2b")
 
 
 def published_variant(name: str) -> str | None:
@@ -27,13 +27,13 @@ def published_variant(name: str) -> str | None:
     base = path.stem if is_weights_file else path.name
     for suffix in _PORT_SUFFIXES:
         base = base.removesuffix(suffix)
-    trunk, _, origin = base.partition(".")
-    if origin in _ORIGINS:
+    trunk, _, tag = base.partition(".")
+    if tag in _TIMM_TAGS:
         variant = TOWERS.get(trunk.lower())
-        if variant is None or origin == "apple_mclip2_dfndr2b":
+        if variant is None or tag == "apple_mclip2_dfndr2b":
             return variant
         first_generation = variant.replace("MobileCLIP2", "MobileCLIP")
-        return variant_named(first_generation + "-LT" * origin.endswith("_lt"))
+        return variant_named(first_generation + "-LT" * tag.endswith("_lt"))
     return variant_named(base)
 
 
@@ -41,4 +41,4 @@ def is_port(name: str) -> bool:
     """Whether a published name is that of a port of Apple's model to open_clip or timm."""
     path = PurePath(name)
     base = path.stem if path.suffix in WEIGHT_SUFFIXES else path.name
-    return base.endswith(_PORT_SUFFIXES) or base.partition(".")[2] in _ORIGINS
+    return base.endswith(_PORT_SUFFIXES) or base.partition(".")[2] in _TIMM_TAGS

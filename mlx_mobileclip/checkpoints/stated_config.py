@@ -20,19 +20,19 @@ from ..models.variants import OPENAI, TOWERS
 from ..models.vit import ViTConfig
 
 MODEL_SECTIONS = ("embed_dim", "vision_cfg", "image_cfg", "text_cfg")
-OPEN_CLIP_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # with all, open_clip adds defaults
+OPEN_CLIP_SECTIONS = ("embed_dim", "vision_cfg", "text_cfg")  # a complete open_clip config
 TIMM_SECTIONS = ("architecture", "pretrained_cfg")
 
-# Fields without effect on results: those of training, of files, and of parts that are not built.
-ABOUT = {
+# Fields without effect on results: about training, files, and parts that are not built.
+METADATA = {
     *("_name_or_path", "architectures", "library_name", "license", "model_type", "name", "tags"),
     *("torch_dtype", "transformers_version"),
 }
-MODEL_FREE = {
+MODEL_IGNORED = {
     *("custom_text", "init_logit_scale", "nonscalar_logit_scale", "output_dict", "preprocess_cfg"),
     *MODEL_SECTIONS,
 }
-VISION_FREE = {
+VISION_IGNORED = {
     *("timm_model_pretrained", "timm_drop", "timm_drop_path", "timm_proj_bias", "patch_dropout"),
     # Fields of open_clip's own towers, which it ignores if a timm tower is named.
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "ls_init_value", "pool_type"),
@@ -40,32 +40,32 @@ VISION_FREE = {
     *("pos_embed_type", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs"),
     *("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"),
 }
-TEXT_FREE = {
+TEXT_IGNORED = {
     *("pad_id", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
     *("embed_dropout", "no_scale_embedding"),  # Apple's code never applies the scale
 }
-TIMM_FREE = {
+TIMM_IGNORED = {
     *("num_classes", "num_features", "label_names", "label_descriptions", *TIMM_SECTIONS),
 }
-TIMM_ARGS_FREE = {
+TIMM_ARGS_IGNORED = {
     *("num_classes", "inference_mode", "drop_rate", "drop_path_rate", "proj_drop_rate"),
     *("pos_drop_rate", "patch_drop_rate", "attn_drop_rate"),
 }
-PRETRAINED_FREE = {
+PRETRAINED_IGNORED = {
     *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "custom_load"),
     *("test_input_size", "min_input_size", "fixed_input_size", "test_crop_pct", "num_classes"),
     *("label_offset", "label_names", "label_descriptions", "pool_size", "test_pool_size"),
     *("first_conv", "classifier", "license", "description", "origin_url", "paper_name"),
     *("paper_ids", "notes"),
 }
-# Fields that must have one of these values.
+# Supported values of fields that cannot be changed.
 OFF = (False, None)
-MODEL_FIXED: dict[str, tuple[Any, ...]] = {
+MODEL_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "quick_gelu": OFF,
     "init_logit_bias": (None,),
     "multimodal_cfg": (None,),
 }
-TEXT_FIXED: dict[str, tuple[Any, ...]] = {
+TEXT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mlp_ratio": (4,),
     "pool_type": ("argmax",),
     "proj_type": ("linear",),
@@ -93,7 +93,7 @@ TEXT_KNOWN = {
     *(name for sizes in TEXT_SIZES for name in sizes[:2] if name),
 }
 PREPROCESS_KNOWN = {"mean", "std", "interpolation", "size", "fill_color"}  # the last has no effect
-PREPROCESS_FIXED: dict[str, tuple[Any, ...]] = {
+PREPROCESS_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "resize_mode": ("shortest", None),
     "mode": ("RGB", None),
 }
@@ -104,7 +104,7 @@ TIMM_CROPS = {
     "vit_base_mci_224": (0.9,),
     "vit_large_patch14_clip_224": (1.0,),
 }
-TIMM_CROP = (0.95,)  # other towers
+DEFAULT_TIMM_CROP = (0.95,)  # other towers
 OPEN_CLIP_PREPROCESS = {"mean": OPENAI[0], "std": OPENAI[1], "interpolation": "bicubic"}
 
 
@@ -166,11 +166,15 @@ def apply_config_file(
     model = _model(fields)
     complete = all(model.has(key) for key in OPEN_CLIP_SECTIONS)
     if describes_a_model(model):
-        _check(model, MODEL_FREE if model is not fields else MODEL_FREE | ABOUT, MODEL_FIXED)
+        _check(
+            model,
+            MODEL_IGNORED if model is not fields else MODEL_IGNORED | METADATA,
+            MODEL_SUPPORTED,
+        )
     if model.has("embed_dim"):
         config = replace(config, embed_dim=model.integer("embed_dim", 1, 65536))
     if model.has("text_cfg") and config.text is not None:
-        text = _text(model.object("text_cfg"), config.text, config.variant, complete)
+        text = _text_config(model.object("text_cfg"), config.text, config.variant, complete)
         config = replace(config, text=text)
     stated = _vision(model, config, complete)
     where = fields.where
@@ -213,12 +217,12 @@ def _tower(fields: Fields) -> tuple[Fields, str, str] | None:
 
 
 def _check(
-    fields: Fields, known: Collection[str], fixed: Mapping[str, tuple[Any, ...]] | None = None
+    fields: Fields, known: Collection[str], supported: Mapping[str, tuple[Any, ...]] | None = None
 ) -> None:
-    """Refuse unknown fields, and values other than those in `fixed`."""
+    """Refuse unknown fields and unsupported values."""
     for key, value in fields.values.items():
-        if fixed and key in fixed:
-            allowed = fixed[key]
+        if supported and key in supported:
+            allowed = supported[key]
             if not any(value == each and type(value) is type(each) for each in allowed) and not (
                 type(value) in (int, float) and value in allowed
             ):
@@ -240,9 +244,9 @@ def _unsupported(fields: Fields, key: str, value: Any, expected: Any) -> ConfigE
     )
 
 
-def _text(fields: Fields, text: TextConfig, variant: str, complete: bool) -> TextConfig:
-    """Update the text tower from a file."""
-    _check(fields, TEXT_KNOWN | TEXT_FREE, TEXT_FIXED)
+def _text_config(fields: Fields, text: TextConfig, variant: str, complete: bool) -> TextConfig:
+    """Update the text tower; in a complete config, missing fields have open_clip's defaults."""
+    _check(fields, TEXT_KNOWN | TEXT_IGNORED, TEXT_SUPPORTED)
     causal = text.causal
     if fields.has("causal_masking"):
         causal = fields.boolean("causal_masking")
@@ -265,17 +269,17 @@ def _text(fields: Fields, text: TextConfig, variant: str, complete: bool) -> Tex
     for canonical, apple, default in TEXT_SIZES:
         key = canonical if apple is None or fields.has(canonical) else apple
         if fields.has(key):
-            values[canonical] = _same_in_all_layers(fields, key)
+            values[canonical] = _per_layer_value(fields, key)
         elif complete:
             values[canonical] = default
     ratio = "ffn_multiplier_per_layer"
-    if fields.has(ratio) and _same_in_all_layers(fields, ratio) != 4:
+    if fields.has(ratio) and _per_layer_value(fields, ratio) != 4:
         raise _unsupported(fields, ratio, fields.get(ratio), 4)
     return TextConfig.from_json(Fields(values, fields.where))
 
 
-def _same_in_all_layers(fields: Fields, key: str) -> Any:
-    """A field of Apple's: one value, or a list with an equal value for each layer."""
+def _per_layer_value(fields: Fields, key: str) -> Any:
+    """A field of Apple's: one value, or a list of equal values, one per layer."""
     value = fields.get(key)
     if not isinstance(value, list):
         return value
@@ -290,13 +294,13 @@ def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str
     if model.has("vision_cfg"):
         fields = model.object("vision_cfg")
         pool = "token" if isinstance(config.image, ViTConfig) else "avg"
-        fixed = {"timm_pool": (pool,), "timm_proj": (None, "")}
+        supported = {"timm_pool": (pool,), "timm_proj": (None, "")}
         if complete:
             if not fields.has("timm_model_name"):
                 raise fields.error("timm_model_name", "is missing; only timm towers are supported")
             defaults = {"timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
             fields = Fields({**defaults, **fields.values}, fields.where)
-        _check(fields, VISION_FREE | {"timm_model_name", "image_size"}, fixed)
+        _check(fields, VISION_IGNORED | {"timm_model_name", "image_size"}, supported)
         stated |= _image_size(fields, "image_size")
     if model.has("image_cfg"):
         fields = model.object("image_cfg")
@@ -306,7 +310,7 @@ def _vision(model: Fields, config: MobileCLIPConfig, complete: bool) -> dict[str
 
 
 def _image_size(fields: Fields, key: str) -> dict[str, int]:
-    """The side of the square image, given as a number or as a list of one or two."""
+    """The side of the square image, as a number or a list of one or two; empty if absent."""
     if not fields.has(key):
         return {}
     value = fields.get(key)
@@ -320,7 +324,7 @@ def _image_size(fields: Fields, key: str) -> dict[str, int]:
 
 def _preprocess(fields: Fields, stated: Mapping[str, Any], complete: bool) -> dict[str, Any]:
     """Read open_clip's `preprocess_cfg`, with its defaults if the file is complete."""
-    _check(fields, PREPROCESS_KNOWN, PREPROCESS_FIXED)
+    _check(fields, PREPROCESS_KNOWN, PREPROCESS_SUPPORTED)
     result = dict(OPEN_CLIP_PREPROCESS) if complete else {}
     result |= {key: fields.values[key] for key in OPEN_CLIP_PREPROCESS if fields.has(key)}
     size = _image_size(fields, "size")
@@ -334,24 +338,25 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
     pool: dict[str, tuple[Any, ...]] = {
         "global_pool": ("token" if isinstance(config.image, ViTConfig) else "avg", None)
     }
-    _check(fields, TIMM_FREE | ABOUT | {"model_args"}, pool)
-    built: dict[str, int] = {}
+    _check(fields, TIMM_IGNORED | METADATA | {"model_args"}, pool)
+    model_size: dict[str, int] = {}
     if fields.has("model_args"):
         arguments = fields.object("model_args")
-        _check(arguments, TIMM_ARGS_FREE | {"img_size"}, pool | {"in_chans": (3, None)})
-        built = _image_size(arguments, "img_size")
+        _check(arguments, TIMM_ARGS_IGNORED | {"img_size"}, pool | {"in_chans": (3, None)})
+        model_size = _image_size(arguments, "img_size")
     if not fields.has("pretrained_cfg"):
-        return with_preprocessing(config, built, fields.where) if with_preprocess else config
+        return with_preprocessing(config, model_size, fields.where) if with_preprocess else config
     part = fields.object("pretrained_cfg")
     known = {"architecture", "input_size", "mean", "std", "crop_pct", "interpolation"}
-    _check(part, PRETRAINED_FREE | known, {"crop_mode": ("center", None), "state_dict": (None,)})
+    _check(part, PRETRAINED_IGNORED | known, {"crop_mode": ("center", None), "state_dict": (None,)})
     if not with_preprocess:
         return config
     name = fields.string("architecture", "").partition(".")[0]
     if part.has("architecture") and part.string("architecture").partition(".")[0] != name:
         raise part.error("architecture", f"is not the {name[:40]!r} of the file")
     crop, how = part.get("crop_pct", None), part.get("interpolation", None)
-    published = crop in (None, *TIMM_CROPS.get(name, TIMM_CROP)) and how in (None, "bicubic")
+    crops = TIMM_CROPS.get(name, DEFAULT_TIMM_CROP)
+    published = crop in (None, *crops) and how in (None, "bicubic")
     if not published and (crop, how) != (1.0, config.preprocess.interpolation):
         key = "crop_pct" if how in (None, "bicubic") else "interpolation"
         raise ConfigError(
@@ -364,7 +369,7 @@ def _timm(fields: Fields, config: MobileCLIPConfig, with_preprocess: bool) -> Mo
         if channels != 3:
             raise part.error("input_size", f"has {channels} channels instead of 3")
         stated |= _image_size(Fields({"input_size": list(sides)}, part.where), "input_size")
-        if built and built["image_size"] != stated["image_size"]:
-            size = built["image_size"]
+        if model_size and model_size["image_size"] != stated["image_size"]:
+            size = model_size["image_size"]
             raise part.error("input_size", f"is not the img_size of model_args, {size}")
-    return with_preprocessing(config, stated | built, part.where)
+    return with_preprocessing(config, stated | model_size, part.where)

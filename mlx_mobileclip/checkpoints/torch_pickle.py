@@ -34,8 +34,9 @@ WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "module", "net", "network", "student"),
     *("state_dict_ema", "model_ema", "ema", "weights", "params"),
 )
-TRAINERS = ("optim", "callback", "loop", "scheduler", "lr_", "scaler", "rng")
-MAX_WRAPPERS = 4  # nested
+# Prefixes of keys under which trainers store their own state.
+TRAINER_STATE = ("optim", "callback", "loop", "scheduler", "lr_", "scaler", "rng")
+MAX_WRAPPERS = 4  # levels of nesting
 
 Check = Callable[[dict[str, mx.array]], object]
 
@@ -155,7 +156,9 @@ def _check_archive(archive: zipfile.ZipFile, size_bytes: int, where: str) -> str
     if order in names and archive.getinfo(order).file_size < 16:
         text = archive.read(order)
         if text.strip() != b"little":
-            raise CheckpointError(f"{where}: its byte order is {text!r}; only little is read")
+            raise CheckpointError(
+                f"{where}: its byte order is {text!r}; only little-endian is supported"
+            )
     return root
 
 
@@ -211,7 +214,7 @@ def _tensors_in(found: dict[Any, Any]) -> dict[str, TensorView]:
 def _with_tensors(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, Any]]]:
     """The dictionaries that hold tensors, this one or nested ones, with their paths.
 
-    Those of trainers are skipped, and so are those with an id in `seen`.
+    TRAINER_STATE is skipped, and so are dictionaries whose id is in `seen`.
     """
     waiting = [("", found)]
     while waiting:
@@ -223,7 +226,7 @@ def _with_tensors(found: Any, seen: set[int]) -> Iterator[tuple[str, dict[Any, A
             yield path, value
         for key, inner in value.items():
             shown = str(key)[:40]
-            if isinstance(inner, dict) and not shown.lower().startswith(TRAINERS):
+            if isinstance(inner, dict) and not shown.lower().startswith(TRAINER_STATE):
                 waiting.append((f"{path}.{shown}".lstrip(".")[:80], inner))
 
 

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .executor import WIDENING, cores, in_parts
+from .executor import EXPANSION, cores, in_parts
 from .rows import FeatureMap, Rows, join
 
-ROWS, COLUMNS = 4, 4  # size of the tile of outputs that one row of a product computes
-ODD_FROM = 32  # tiles; from here odd counts, as power-of-two strides cause cache conflicts
+ROWS, COLUMNS = 4, 4  # tile of outputs that one row of a product computes
+ODD_FROM = 32  # tiles per row; from here odd counts, as powers of two cause cache conflicts
 MIN_POSITIONS = 128  # per core; products of fewer rows are much slower
 
 
@@ -24,7 +24,7 @@ def depthwise_conv(x: FeatureMap, banded: mx.array, kernel_size: int, stride: in
     """Depthwise k x k convolution with "same" padding.
 
     Args:
-        x: (B, H, W, C). Of `Rows`, each part depends only on the strips that it needs.
+        x: (B, H, W, C). Given `Rows`, each part of the result waits only for the strips it reads.
         banded: The kernels, from `banded_matrix`.
         kernel_size: Side of the kernels.
         stride: 1 or 2.
@@ -41,7 +41,7 @@ def depthwise_conv(x: FeatureMap, banded: mx.array, kernel_size: int, stride: in
         y = _rows_of_tiles(strips, banded, kernel_size, stride, start, stop)
         return y[:, : min(stop * ROWS, rows) - start * ROWS, :columns]
 
-    parts = in_parts(work, -(-rows // ROWS), work_size=WIDENING * B * H * W * C)
+    parts = in_parts(work, -(-rows // ROWS), work_size=EXPANSION * B * H * W * C)
     if len(parts) == 1 or B * rows * columns < MIN_POSITIONS * cores():
         return join(parts)
     return Rows(parts)

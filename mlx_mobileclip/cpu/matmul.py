@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .executor import LARGEST_PART, PARALLEL_FROM, on_all_cores
 
-BLOCKS = (128, 64, 32)  # sizes to try, in rows of weights
+BLOCK_ROWS = (128, 64, 32)  # block sizes to try, in rows of weights
 SMALL_PRODUCT = 1_000_000  # multiplications; below this OpenBLAS does not copy the operands
 DEQUANTIZE_FROM = 6  # rows
 
@@ -31,7 +31,7 @@ def linear(x: mx.array, weight: mx.array, added: mx.array | None = None) -> mx.a
         y = linear(x.reshape(-1, inputs), weight, added)
         return y.reshape(*x.shape[:-1], outputs)
     max_rows = SMALL_PRODUCT // max(1, x.size)
-    block = next((n for n in BLOCKS if n <= max_rows and outputs % n == 0), None)
+    block = next((n for n in BLOCK_ROWS if n <= max_rows and outputs % n == 0), None)
     if block is None:
         return _in_stripes(x, weight, added)
     y = _in_blocks(x, weight, block)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from ..device import on_cpu
 
-SWITCH = "MLX_MOBILECLIP_PROCESS_SETTINGS"  # "0" leaves the process as it is
+SETTINGS_VARIABLE = "MLX_MOBILECLIP_PROCESS_SETTINGS"  # "0" leaves the process as it is
 # Options of glibc's mallopt, from malloc.h.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
-KEPT_BYTES = 1 << 30
-GROWTH_BYTES = 1 << 26
+KEPT_BYTES = 1 << 30  # freed memory to keep
+GROWTH_BYTES = 1 << 26  # step in which the heap grows
 # Symbols of the process if a fast BLAS is preloaded, and path of the slow reference BLAS: in MLX's
 # wheel, or in Debian's directory for it.
 FAST_BLAS = ("openblas_set_num_threads", "MKL_Set_Num_Threads", "bli_thread_set_num_threads")
@@ -36,7 +36,7 @@ def configure() -> None:
 
     Setting $MLX_MOBILECLIP_PROCESS_SETTINGS to 0 turns both off.
     """
-    if on_cpu() and os.environ.get(SWITCH) != "0":
+    if on_cpu() and os.environ.get(SETTINGS_VARIABLE) != "0":
         _configure_once()
 
 

@@ -72,7 +72,7 @@ def iter_embeddings(
     check_sequence(paths, "paths")
     check_batch_size(batch_size)
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    return _embed(paths, prepare, encode, batch_size, workers)
+    return embed_prepared(paths, prepare, encode, batch_size, workers)
 
 
 def iter_text_embeddings(
@@ -96,7 +96,7 @@ def iter_text_embeddings(
     check_sequence(texts, "texts")
     check_batch_size(batch_size)
     text_tower(model)
-    return _embed(texts, prepare, encode, batch_size, workers=1)
+    return embed_prepared(texts, prepare, encode, batch_size, workers=1)
 
 
 def check_sequence(names: Iterable[str], what: str) -> None:
@@ -130,13 +130,14 @@ def text_tower(model: MobileCLIP) -> tuple[nn.Module, mx.array]:
     return model.text, model.logit_scale
 
 
-def _embed(
+def embed_prepared(
     names: Iterable[str],
     prepare: Callable[[str], NDArray[Any]],
     encode: Callable[[mx.array], mx.array],
     batch_size: int,
     workers: int,
 ) -> Generator[Embedded, None, None]:
+    """Prepare inputs by name in threads, and encode them in batches; results are in order."""
     with closing(_prepare_ahead(names, prepare, workers, 2 * batch_size)) as prepared:
         while batch := list(islice(prepared, batch_size)):
             yield from _encode(batch, encode)

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,6 +97,17 @@ def write_embeddings(
     write = {".safetensors": _write_safetensors, ".npz": _write_npz}.get(
         output.suffix, _write_parquet
     )
+    with new_file(output, replace=replace) as file:
+        write(file, embeddings, metadata, texts)
+
+
+@contextmanager
+def new_file(output: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+    """Write a file under another name that is moved to `output` when it is complete.
+
+    Raises:
+        DataError: the file cannot be written, or exists and `replace` is False.
+    """
     # The name cannot be guessed, and mode "x" does not follow links.
     temporary = output.with_name(f".{output.name}.{os.urandom(8).hex()}{TEMPORARY_SUFFIX}")
     try:
@@ -103,7 +115,7 @@ def write_embeddings(
         with temporary.open("xb") as file:
             if replace and output.exists():
                 os.fchmod(file.fileno(), output.stat().st_mode & 0o7777)
-            write(file, embeddings, metadata, texts)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # before the old output is replaced
         if replace:

@@ -59,7 +59,7 @@ def evaluate_retrieval(
     processor: Processor,
     paths: Sequence[str],
     captions: Sequence[str],
-    owners: Sequence[int],
+    image_of_text: Sequence[int],
     *,
     batch_size: int = 32,
     quiet: bool = True,
@@ -71,7 +71,7 @@ def evaluate_retrieval(
         processor: The model's processor.
         paths: N images.
         captions: T captions.
-        owners: (T,) image index of each caption.
+        image_of_text: (T,) image index of each caption.
         batch_size: Images or captions per forward pass.
         quiet: Do not show progress.
 
@@ -88,7 +88,7 @@ def evaluate_retrieval(
     images = _embed_all(iterate, paths, "images", batch_size, quiet)
     iterate = partial(iter_text_embeddings, model, processor, batch_size=batch_size)
     texts = _embed_all(iterate, captions, "texts", batch_size, quiet)
-    result = recall(images, texts, owners)
+    result = recall(images, texts, image_of_text)
     return {
         "images": len(paths),
         "captions": len(captions),

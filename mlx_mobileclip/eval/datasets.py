@@ -107,8 +107,8 @@ def karpathy_test(captions: Path, images: Path) -> tuple[list[str], list[str], l
         ) from error
     if not files:
         raise DataError(f"{captions}: has no test split")
-    owners = [index for index, group in enumerate(texts) for _ in group]
-    return files, [text for group in texts for text in group], owners
+    image_of_text = [index for index, group in enumerate(texts) for _ in group]
+    return files, [text for group in texts for text in group], image_of_text
 
 
 def _image_file(directory: Path, folder: str, name: str) -> str:

@@ -150,7 +150,7 @@ def _warn_of_truncation(
 ) -> None:
     """Repeat the warning about truncated prompts, which tokenising would have given."""
     prompts = (prompt for label in labels for prompt in _prompts(label, templates))
-    long_prompts = [prompt for prompt in prompts if processor.tokenizer.may_be_cut(prompt)]
+    long_prompts = [prompt for prompt in prompts if processor.tokenizer.may_be_truncated(prompt)]
     if long_prompts:
         processor.texts(long_prompts)
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..concurrency import enter
+from ..concurrency import register_thread
 from ..errors import ImageError, ModelError, PromptError
 from ..json_fields import Fields
 from ..layers import global_average_pool
@@ -170,7 +170,7 @@ class MobileCLIP(nn.Module):
         Raises:
             ImageError: the shape or dtype is not what the tower takes.
         """
-        enter()
+        register_thread()
         pixels = as_pixels(pixels)
         if pixels.ndim != 4 or pixels.shape[3] != 3 or min(pixels.shape[:3]) < 1:
             raise ImageError(f"pixels have shape {pixels.shape}; expected (B, S, S, 3)")
@@ -190,7 +190,7 @@ class MobileCLIP(nn.Module):
             ModelError: the checkpoint has no text tower.
             PromptError: the shape or dtype is wrong, or an id is outside the vocabulary.
         """
-        enter()
+        register_thread()
         if self.text is None or self.config.text is None:
             raise ModelError(
                 "this checkpoint has an image tower only; to embed texts, load one with both, such "

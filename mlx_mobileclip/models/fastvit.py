@@ -25,6 +25,7 @@ from ..layers import (
     StemConv,
     add_biases,
     add_product,
+    conv_add_biases,
     global_average_pool,
     run,
     self_attention,
@@ -130,7 +131,7 @@ class SqueezeExcite(nn.Module):
         """(B, H, W, C) to the same shape."""
         x = whole(x)
         gate = global_average_pool(x)  # (B, C)
-        gate = mx.sigmoid(self.fc2(nn.relu(self.fc1(gate))))
+        gate = mx.sigmoid(self.fc2(mx.maximum(self.fc1(gate), 0)))
         return x * gate[:, None, None]
 
 
@@ -166,11 +167,10 @@ class Downsample(nn.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up."""
-        x = self.depthwise(x)
         if self.se is None:
-            x = self.act(x, self.depthwise.bias)
+            x = self.act(self.depthwise(x), self.depthwise.bias)
         else:
-            x = self.act(self.se(x + self.depthwise.bias))
+            x = self.act(self.se(self.depthwise(x, self.depthwise.bias)))
         return self.act(self.pointwise(x))
 
 
@@ -182,9 +182,9 @@ class RepMixer(nn.Module):
         self.conv = DepthwiseConv(channels, 3)
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        """(B, H, W, C) to the same shape, without the bias: `Block` adds it."""
-        return self.conv(x)
+    def __call__(self, x: FeatureMap, next_bias: mx.array) -> tuple[FeatureMap, FeatureMap]:
+        """(B, H, W, C) to the same shape twice, the second time with `next_bias` added."""
+        return conv_add_biases(x, self, next_bias)
 
 
 class Attention(nn.Module):
@@ -198,14 +198,14 @@ class Attention(nn.Module):
         self.proj = Linear(channels, channels, bias=False)
         self.bias = mx.zeros((channels,))  # the bias of proj
 
-    def __call__(self, x: FeatureMap) -> mx.array:
-        """(B, H, W, C) to the same shape, without the bias: `Block` adds it."""
+    def __call__(self, x: FeatureMap, next_bias: mx.array) -> tuple[FeatureMap, FeatureMap]:
+        """(B, H, W, C) to the same shape twice, the second time with `next_bias` added."""
         x = whole(x)
         B, H, W, C = x.shape
         qkv = self.qkv(x if self.norm is None else self.norm(x))
         qkv = qkv.reshape(B, H * W, 3, C // HEAD_DIM, HEAD_DIM)
         y = self_attention(qkv, training=self.training)
-        return add_product(x, y.reshape(x.shape), self.proj)
+        return add_biases(add_product(x, y.reshape(x.shape), self.proj), self, next_bias)
 
 
 class ConvFFN(nn.Module):
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to the same shape."""
-        x, residual = add_biases(self.token_mixer(x), self.token_mixer.bias, self.mlp.fc2.bias)
+        x, residual = self.token_mixer(x, self.mlp.fc2.bias)
         return self.mlp(x, residual)
 
 
@@ -248,7 +248,7 @@ class PositionEncoding(nn.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to the same shape."""
-        return self.conv(x) + self.bias
+        return self.conv(x, self.bias)
 
 
 class Stage(nn.Module):
@@ -267,13 +267,13 @@ class Stage(nn.Module):
 
     def __call__(self, x: FeatureMap) -> FeatureMap:
         """(B, H, W, C) to (B, H/2, W/2, 2C), sizes rounded up; the first stage keeps the shape."""
-        if self.downsample is not None:
-            x = self.downsample(x)
-        if self.pos_emb is not None:
-            x = self.pos_emb(x)
-        for block in self.blocks:
-            x = block(x)
+        for part in self.parts():
+            x = part(x)
         return x
+
+    def parts(self) -> list[nn.Module]:
+        """Its layers, in order."""
+        return [part for part in (self.downsample, self.pos_emb, *self.blocks) if part is not None]
 
 
 class FinalConv(nn.Module):
@@ -287,7 +287,7 @@ class FinalConv(nn.Module):
 
     def __call__(self, x: FeatureMap) -> mx.array:
         """(B, H, W, C) to (B, H, W, 2C)."""
-        return self.act(self.se(self.depthwise(x) + self.depthwise.bias))
+        return self.act(self.se(self.depthwise(x, self.depthwise.bias)))
 
 
 class FastViT(nn.Module):

@@ -36,4 +36,4 @@ class MemoryBudget:
                 self._changed.notify_all()
 
 
-DECODERS = MemoryBudget(MAX_DECODER_BYTES)
+DECODER_MEMORY = MemoryBudget(MAX_DECODER_BYTES)

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import LFS_POINTER, ImageError
 from ..paths import user_path
-from .decoder_memory import DECODERS
+from .decoder_memory import DECODER_MEMORY
 from .image_bounds import MAX_IMAGE_PIXELS, MAX_IMAGE_SIDE, check_file, check_image, check_size
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | NDArray[Any]
@@ -183,14 +183,14 @@ def _decode(source: Any, name: str, reserved: ExitStack) -> Image.Image:
     try:
         is_pil_image = isinstance(source, Image.Image)
         opening_bytes = 0 if is_pil_image else check_file(source, name)
-        reserved.enter_context(DECODERS.reserve(opening_bytes))
+        reserved.enter_context(DECODER_MEMORY.reserve(opening_bytes))
         image = source if is_pil_image else Image.open(source, formats=FORMATS)
         file = getattr(image, "fp", None) if is_pil_image else source
         if file is None and getattr(image, "tile", None):
             raise ImageError(f"{name}: the file of this PIL image is closed; open it again")
         needed = check_image(image, file, name)
         if not opening_bytes:  # a second reservation could deadlock with other threads
-            reserved.enter_context(DECODERS.reserve(needed))
+            reserved.enter_context(DECODER_MEMORY.reserve(needed))
         if image.format == "TIFF":
             _silence_libtiff()
         image.load()

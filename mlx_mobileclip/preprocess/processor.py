@@ -60,13 +60,9 @@ class Processor:
         Returns:
             float32 (S, S, 3).
         """
-        size, resample = self.preprocess.image_size, RESAMPLING[self.preprocess.interpolation]
-        image = open_resized(source, lambda image: _resize_crop(image, size, resample))
-        pixels = to_array(image)
-        # In place and in float32, as torchvision's ToTensor and Normalize compute it.
-        pixels -= np.array(self.preprocess.mean, np.float32)
-        pixels /= np.array(self.preprocess.std, np.float32)
-        return pixels
+        return normalized(
+            open_resized(source, lambda image: resized(image, self.preprocess)), self.preprocess
+        )
 
     def texts(self, texts: Sequence[str]) -> mx.array:
         """Tokenize texts; one that is too long is truncated with a warning.
@@ -83,12 +79,22 @@ class Processor:
         return mx.array(self.tokenizer(texts))
 
 
-def _resize_crop(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Resize the shorter side to `size`, then centre-crop at the same pixels as torchvision.
+def resized(image: Image.Image, config: PreprocessConfig) -> Image.Image:
+    """Resize the shorter side, then centre-crop at the same pixels as torchvision.
 
     Source: torchvision 0.25 `transforms/functional.py` center_crop, which rounds an offset of
     half a pixel to even.
     """
-    resized = resize_shorter(image, size, resample)
-    left, top = (round((side - size) / 2) for side in resized.size)
-    return resized.crop((left, top, left + size, top + size))
+    size = config.image_size
+    whole = resize_shorter(image, size, RESAMPLING[config.interpolation])
+    left, top = (round((side - size) / 2) for side in whole.size)
+    return whole.crop((left, top, left + size, top + size))
+
+
+def normalized(image: Image.Image, config: PreprocessConfig) -> NDArray[np.float32]:
+    """Pixels of a resized image as the model takes them: float32 (S, S, 3)."""
+    pixels = to_array(image)
+    # In place and in float32, as torchvision's ToTensor and Normalize compute it.
+    pixels -= np.array(config.mean, np.float32)
+    pixels /= np.array(config.std, np.float32)
+    return pixels

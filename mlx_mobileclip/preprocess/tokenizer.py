@@ -43,7 +43,7 @@ WORD_END = "</w>"
 WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 MAX_TEXT = 10_000  # characters that are read; far more than 77 ids can cover
 MAX_MARKS = 256  # consecutive combining marks; NFC takes quadratic time
-SHOWN = 40  # characters of a text that messages quote
+SHOWN = 40  # characters of a text in an error
 
 Merges = list[tuple[str, str]]
 
@@ -61,7 +61,7 @@ _WIDTHS = {
     if unicodedata.normalize("NFKC", chr(c)) != chr(c)
 }
 _CONTROLS = dict.fromkeys((*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, 0xFEFF), "")
-_PLAIN = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
+_REPLACEMENTS = _QUOTES | _LIGATURES | _WIDTHS | _CONTROLS
 _HUGE_NUMBER = re.compile("&#[0-9]{1000,};?")  # int() refuses more than 4300 digits
 
 
@@ -93,10 +93,10 @@ class Tokenizer:
         content = (self._backend.to_str(), self.context_length, *versions)
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
-    def may_be_cut(self, text: str) -> bool:
+    def may_be_truncated(self, text: str) -> bool:
         """Whether a text may be too long; False only if it certainly is not.
 
-        Cleaning does not lengthen plain ASCII text, and each id covers at least one byte.
+        Cleaning does not lengthen ASCII text without entities, and an id covers at least a byte.
         """
         return len(text) > self.context_length - 2 or not text.isascii() or "&" in text
 
@@ -224,7 +224,7 @@ def _unescape(text: str) -> str:
 
 
 def cleaning_versions() -> tuple[str, str]:
-    """What fixes broken text, and the version of Unicode, which defines letters and cases."""
+    """Name and version of the text fixer, and version of Unicode, which defines letter cases."""
     fixer = "plain"
     if _text_fixer() is not _fix_text:
         from ftfy import __version__ as ftfy_version
@@ -235,7 +235,7 @@ def cleaning_versions() -> tuple[str, str]:
 
 @cache
 def _text_fixer() -> Callable[[str], str]:
-    """Return ftfy's `fix_text` if installed, which also undoes wrong decoding, or `_fix_text`."""
+    """Return ftfy's `fix_text` if installed, which also repairs wrongly decoded text."""
     try:
         from ftfy import fix_text
     except ModuleNotFoundError:
@@ -246,7 +246,7 @@ def _text_fixer() -> Callable[[str], str]:
 def _fix_text(text: str) -> str:
     # Surrogates cannot be encoded; ftfy pairs or replaces them, too.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return unicodedata.normalize("NFC", text.translate(_PLAIN))
+    return unicodedata.normalize("NFC", text.translate(_REPLACEMENTS))
 
 
 def _byte_tokens() -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from bench import counts, roofline
 from bench.chips import CHIPS
 from bench.graph import VIEWS, Graphs, gpu_graphs, leaf
-from mlx_mobileclip import layers
+from mlx_mobileclip.gpu import elementwise
 
 # For the 0.5B: primitives, and MB read and written. Lower a figure when it falls. The first three
 # have targets: 6; 440 and 2500 MB; 390. mlx-vlm 0.7.10 has 16; 855 and 7047 MB; 487.
@@ -26,6 +26,7 @@ PINNED = {
     "prefill of 300 tokens, float16": (316, 376.5),
     "prefill of 300 tokens, 4-bit": (340, 409.8),
 }
+MAP, BIASES = (1, 2, 3, 4), (2, 4)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_fused_operations_count_as_one_kernel(graphs: Graphs) -> None:
     def names(build: Callable[[], mx.array]) -> list[str]:
         return [kernel.name for kernel in graphs.kernels(build)]
 
-    assert names(lambda: layers._swiglu(x, x)) == ["Compiled"]
+    assert names(lambda: elementwise.swiglu(x, x)) == ["Compiled"]
     assert names(lambda: attend(64)) == ["ScaledDotProductAttention"]
     assert {"Matmul", "Softmax"} <= set(names(lambda: attend(32)))
 
@@ -101,16 +102,23 @@ def test_reading_graphs_changes_no_state() -> None:
 @pytest.mark.skipif(
     sys.platform == "linux" and shutil.which("g++") is None, reason="MLX compiles with g++ here"
 )
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize(
-    ("function", "arrays"),
-    [(nn.gelu, 1), (layers._bias_gelu, 2), (layers._fused_add_biases, 3), (layers._swiglu, 2)],
+    ("function", "shapes"),
+    [
+        (elementwise.gelu, [MAP]),
+        (elementwise.bias_gelu, [MAP, (4,)]),
+        (elementwise.add_biases, [MAP, BIASES]),
+        (elementwise.swiglu, [MAP, MAP]),
+    ],
 )
-def test_compiled_functions_become_one_kernel(function: Callable[..., object], arrays: int) -> None:
+def test_compiled_functions_become_one_kernel(
+    function: Callable[..., mx.array], shapes: list[tuple[int, ...]], dtype: mx.Dtype
+) -> None:
     """In MLX's own graphs; `gpu_graphs` relies on it."""
     listing = io.StringIO()
-    shapes = [(2, 3, 4)] + [(4,) if function is not layers._swiglu else (2, 3, 4)] * (arrays - 1)
-    result = function(*(mx.ones(shape) for shape in shapes))
-    mx.export_to_dot(listing, *(result if isinstance(result, tuple) else (result,)))
+    arrays = [mx.ones(shape, dtype if shape != BIASES else mx.float32) for shape in shapes]
+    mx.export_to_dot(listing, function(*arrays))
     names = re.findall(r'label ="(\w+)"', listing.getvalue())
     assert len([name for name in names if name.startswith("Compiled")]) == 1
     assert {name for name in names if not name.startswith("Compiled")} <= {*VIEWS, "Full"}

@@ -54,7 +54,7 @@ def test_results_before_ctrl_c_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert [result["name"] for result in json.loads(record.read_text())["results"]] == [
         "preprocess"
     ]
-    assert "Stopped by hand at photo." in record.with_suffix(".md").read_text()
+    assert "Interrupted at photo." in record.with_suffix(".md").read_text()
     with pytest.raises(SystemExit, match="130"):  # with nothing to keep
         main(["compare", "--size", "tiny", "--only", "photo"])
 

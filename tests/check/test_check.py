@@ -1,4 +1,4 @@
-"""What is right passes, within the memory of the largest part, and is reported."""
+"""`check` passes on correct models, within the memory of their largest layer."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def run_fastvlm(read: Any, bounds: Bounds, question: int = 12) -> list[Row]:
 
 
 def random_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Of a size that keeps activations at their size."""
+    """Random weights, scaled so that activations keep their magnitude."""
     rng = np.random.default_rng(0)
     return {
         name: mx.array(
@@ -68,8 +68,8 @@ def test_demo_in_float16_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["machine"]["python"] and report["seconds"] > 0
     assert 1e6 < report["peak_memory_bytes"] < 1e8
     errors = [row["error"] for row in report["comparisons"]]
-    assert max(errors) < BOUNDS["float16"].part / 3  # the margin of the bounds is there
-    assert max(errors) > BOUNDS["float16"].part / 20  # and they are not loose
+    assert max(errors) < BOUNDS["float16"].part / 3  # the bounds have a margin
+    assert max(errors) > BOUNDS["float16"].part / 20  # of a limited size
 
 
 @pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("mxfp4", 4)])
@@ -97,7 +97,7 @@ def test_other_towers(variant: str) -> None:
 
 
 def saved(directory: Path, config: FastVLMConfig) -> Any:
-    """Random weights in bfloat16 in a file, read lazily."""
+    """Save random weights in bfloat16; returns a function that reads them lazily."""
     path = str(directory / "model.safetensors")
     weights = named_parameters(FastVLM(config))
     half = {n: v.astype(mx.bfloat16) if v.dtype == mx.float32 else v for n, v in weights.items()}
@@ -111,7 +111,7 @@ def demo_config(**text: Any) -> FastVLMConfig:
 
 
 def peak(read: Any) -> int:
-    """Most memory in bytes; with a question so short that products dequantise no weights."""
+    """Peak memory in bytes, with a question too short for weights to be dequantised at once."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -120,7 +120,7 @@ def peak(read: Any) -> int:
 
 
 def test_memory_of_many_layers(tmp_path: Path) -> None:
-    """One layer in bfloat16 and in float32, which device and reference share."""
+    """At most one layer is in memory, in bfloat16 and in float32."""
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 8}
     config = demo_config(**sizes, num_hidden_layers=24)
     layer = 4 * (3 * 256 * 2048 + 256 * 256 * 5 // 2)
@@ -128,7 +128,7 @@ def test_memory_of_many_layers(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_large_vocabulary(tmp_path: Path) -> None:
-    """The table of embeddings is never whole in float32."""
+    """The embedding table is never in float32 as a whole."""
     table = Quantization.of("affine", 4, 64)
     config = replace(
         demo_config(vocab_size=1 << 17), quantization={"language_model.embed_tokens": table}

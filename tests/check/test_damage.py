@@ -1,8 +1,9 @@
-"""A check must be able to fail, and name what is wrong."""
+"""`check` fails on damaged weights, operations and caches, and names them."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_mobileclip.__main__ import main as clip_main
 from mlx_mobileclip.check import forms, report
 from mlx_mobileclip.check.compare import Models
 from mlx_mobileclip.cpu import attention, elementwise, stem
+from mlx_mobileclip.gpu import elementwise as gpu_elementwise
 
 DEMO = ["--model", "demo", "--quiet", "--dtype", "float32"]
 LAYER = "language_model.layers.2.mlp.down_proj.weight"
@@ -26,20 +28,20 @@ def no_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def wrong(
+def failed_check(
     no_forms: None, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[set[str], dict[str, Any]]]:
-    """Check a demo that must fail: names of what is wrong, and the JSON report."""
+    """Run a check that must fail; returns the names of failures and the JSON report."""
 
     def check(run: Callable[[list[str]], int] = main, *command: str) -> Any:
         assert run([*command, *DEMO, "--json"]) == 1
         out, err = capsys.readouterr()
         assert err == "error: this machine computes wrong values; report what --json prints\n"
-        found = json.loads(out, parse_constant=pytest.fail)
-        assert not found["right"] and found["verdict"].startswith("WRONG: ")
-        rows = [row for row in found["comparisons"] if not row["right"]]
-        assert rows[0]["stage"] in found["verdict"]
-        return {f"{row['stage']}/{row['part']}".rstrip("/") for row in rows}, found
+        result = json.loads(out, parse_constant=pytest.fail)
+        assert not result["right"] and result["verdict"].startswith("WRONG: ")
+        rows = [row for row in result["comparisons"] if not row["right"]]
+        assert rows[0]["stage"] in result["verdict"]
+        return {f"{row['stage']}/{row['part']}".rstrip("/") for row in rows}, result
 
     return check
 
@@ -58,74 +60,76 @@ def damage_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[mx.array],
     monkeypatch.setattr(Models, "weights", damaged)
 
 
-def test_weight_of_one_layer(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+def test_weight_of_one_layer(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
     damage_weights(monkeypatch, lambda weight: weight * 1.001)
-    names, found = wrong()
+    names, result = failed_check()
     assert names == {"decoder layer 2/prompt", "decoder layer 2/next token"}
     [later] = (
         row
-        for row in found["comparisons"]
+        for row in result["comparisons"]
         if row["stage"] == "decoder layer 3" and row["part"] == "prompt"
     )
     assert later["chain_error"] > 10 * later["error"]
 
 
-def test_not_a_number(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+def test_not_a_number(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
     damage_weights(monkeypatch, lambda weight: weight * float("nan"))
-    names, found = wrong()
+    names, result = failed_check()
     assert names == {
         "decoder layer 2/prompt",
         "decoder layer 2/next token",
         "tokens/0 of 10 the same",
     }
-    assert found["comparisons"][-1]["error"] is None
+    assert result["comparisons"][-1]["error"] is None
 
 
-def test_activation(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+def test_activation(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
     monkeypatch.setattr(
         elementwise,
         "gelu",
         lambda x: x * mx.sigmoid(1.702 * x),  # close, but another function
     )
-    names, _ = wrong()
+    names, _ = failed_check()
     assert {"stem", "stage 2/block 1", "stage 4/downsampling", "projector"} <= names
     assert not any(name.startswith("decoder") for name in names)
 
 
-def test_attention_mask(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    right = attention.attention
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, s, causal: right(q, k, v, s, False))
-    names, _ = wrong()
+def test_attention_mask(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
+    original = attention.attention
+    monkeypatch.setattr(
+        attention, "attention", lambda q, k, v, s, causal: original(q, k, v, s, False)
+    )
+    names, _ = failed_check()
     assert names >= {f"decoder layer {i}/prompt" for i in range(4)}
     assert "decoder layer 0/next token" not in names  # it may see all positions
 
 
-def test_decoding_step(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    right = KVCache.update_and_fetch
+def test_decoding_step(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
+    original = KVCache.update_and_fetch
 
     def damaged(self: KVCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        both = right(self, keys, values)
+        both = original(self, keys, values)
         return both if keys.shape[2] > 1 else (both[0][:, :, 1:], both[1][:, :, 1:])
 
     monkeypatch.setattr(KVCache, "update_and_fetch", damaged)
-    names, _ = wrong()
+    names, _ = failed_check()
     assert {name.partition("/")[2] for name in names} == {"next token"} and len(names) == 4
 
 
-def test_missing_kernel(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+def test_missing_kernel(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
     def missing(*_: Any) -> mx.array:
         raise RuntimeError("Unable to load kernel\nsteel_conv")
 
     monkeypatch.setattr(stem, "conv3x3_stride2", missing)
-    names, found = wrong()
+    names, result = failed_check()
     assert names == {"stem", "tokens"}
-    assert found["comparisons"][0]["failure"] == "Unable to load kernel steel_conv"
+    assert result["comparisons"][0]["failure"] == "Unable to load kernel steel_conv"
 
 
-def test_text_tower(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
-    right = attention.attention
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, s, c: right(q, k, v, 0.9 * s, c))
-    names, _ = wrong(clip_main, "check")
+def test_text_tower(monkeypatch: pytest.MonkeyPatch, failed_check: Any) -> None:
+    original = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, s, c: original(q, k, v, 0.9 * s, c))
+    names, _ = failed_check(clip_main, "check")
     assert {"stage 3/block 0", "text layer 0", "text layer 2"} <= names
 
 
@@ -144,24 +148,26 @@ def test_table_and_verdict(
 
 
 @pytest.mark.parametrize(
-    ("function", "name"),
+    ("module", "function", "name"),
     [
-        ("_bias_gelu", "GELU with bias"),
-        ("_swiglu", "SwiGLU"),
-        ("_add_biases", "two biases"),
-        ("_quantized_product", "nvfp4 product of 1"),
+        (gpu_elementwise, "bias_gelu", "GELU with bias"),
+        (gpu_elementwise, "swiglu", "SwiGLU"),
+        (layers, "_add_biases", "two biases"),
+        (layers, "_quantized_product", "nvfp4 product of 1"),
     ],
 )
-def test_formulation(monkeypatch: pytest.MonkeyPatch, function: str, name: str) -> None:
+def test_wrong_operation(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str, name: str
+) -> None:
     [form] = (form for form in forms.FORMS if form.name == name)
     [row] = forms.compare_form(form, mx.float16, 7e-3)
     assert row.right
-    right: Any = getattr(layers, function)
+    original: Any = getattr(module, function)
 
     def damaged(*args: Any) -> Any:
-        result = right(*args)
-        return [y * 1.01 for y in result] if isinstance(result, tuple) else result * 1.01
+        y = original(*args)
+        return [each * 1.01 for each in y] if isinstance(y, tuple) else y * 1.01
 
-    monkeypatch.setattr(layers, function, damaged)
+    monkeypatch.setattr(module, function, damaged)
     [row] = forms.compare_form(form, mx.float16, 7e-3)
     assert not row.right

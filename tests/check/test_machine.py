@@ -1,4 +1,4 @@
-"""What is known about machines and versions is found, each in one line."""
+"""Known problems of machines and versions are found."""
 
 from dataclasses import replace
 
@@ -23,10 +23,12 @@ M1 = Machine(
     tf32=False,
 )
 M5 = replace(M1, device="Apple M5 Max", macos="26.2", tf32=True)
-HALF = 1_200_000_000  # bytes of the 0.5B in float16
+FLOAT16_BYTES = 1_200_000_000  # of the 0.5B
 
 
-def found(machine: Machine, dtype: mx.Dtype = mx.float16, size: int = HALF) -> list[Finding]:
+def found(
+    machine: Machine, dtype: mx.Dtype = mx.float16, size: int = FLOAT16_BYTES
+) -> list[Finding]:
     return findings(machine, dtype, size)
 
 

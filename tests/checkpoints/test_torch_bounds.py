@@ -27,35 +27,38 @@ from mlx_mobileclip.checkpoints.torch_pickle import WRAPPERS, read_torch
 FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
 
-def short(value: int) -> bytes:
+def short_string(value: int) -> bytes:
+    """The pickle of a distinct short string."""
     data = b"%x" % value
     return b"\x8c" + bytes([len(data)]) + data
 
 
-def one_hash(count: int) -> bytes:
+def colliding_keys(count: int) -> bytes:
+    """A dictionary of integers with equal hashes."""
     prime = (1 << 61) - 1  # Python's integers are hashed modulo this
     return b"}(" + b"".join(integer(i * prime) + b"N" for i in range(1, count)) + b"u"
 
 
 def all_wrappers(count: int) -> bytes:
     """A dictionary of empty dictionaries, under every usual wrapper name."""
-    inner = b"}q\x00(" + b"".join(short(i) + b"}" for i in range(count)) + b"u"
+    inner = b"}q\x00(" + b"".join(short_string(i) + b"}" for i in range(count)) + b"u"
     return b"}(" + text("x") + inner + b"".join(text(k) + b"h\x00" for k in WRAPPERS) + b"u"
 
 
 def long_names(count: int) -> bytes:
+    """Many globals with a name of 4 MB."""
     return text("y" * 4_000_000) + b"q\x00" + b"h\x00h\x00\x930" * count
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (one_hash(30_000), "holds no tensors"),
+        (colliding_keys(30_000), "holds no tensors"),
         (all_wrappers(200_000), "holds no tensors"),
         (long_names(100_000), "a name that is too long"),
         (b"ca\n" + b"x" * 8_000_000 + b"\n", "a name that is too long"),
     ],
-    ids=["one hash", "all wrappers", "long names", "long name"],
+    ids=["colliding keys", "all wrappers", "long names", "long name"],
 )
 def test_costly_pickles_are_refused_quickly(value: bytes, message: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "m.pt", pickle_of(value), {})

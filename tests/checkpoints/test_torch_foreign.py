@@ -1,4 +1,4 @@
-"""Objects that trainers store beside weights are neither built nor taken for tensors."""
+"""Other objects in a PyTorch file are neither created nor mistaken for tensors."""
 
 import argparse
 import collections
@@ -43,11 +43,11 @@ class Slots:
         self.a = 1
 
 
-class Bag(dict[str, int]):
+class AttributeDict(dict[str, int]):
     """Like Lightning's AttributeDict."""
 
 
-class Pile(list[int]):
+class ListSubclass(list[int]):
     pass
 
 
@@ -71,8 +71,8 @@ FOREIGN: dict[str, Any] = {
     "bytes": b"\x00\xff" * 20,
     "long bytes": b"\x00\xff" * 2000,
     "slots": Slots(),
-    "bag": Bag(a=1),
-    "pile": Pile([1, 2]),
+    "bag": AttributeDict(a=1),
+    "pile": ListSubclass([1, 2]),
     "function": print,
     "class": Colour,
     "generator": np.random.default_rng(0),

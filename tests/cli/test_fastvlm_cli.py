@@ -217,7 +217,7 @@ def test_console_script_runs_the_same_command(
     [
         ([], 2, "required: COMMAND"),
         (["describe"], 2, "invalid choice: 'describe'"),
-        (["--model", "demo"], 2, "a command comes first, such as: mlx-fastvlm generate --model"),
+        (["--model", "demo"], 2, "give a command first, such as: mlx-fastvlm generate --model"),
         (["generate", "--nothing"], 2, "usage: mlx-fastvlm generate"),
         (["--help"], 0, "answer a question about images"),
         (["generate", "--help"], 0, "usage: mlx-fastvlm generate"),

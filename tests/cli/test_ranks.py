@@ -1,4 +1,4 @@
-"""`mlx-fastvlm generate` in several processes: one answer, one error, and never a wait for ever."""
+"""`mlx-fastvlm generate` in several processes: one answer, one error, and no deadlock."""
 
 import os
 import shlex
@@ -20,8 +20,8 @@ GENERATE = (sys.executable, "-m", "mlx_fastvlm.generate")
 QUESTION = "How many circles are there?"
 
 
-def by_rank(*options: str) -> tuple[str, ...]:
-    """The command in a shell, where options may hold $MLX_RANK."""
+def shell_command(*options: str) -> tuple[str, ...]:
+    """The command in a shell, so that options can contain $MLX_RANK."""
     return ("bash", "-c", f"exec {shlex.join(GENERATE)} {' '.join(options)}")
 
 
@@ -30,7 +30,7 @@ def test_chat_is_read_and_answered_once(tmp_path: Path, capfd: pytest.CaptureFix
     """Only rank 0 has the image; an empty line ends the chat, as mlx.launch keeps stdin open."""
     shutil.copy("examples/scene.png", tmp_path / "scene0")
     options = ("--model", "demo", "--max-tokens", "2", "--temp", "2", "--top-p", "0.9")
-    command = by_rank(*options, "--chat", "--image", f"{tmp_path}/scene$MLX_RANK")
+    command = shell_command(*options, "--chat", "--image", f"{tmp_path}/scene$MLX_RANK")
     out, err = launch(*command, stdin=f"{QUESTION}\nHello\n\n", timeout=170)
     assert len(out.splitlines()) == 2, err
     assert err.count("loaded demo") == 1 and err.count("first token after") == 2
@@ -73,7 +73,7 @@ def test_one_process_does_not_start_mlx_distributed(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "ranks", "message"),
     [
-        (["--prompt", "q"], 3, "6 heads with 2 for keys and values cannot be divided among 3"),
+        (["--prompt", "q"], 3, "8 heads with 2 for keys and values cannot be divided among 3"),
         (["--image", "missing.png"], 2, "missing.png: no such file"),
         (["--max-tokens", "many"], 2, "argument --max-tokens"),
     ],
@@ -89,7 +89,7 @@ def test_error_of_all_is_shown_once(options: list[str], ranks: int, message: str
 def test_error_of_one_rank_is_shown_and_ends_all(tmp_path: Path) -> None:
     """Rank 1 lacks the model, and rank 0 would wait for it."""
     (tmp_path / "model0").symlink_to(DEMO_DIRECTORY)
-    command = by_rank("--model", f"{tmp_path}/model$MLX_RANK", "--prompt", "q")
+    command = shell_command("--model", f"{tmp_path}/model$MLX_RANK", "--prompt", "q")
     out, err = launch(*command, timeout=170)
     assert not out
     assert err.count("error: ") == 1, err

@@ -51,7 +51,7 @@ def test_choice_and_regex(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_llguidance
 @pytest.mark.parametrize("output", [[], ["--json"]])
-def test_an_answer_that_is_cut_off_is_an_error(
+def test_truncated_answer_is_an_error(
     output: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate("--schema", LONG, "--max-tokens", "4", "--quiet", *output) == 1
@@ -65,7 +65,7 @@ def test_an_answer_that_is_cut_off_is_an_error(
 
 
 @needs_llguidance
-def test_a_chat_goes_on_after_an_answer_that_is_cut_off(
+def test_chat_continues_after_a_truncated_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one?\ntwo?\n")))
@@ -75,7 +75,7 @@ def test_a_chat_goes_on_after_an_answer_that_is_cut_off(
 
 
 @needs_llguidance
-def test_what_cannot_be_used_is_refused_before_loading(
+def test_unusable_constraints_are_refused_before_loading(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for options, message in [
@@ -123,7 +123,7 @@ def test_schemas_that_cannot_be_read(text: str, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "schema.json"
     path.write_text("[1]")
     with pytest.raises(ModelError, match="is not a JSON object"):

@@ -43,7 +43,7 @@ def test_demo_survives_a_round_trip(target: str, tmp_path: Path) -> None:
     convert("demo", tmp_path / "there", "--layout", target)
     convert(tmp_path / "there", tmp_path / "back")
     (ours, _), (theirs, _) = load(tmp_path / "back", dtype="float32"), load("demo", dtype="float32")
-    assert ours.config.image_size == theirs.config.image_size == 256
+    assert ours.config.image_size == theirs.config.image_size == 384
     rows = theirs.config.text.vocab_size
     there, here = named_parameters(ours), named_parameters(theirs)
     assert there.keys() == here.keys()
@@ -102,13 +102,13 @@ def test_files_that_other_runtimes_need(tmp_path: Path) -> None:
         convert("demo", tmp_path / target, "--layout", target)
         assert "<|im_start|>assistant\n" in (tmp_path / target / "chat_template.jinja").read_text()
         assert read_json(tmp_path / target / "tokenizer_config.json")["eos_token"] == "<|im_end|>"
-        ends = [488, 486]  # <|im_end|>, <|endoftext|>
+        ends = [567, 565]  # <|im_end|>, <|endoftext|>
         generation = read_json(tmp_path / target / "generation_config.json")
         assert generation["eos_token_id"] == ends and generation["pad_token_id"] == ends[1]
         config = read_json(tmp_path / target / "config.json")
         assert config.get("text_config", config)["eos_token_id"] == ends  # mlx-vlm: at the top
         pixels = read_json(tmp_path / target / "preprocessor_config.json")
-        assert pixels["crop_size"] == {"height": 256, "width": 256} and pixels["do_pad"]
+        assert pixels["crop_size"] == {"height": 384, "width": 384} and pixels["do_pad"]
     tokenizer = json.loads((tmp_path / "transformers" / "tokenizer.json").read_text())
     config = read_json(tmp_path / "transformers" / "config.json")
     (image,) = [t for t in tokenizer["added_tokens"] if t["content"] == "<image>"]

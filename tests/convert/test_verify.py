@@ -101,7 +101,7 @@ def test_every_tensor_of_mobileclip_is_accounted_for(
 
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm", "mlx-vlm"])
 def test_every_tensor_is_accounted_for_after_conversion(layout: str, tmp_path: Path) -> None:
-    """As above, for the written files."""
+    """The same, for the written files."""
     source = find_checkpoint(synthetic.write_layout(tmp_path / "source", layout, unfused=True))
     assert convert(source.path, tmp_path / "out") == 0
     config, tensors = read_fastvlm(find_checkpoint(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Attention with a softmax from matrix products equals exact attention."""
+"""Attention with a polynomial in place of exp equals exact attention."""
 
 import math
 
@@ -11,7 +11,7 @@ from mlx_mobileclip import layers
 from mlx_mobileclip.errors import ModelError
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
+    mx.default_device().type != mx.DeviceType.cpu, reason="tests implementations for the CPU"
 )
 
 

@@ -12,7 +12,7 @@ from mlx_mobileclip import layers
 from mlx_mobileclip.layers import GELU
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
+    mx.default_device().type != mx.DeviceType.cpu, reason="tests implementations for the CPU"
 )
 
 

@@ -18,7 +18,7 @@ from mlx_mobileclip.layers import DepthwiseConv, self_attention
 from mlx_mobileclip.models.transformer import TransformerLayer
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
+    mx.default_device().type != mx.DeviceType.cpu, reason="tests implementations for the CPU"
 )
 
 

@@ -13,7 +13,7 @@ from mlx_mobileclip.layers import Embedding, Linear, add_product
 from mlx_mobileclip.quantization import MODES, Quantization
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device().type != mx.DeviceType.cpu, reason="the plain formulation runs on the CPU"
+    mx.default_device().type != mx.DeviceType.cpu, reason="tests implementations for the CPU"
 )
 
 

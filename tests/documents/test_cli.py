@@ -11,6 +11,7 @@ from markdown_file import ROOT, Document, Section, code_spans
 from convert.__main__ import build_parser as convert_parser
 from mlx_fastvlm.check import command as check
 from mlx_fastvlm.cli import generate
+from mlx_fastvlm.server import command as server
 from mlx_mobileclip.__main__ import COMMANDS
 from mlx_mobileclip.__main__ import build_parser as mobileclip_parser
 from mlx_mobileclip.cli.classify_command import COLUMNS
@@ -29,6 +30,7 @@ def subparser(name: str) -> argparse.ArgumentParser:
 PARSERS = {  # by section
     "mlx-fastvlm generate": generate.build_parser("mlx-fastvlm generate"),
     "mlx-fastvlm check": check.build_parser("mlx-fastvlm check"),
+    "mlx-fastvlm server": server.build_parser("mlx-fastvlm server"),
     **{f"mlx-mobileclip {name}": subparser(name) for name in COMMANDS},
     "convert": convert_parser(),
 }
@@ -45,10 +47,15 @@ def option_rows(section: Section) -> dict[str, list[str]]:
     return rows
 
 
+def takes_model(parser: argparse.ArgumentParser) -> bool:
+    return "--model" in parser._option_string_actions
+
+
 def rows_of(title: str) -> dict[str, list[str]]:
     """The rows of a command's own options and of those that it shares."""
     own = option_rows(PAGE[title])
-    shared = option_rows(PAGE[SHARED]) if title.startswith(f"{SHARED} ") else {}
+    takes_a_model = title.startswith(f"{SHARED} ") and takes_model(PARSERS[title])
+    shared = option_rows(PAGE[SHARED]) if takes_a_model else {}
     assert not own.keys() & shared.keys()
     return own | shared
 
@@ -56,7 +63,8 @@ def rows_of(title: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("title", PARSERS)
 def test_every_option_is_documented(title: str) -> None:
     rows = rows_of(title)
-    actions = {action.option_strings[-1]: action for action in PARSERS[title]._actions}
+    options = [action for action in PARSERS[title]._actions if action.option_strings]
+    actions = {action.option_strings[-1]: action for action in options}
     assert not actions.keys() - rows.keys(), "missing in the document"
     assert not rows.keys() - actions.keys(), "in the document, but not in the parser"
     for name, action in actions.items():
@@ -77,8 +85,9 @@ def test_every_option_is_documented(title: str) -> None:
 
 def test_shared_options_are_shared() -> None:
     for name in COMMANDS:
-        strings = subparser(name)._option_string_actions.keys()
-        assert option_rows(PAGE[SHARED]).keys() <= strings
+        if takes_model(subparser(name)):
+            strings = subparser(name)._option_string_actions.keys()
+            assert option_rows(PAGE[SHARED]).keys() <= strings
 
 
 def test_every_command_has_a_section() -> None:

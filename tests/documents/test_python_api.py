@@ -153,7 +153,9 @@ def test_names_in_comparison_tables_exist() -> None:
         names |= parameters(value).keys()
         names |= members(value).keys() if inspect.isclass(value) else set()
     cli = set(re.findall(r"--[\w-]+", (ROOT / "docs" / "cli.md").read_text()))
-    for section in PAGE.under("Beside other libraries"):
+    sections = PAGE.under("Compared with other libraries")
+    assert len(sections) == 4
+    for section in sections:
         for row in section.rows():
             for code in code_spans(row[1]):
                 words = re.findall(r"--[\w-]+|^\w+", code)

@@ -128,7 +128,7 @@ def test_single_image_needs_no_suffix(tmp_path: Path) -> None:
 
 
 def test_unreachable_folders_are_skipped(tmp_path: Path) -> None:
-    """Here they are nested too deeply for the system."""
+    """They are nested too deeply for the operating system."""
     top = tmp_path / "top"
     top.mkdir()
     paint(top / "a.png", "red")

@@ -1,4 +1,4 @@
-"""Cache of label matrices: its keys, and entries that are not trusted."""
+"""Cache of zero-shot classifiers: keys, damaged and hostile entries."""
 
 import os
 import warnings
@@ -38,31 +38,31 @@ def model() -> StandIn:
     return StandIn()
 
 
-def matrix(model: StandIn, **changes: object) -> np.ndarray:
+def classifier(model: StandIn, **changes: object) -> np.ndarray:
     options = {"labels": LABELS, "templates": TEMPLATES} | changes
     return np.array(zeroshot.build_zero_shot_classifier(model, StandInProcessor(), **options))
 
 
-def test_cached_matrix_is_reused_for_equal_inputs_only(model: StandIn, cache: Path) -> None:
-    first = matrix(model)
+def test_cached_classifier_is_reused_for_equal_inputs_only(model: StandIn, cache: Path) -> None:
+    first = classifier(model)
     seen = model.texts_seen
-    assert np.array_equal(matrix(model), first)
-    assert np.array_equal(matrix(StandIn()), first)
+    assert np.array_equal(classifier(model), first)
+    assert np.array_equal(classifier(StandIn()), first)
     assert model.texts_seen == seen
     assert len(list(cache.iterdir())) == 1
-    matrix(model, labels=LABELS[::-1])
-    matrix(model, templates=TEMPLATES[:2])
+    classifier(model, labels=LABELS[::-1])
+    classifier(model, templates=TEMPLATES[:2])
     assert len(list(cache.iterdir())) == 3
-    other = matrix(StandIn(seed=5))
+    other = classifier(StandIn(seed=5))
     assert not np.allclose(other, first)
     model.config.text = "another mask"
-    matrix(model)
+    classifier(model)
     assert len(list(cache.iterdir())) == 5
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "grow", "directory"])
 def test_damaged_entry_is_recomputed(model: StandIn, cache: Path, damage: str) -> None:
-    first = matrix(model)
+    first = classifier(model)
     (entry,) = cache.iterdir()
     data = bytearray(entry.read_bytes())
     if damage == "flip":
@@ -78,15 +78,15 @@ def test_damaged_entry_is_recomputed(model: StandIn, cache: Path, damage: str) -
         entry.mkdir()
     else:
         entry.write_bytes(data)
-    assert np.array_equal(matrix(model), first)
+    assert np.array_equal(classifier(model), first)
     if damage != "directory":
         seen = model.texts_seen
-        assert np.array_equal(matrix(model), first)
+        assert np.array_equal(classifier(model), first)
         assert model.texts_seen == seen, "the entry was not rewritten"
 
 
 def test_renamed_entry_is_ignored(model: StandIn, cache: Path) -> None:
-    matrix(model)
+    classifier(model)
     (entry,) = cache.iterdir()
     entry.rename(cache / ("0" * 64 + entry.suffix))
     assert DiskCache(cache).read(entry.stem, len(LABELS), WIDTH) is None
@@ -130,7 +130,7 @@ def test_unwritable_cache_is_ignored(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLX_MOBILECLIP_CACHE", str(tmp_path / "file" / "below"))
-    assert matrix(model).shape[0] == len(LABELS)
+    assert classifier(model).shape[0] == len(LABELS)
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_missing_home_directory_disables_the_cache(
     monkeypatch.delenv("MLX_MOBILECLIP_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert zeroshot.cache_directory() is None
-    assert matrix(model).shape[0] == len(LABELS)
+    assert classifier(model).shape[0] == len(LABELS)
 
 
 MERGES = [("t", "h"), ("th", "e</w>"), ("h", "e</w>")]
@@ -217,13 +217,13 @@ def test_entry_of_another_shape_or_dtype_is_ignored(
 
 @pytest.mark.parametrize("forged", ["width", "nan", "infinite", "length"])
 def test_entry_with_a_valid_digest_is_checked(model: StandIn, cache: Path, forged: str) -> None:
-    first = matrix(model)
+    first = classifier(model)
     (entry,) = cache.iterdir()
     bad = np.hstack([first, first]) / np.sqrt(2) if forged == "width" else first.copy()
     if forged != "width":
         bad[1] = {"nan": np.nan, "infinite": np.inf, "length": 0.5}[forged]
     DiskCache(cache).write(entry.stem, bad)
-    assert np.array_equal(matrix(model), first)
+    assert np.array_equal(classifier(model), first)
     assert DiskCache(cache).read(entry.stem, len(LABELS), WIDTH, unit=True) is not None
 
 
@@ -249,18 +249,18 @@ def test_directory_writable_by_others_is_not_used(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            matrix(model)
+            classifier(model)
     assert [str(w.message).endswith("choose another") for w in caught] == [True] * (not used)
     assert bool(list(cache.iterdir())) == used
     monkeypatch.undo()
 
 
 def test_entry_writable_by_others_is_not_used(model: StandIn, cache: Path) -> None:
-    first = matrix(model)
+    first = classifier(model)
     (entry,) = cache.iterdir()
     DiskCache(cache).write(entry.stem, -first)
     entry.chmod(0o666)
-    assert np.array_equal(matrix(model), first)
+    assert np.array_equal(classifier(model), first)
 
 
 def test_unused_cache_directory_is_only_a_warning(
@@ -281,10 +281,10 @@ def test_cache_on_a_read_only_file_system_is_used(
     def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    matrix(model)
+    classifier(model)
     monkeypatch.setattr(os, "utime", refuse)
     seen = model.texts_seen
-    matrix(model)
+    classifier(model)
     assert model.texts_seen == seen
 
 

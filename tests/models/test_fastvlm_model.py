@@ -212,7 +212,7 @@ def test_model_loaded_in_another_thread_works(tmp_path: Path) -> None:
 
 
 def contrasting_pixels() -> mx.array:
-    """Two images of such contrast that a model with random weights tells them apart."""
+    """Two images that give different outputs even with random weights."""
     return mx.array(10_000 * make_golden.pixels())
 
 

@@ -1,4 +1,4 @@
-"""The decoder divided among processes: equal to the whole one, and a part of its memory."""
+"""The decoder divided among processes equals the whole one and takes part of its memory."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class RankOneOfTwo:
-    """Stands for a group in which nothing is exchanged."""
+    """A group without communication."""
 
     def rank(self) -> int:
         return 1
@@ -49,7 +49,7 @@ class RankOneOfTwo:
 
 
 def write_deep(path: Path) -> None:
-    """The demo with more layers, so that each matrix is a small part of the decoder."""
+    """Write the demo with more layers, so that each matrix is a small part of the decoder."""
     config = demo_config()
     config = replace(config, text=replace(config.text, num_hidden_layers=LAYERS))
     tensors = mx.load(str(DEMO_DIRECTORY / "model.safetensors"))
@@ -66,7 +66,7 @@ def write_deep(path: Path) -> None:
 def reports(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[Any]]:
-    """What two ranks say of each checkpoint."""
+    """Reports of two ranks for each checkpoint, by rank_report.py."""
     out = tmp_path_factory.mktemp("reports")
     script = ROOT / "tests/support/rank_report.py"
     paths = map(str, checkpoints.values())
@@ -127,8 +127,8 @@ def test_published_decoders_can_be_divided_among_two(size: str) -> None:
 
 def test_decoder_that_cannot_be_divided_is_refused() -> None:
     config = demo_config()
-    with pytest.raises(ConfigError, match=r"6 heads with 2 for keys and values.*; start 2 with"):
+    with pytest.raises(ConfigError, match=r"8 heads with 2 for keys and values.*; start 2 with"):
         check_ranks(config, 3)
-    layers = {"language_model.layers.0.self_attn.o_proj": Quantization(group_size=64)}
-    with pytest.raises(ConfigError, match=r"quantised in groups of 64.*in one process"):
+    layers = {"language_model.layers.0.mlp.down_proj": Quantization(group_size=128)}
+    with pytest.raises(ConfigError, match=r"quantised in groups of 128.*in one process"):
         check_ranks(replace(config, quantization=layers), 2)

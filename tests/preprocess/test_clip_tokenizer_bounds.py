@@ -28,7 +28,7 @@ SLOW = {
 
 
 @pytest.fixture(params=TEXT_FIXERS, autouse=True)
-def mender(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def text_fixer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "_text_fixer", TEXT_FIXERS[request.param])
 
 
@@ -50,7 +50,7 @@ def test_usual_numbers_of_marks_are_accepted() -> None:
 @pytest.mark.filterwarnings("ignore:text ")
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_texts_take_less_than_half_a_second(name: str) -> None:
-    """Also at a hundred times the length, most of which is not read."""
+    """Even at a hundred times the length, most of which is not read."""
     encode = clip_tokenizer()
     started = time.process_time()
     encode([SLOW[name] * 100])

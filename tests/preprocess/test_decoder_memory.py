@@ -1,4 +1,4 @@
-"""Memory that image decoders hold at once, in all threads of a process."""
+"""Limit on the memory of image decoders, in all threads of a process."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ assert len(samples) == 4
 def test_image_memory_is_reserved_until_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     budget = MemoryBudget(MAX_DECODER_BYTES)
-    monkeypatch.setattr("mlx_mobileclip.preprocess.image.DECODERS", budget)
+    monkeypatch.setattr("mlx_mobileclip.preprocess.image.DECODER_MEMORY", budget)
     data = bombs.encoded(Image.new("RGB", (300, 200)), "PNG")
 
     def resize(image: Image.Image) -> Image.Image:

@@ -242,7 +242,7 @@ CONSTANTS: Cases = {
     "100000 dimensions": (value((1,) * 100_000), "100000 dimensions"),
     "unknown type": (value(code=99), "bytes of data for the shape"),
     "unknown type of data": (value(kind=99), "of the unknown type 99"),
-    "type unlike the data's": (value(kind=1), "of another data type than its data"),
+    "type unlike the data's": (value(kind=1), "with another data type than its data"),
     "too short": (value(size=64), "has 64 bytes of data"),
     "too long": (value(size=WEIGHT.nbytes + 64), "bytes of data for the shape"),
     "record: no mark": (record(mark=1), "no blob at 64"),
@@ -270,7 +270,7 @@ CONSTANTS: Cases = {
     ),
     "form not known": (compressed("constexpr_magic", x=BYTES), "constexpr_magic, which is not"),
     "sparse palettes": (compressed("constexpr_lut_to_sparse", x=BYTES), "is not supported"),
-    "constants too deep": (program(deep), "made of constants 5 deep"),
+    "constants too deep": (program(deep), "nests constants 5 levels deep"),
     "flood": (compressed(LUT, (1 << 10,) * 3, indices=BYTES, lut=TABLE), "too little data"),
     "much data": (
         compressed(LUT, (1, 1, 1, 2), indices=BYTES, lut=TABLE[:2]),

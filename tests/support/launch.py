@@ -23,8 +23,8 @@ needs_launcher = pytest.mark.skipif(
 def launch(*command: str, ranks: int = 2, stdin: str = "", timeout: float = 60) -> tuple[str, str]:
     """Run a command in each of the ranks; returns what mlx.launch has on stdout and stderr.
 
-    Its exit status says nothing. stdin stays open, as mlx.launch spins at the end of it. All
-    processes are killed when the time is over.
+    Its exit status is always 0. stdin stays open, because mlx.launch busy-waits after its end. All
+    processes are killed after the timeout.
     """
     options = ("-n", str(ranks), "--backend", "ring", "--starting-port", str(_free_ports(ranks)))
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLX_RANK")}

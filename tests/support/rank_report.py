@@ -1,4 +1,4 @@
-"""What each rank of mlx.launch holds and computes, written to OUT/RANK.npz for each checkpoint.
+"""Write sizes and outputs of this rank of mlx.launch to OUT/CHECKPOINT-RANK.npz.
 
 Usage: rank_report.py OUT CHECKPOINT...
 """
@@ -19,7 +19,7 @@ QUESTION, IMAGE = "How many circles are there?", "examples/scene.png"
 
 
 def divided_bytes(model: FastVLM) -> int:
-    """Bytes of the weights that ranks divide among them."""
+    """Bytes of the weights that are divided among ranks."""
     weights = named_parameters(model.language_model)
     return sum(weight.nbytes for name, weight in weights.items() if "_proj" in name)
 

@@ -1,4 +1,4 @@
-"""A model small enough to follow by hand, with the API that `mlx_mobileclip.load` returns.
+"""A tiny model with predictable embeddings and the API of `mlx_mobileclip.load`.
 
 The first three dimensions are red, green and blue, for images and texts alike; the others add
 small differences between embeddings.
@@ -57,7 +57,7 @@ class StandIn(nn.Module):
 class StandInProcessor:
     def __init__(self) -> None:
         self.tokenizer = SimpleNamespace(
-            fingerprint="stand-in", may_be_cut=lambda prompt: len(prompt) > 73
+            fingerprint="stand-in", may_be_truncated=lambda prompt: len(prompt) > 73
         )
 
     def pixels(self, source: Any) -> Any:

@@ -3,7 +3,7 @@
 from convert.export.unfold import (
     add_prefix,
     identity_norm,
-    renamed,
+    rename,
     strip_prefix,
     unfold_tower,
 )
@@ -63,7 +63,7 @@ def _unfold_vit(folded: Tensors) -> Tensors:
     if "stem.convs.1.weight" not in folded:
         names = ((r"^stem\.convs\.0\.", "patch_embed.proj."), *names)
     out = {
-        renamed(name, names): value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+        rename(name, names): value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
         for name, value in folded.items()
     }
     for i in range(len(STEM_SIZES) - 1):
@@ -81,7 +81,7 @@ def _unfold_text(folded: Tensors) -> Tensors:
     for name, tensor in folded.items():
         if ".".join(name.split(".")[:2]) + ".mixer.weight" in folded:
             kernel = tensor.ndim == 3
-            blocks[renamed(name, REP_MIXER_NAMES)] = tensor[:, None] if kernel else tensor
+            blocks[rename(name, REP_MIXER_NAMES)] = tensor[:, None] if kernel else tensor
         else:
-            out[renamed(name, TEXT_NAMES)] = tensor.T if name == "projection.weight" else tensor
+            out[rename(name, TEXT_NAMES)] = tensor.T if name == "projection.weight" else tensor
     return out | unfold_tower(blocks)

@@ -94,7 +94,7 @@ def from_blob(name: str, type_: TensorType, blob: Blob, where: str) -> Constant:
             where, name, f"has {len(blob.data)} bytes of data for the shape {list(type_.shape)}"
         )
     if TYPES[kind][0] != TYPES[type_.code][0]:
-        raise _error(where, name, "is said to be of another data type than its data")
+        raise _error(where, name, "is declared with another data type than its data")
     return Constant(name, type_, lambda: _unpacked(blob.data, type_))
 
 
@@ -133,13 +133,13 @@ def decompress(
         raise _error(where, name, "is compressed, but is not an array of floats")
     depth = 1 + max((constant.depth for constant in arguments.values()), default=0)
     if depth > MAX_DEPTH:
-        raise _error(where, name, f"is made of constants {depth} deep")
+        raise _error(where, name, f"nests constants {depth} levels deep")
     if type_.elements > 64 * sum(c.type.elements for c in arguments.values()):
         raise _error(where, name, f"has too little data for the shape {list(type_.shape)}")
     for parameter, constant in arguments.items():
         tables = MAX_TABLES if constant.type.is_float and not constant.depth else 1
         if constant.type.elements > max(tables * type_.elements, 1):
-            raise _error(where, name, f"is made of a {parameter[:40]!r} larger than itself")
+            raise _error(where, name, f"has a {parameter[:40]!r} larger than itself")
 
     def read() -> Array:
         try:

@@ -92,7 +92,7 @@ def read_towers(
         if path is None:
             raise CheckpointError(
                 f"{checkpoint.name}: the package of {config.variant}'s {part} tower is missing; "
-                "put it beside the other one"
+                "put it next to the other one"
             )
         where, width = f"{checkpoint.name}: {towers[part]}", config.embed_dim
         if part == "image":

@@ -1,0 +1,1 @@
+"""Kernels and limits for GPUs; the counterpart of `cpu`."""

@@ -1,0 +1,63 @@
+"""Limits on the memory that MLX keeps and wires, by what the machine has."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from ..device import backend
+
+SMALL_BYTES = 12 << 30  # memory of machines that get the smaller limit: Macs with 8 GB
+SMALL_CACHE_BYTES = 256 << 20
+CACHE_BYTES = 1 << 30
+
+
+def cache_limit(memory_bytes: int | None) -> int:
+    """Freed memory that MLX may keep for reuse, on a machine with this much memory, in bytes.
+
+    By default MLX keeps all, which is too much after an image of 1024 px on a Mac with 8 GB.
+    """
+    small = memory_bytes is not None and memory_bytes <= SMALL_BYTES
+    return SMALL_CACHE_BYTES if small else CACHE_BYTES
+
+
+def limit_cache() -> None:
+    """Set MLX's cache limit; every command does so first, and no function of the API does."""
+    info = mx.device_info()
+    memory = info.get("memory_size") or info.get("total_memory")
+    mx.set_cache_limit(cache_limit(int(memory) if memory else None))
+
+
+class _Wired:
+    """Answers that need the weights wired, and the limit before the first of them."""
+
+    lock = threading.Lock()
+    answers = 0
+    limit_before = 0
+
+
+@contextmanager
+def wired_weights() -> Iterator[None]:
+    """Keep the model's memory resident within the block, as mlx-lm does while it generates.
+
+    macOS otherwise may move weights out of the GPU's reach between two tokens. Blocks may overlap
+    in time. Does nothing on other systems.
+    """
+    key = "max_recommended_working_set_size"
+    size = mx.device_info().get(key) if backend() == "metal" else None
+    if not size:
+        yield
+        return
+    with _Wired.lock:
+        if not _Wired.answers:
+            _Wired.limit_before = mx.set_wired_limit(int(size))
+        _Wired.answers += 1
+    try:
+        yield
+    finally:
+        with _Wired.lock:
+            _Wired.answers -= 1
+            if not _Wired.answers:
+                mx.synchronize()
+                mx.set_wired_limit(_Wired.limit_before)
