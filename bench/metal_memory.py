@@ -77,7 +77,7 @@ class Machine:
         return self._references.get(buffer) == 1
 
     def run(self, read: list[int], used: dict[Any, int]) -> None:
-        """Encode a kernel that reads these buffers, and uses arrays of so many elements."""
+        """Encode a kernel that reads these buffers, and uses arrays of these sizes."""
         for buffer in read:
             self.hold(buffer)
         self._held += read

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..preprocess.processor import Processor
 from ..preprocess.tokenizer import TextDecoder
 
-LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and of the likeliest
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and of the most likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Chunk:
         stats: Statistics so far.
         logprob: Log-probability of the token, if the request asks for it: by the model's own
             logits, before temperature, filters, penalties and constraints.
-        top_logprobs: The likeliest tokens with their log-probabilities, the likeliest first.
+        top_logprobs: The most likely tokens with their log-probabilities, most likely first.
         error: What went wrong, if the finish_reason is "error".
     """
 

@@ -35,7 +35,7 @@ def generate_batch(
     Args:
         model: From `load`.
         processor: From `load`.
-        requests: What is asked.
+        requests: Prompts with their images and options.
         max_batch_size: As for `BatchGenerator`, as are the caches.
         prompt_cache: Keys and values of earlier prompts.
         image_cache: Embeddings of images seen before.

@@ -24,7 +24,7 @@ class NextToken:
     Attributes:
         token: Its id; -1 with an error.
         is_complete: Whether a constraint leaves nothing to add.
-        logprobs: Its log-probability and those of the likeliest tokens, if wanted.
+        logprobs: Its log-probability and those of the most likely tokens, if wanted.
         error: Why the row cannot go on.
     """
 

@@ -47,7 +47,7 @@ def _build(tokenizer: Tokenizer) -> "LLTokenizer":
 
 
 class _Vocabulary:
-    """The tokenizer as llguidance asks for it."""
+    """The tokenizer in llguidance's interface."""
 
     bos_token_id = None
 
@@ -83,7 +83,7 @@ class Matcher:
         return new_matcher(self._vocabulary.result(), self._constraint.grammar)
 
     def mask(self) -> mx.array:
-        """What to add to the logits (V,): 0 for tokens that may follow, else -inf."""
+        """Additive mask for the logits (V,): 0 for tokens that may follow, else -inf."""
         bits = self._matcher.compute_bitmask()
         self._check()  # after an error llguidance would allow an end token
         return self._table[mx.array(np.frombuffer(bits, np.uint8))].reshape(-1)[: self._size]

@@ -1,4 +1,4 @@
-"""What an answer must be: JSON of a schema, one of some choices, or a match of an expression.
+"""Constraints on an answer: a JSON schema, a list of choices, or a regular expression.
 
 Reading them needs llguidance, the extra `schema`.
 """
@@ -26,7 +26,7 @@ JSON_OPTIONS: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be.
+    """A constraint on an answer.
 
     Attributes:
         name: "schema", "choice" or "regex", as the user calls it.
@@ -54,9 +54,9 @@ class Constraint:
         if not names:
             return None
         if len(names) > 1:
-            raise PromptError(f"{' and '.join(names)} cannot go together; give one of them")
+            raise PromptError(f"{' and '.join(names)} cannot be combined; give one of them")
         if stop:  # it could end the answer anywhere
-            raise PromptError(f"{names[0]} and stop texts cannot go together; leave out stop")
+            raise PromptError(f"{names[0]} and stop texts cannot be combined; leave out stop")
         try:
             from llguidance import LLMatcher, regex_to_lark
 

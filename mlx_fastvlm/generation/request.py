@@ -1,4 +1,4 @@
-"""What is asked of a model for one answer."""
+"""The arguments of one answer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Request:
 
     Attributes:
         logprobs: If given, chunks of a batch have the log-probability of their token, and of this
-            many of the likeliest tokens, 0 to 20.
+            many of the most likely tokens, 0 to 20.
         kv_bits: For single answers only; a batch refuses it.
     """
 

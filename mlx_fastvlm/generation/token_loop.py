@@ -23,7 +23,7 @@ class PendingToken:
     token: mx.array
     logits: mx.array
     state: list[mx.array]  # of the sampler, before this token
-    logprobs: list[mx.array]  # of the token, the likeliest tokens, theirs; empty if not wanted
+    logprobs: list[mx.array]  # of the token, the most likely tokens, theirs; empty if not wanted
 
 
 class Decoder:
@@ -31,7 +31,7 @@ class Decoder:
 
     Attributes:
         cache: KV cache of each layer.
-        sampler: What chooses the tokens.
+        sampler: Samples the tokens.
         waits: Whether a token must be read and accepted before the next one is sampled.
     """
 
@@ -50,10 +50,10 @@ class Decoder:
         Args:
             model: The model.
             cache: KV cache of each layer.
-            sampler: What chooses the tokens.
+            sampler: Samples the tokens.
             vocab_size: Number of ids of the tokenizer.
             logprobs: If given, also compute the log-probability of each token, and of this many
-                of the likeliest.
+                of the most likely.
         """
         self._model, self.cache, self.sampler = model, cache, sampler
         self.vocab_size, self._logprobs = vocab_size, logprobs
@@ -130,7 +130,7 @@ class Decoder:
 
 
 def _logprobs(logits: mx.array, token: mx.array, count: int) -> list[mx.array]:
-    """Log-probability of a token, ids of the likeliest tokens, and log-probabilities of these."""
+    """Log-probability of a token, ids of the most likely tokens, and log-probabilities of these."""
     normalized = logits - mx.logsumexp(logits)
     count = min(count, logits.size)
     order = mx.argpartition(-normalized, max(0, count - 1))[:count]

@@ -99,7 +99,7 @@ def shard(
         The tensors of this rank, by the same names.
 
     Raises:
-        ConfigError: the decoder cannot be divided among so many.
+        ConfigError: the decoder cannot be divided among this many processes.
         CheckpointError: the tensors do not fit the config, or cannot be read.
     """
     check_ranks(model.config, group.size())

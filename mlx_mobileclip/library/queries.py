@@ -1,4 +1,4 @@
-"""What is asked for: texts, images and filters, and their vectors, which the index keeps."""
+"""Queries: texts, images and filters, and their vectors, which the index keeps."""
 
 import hashlib
 import json

@@ -5,7 +5,7 @@ two z-scores are taken: of the photo's score among all photos of the library, an
 score on that photo among others. For a text these are common words, and the text with a word
 exchanged ("a blue car" for "a red car"); for an image they are photos of the library. Both together
 are a z-score again (Stouffer's method). Benjamini and Hochberg's procedure then says how many
-photos stand out more than the best of so many unrelated photos would by chance.
+photos stand out more than the best of as many unrelated photos would by chance.
 """
 
 from statistics import NormalDist
@@ -72,7 +72,7 @@ def combine(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[
 
 
 def count_relevant(z: NDArray[np.float32], photos: int) -> int:
-    """How many of the best z-scores, sorted downwards, stand out among so many photos.
+    """How many of the best z-scores, sorted downwards, stand out among this many photos.
 
     Source: Benjamini and Hochberg, "Controlling the false discovery rate", 1995.
     """

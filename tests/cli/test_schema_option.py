@@ -81,7 +81,7 @@ def test_unusable_constraints_are_refused_before_loading(
     for options, message in [
         (["--regex", "("], "regex cannot be used: unclosed group"),
         (["--choice", "a,,b"], "choice must be a list of texts of at least one character"),
-        (["--choice", "a,b", "--stop", "a"], "choice and stop texts cannot go together"),
+        (["--choice", "a,b", "--stop", "a"], "choice and stop texts cannot be combined"),
         (["--schema", '{"oneOf": [{"type": "string"}, {}]}'], "oneOf"),
     ]:
         assert main(["--model", "org/never-downloaded", "--prompt", "q", *options]) == 1

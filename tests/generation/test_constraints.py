@@ -263,9 +263,9 @@ def test_undecided_tokens_are_sampled_again(tiny: Loaded, monkeypatch: pytest.Mo
 
 PATTERNS_THAT_ALL_MATCH = [{"pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvw"]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"schema": COUNT, "regex": "a"}, "schema and regex cannot go together"),
-    ({"schema": COUNT, "stop": "}"}, "schema and stop texts cannot go together"),
-    ({"choice": ["a"], "stop": ["b"]}, "choice and stop texts cannot go together"),
+    ({"schema": COUNT, "regex": "a"}, "schema and regex cannot be combined"),
+    ({"schema": COUNT, "stop": "}"}, "schema and stop texts cannot be combined"),
+    ({"choice": ["a"], "stop": ["b"]}, "choice and stop texts cannot be combined"),
     ({"schema": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}, "oneOf constraints are not"),
     ({"schema": {"not": {}}}, 'Unimplemented keys: ["not"]'),
     ({"schema": {"type": "array", "uniqueItems": True}}, 'Unimplemented keys: ["uniqueItems"]'),

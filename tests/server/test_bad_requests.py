@@ -102,7 +102,7 @@ MODELS: list[tuple[dict[str, Any], str]] = [  # what the model itself refuses
     ({"max_tokens": 2048, "messages": [{**USER, "content": "a b " * 1200}]}, "must be 1 to"),
     (
         {"response_format": {"type": "json_object"}, "stop": "}"},
-        "schema and stop texts cannot go together",
+        "schema and stop texts cannot be combined",
     ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "king"}}}},
