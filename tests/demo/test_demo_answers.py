@@ -32,7 +32,7 @@ FLOORS = {
     "describe": 0.79,
     "structured": 0.91,
 }
-SCENES = range(HELD_OUT, HELD_OUT + 14)
+SCENES = range(HELD_OUT, HELD_OUT + 24)
 # Scenes about which every question below is answered correctly.
 CONVERSATION_SEEDS = (HELD_OUT + 100, HELD_OUT + 102)
 TWO_CIRCLES = HELD_OUT + 222
