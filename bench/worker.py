@@ -88,9 +88,12 @@ def flops(repeat: Repeat) -> int:
     """Operations of one repetition in PyTorch, a product and a sum as two; else 0."""
     if "torch" not in sys.modules:
         return 0
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    torch.backends.mha.set_fastpath_enabled(False)  # neither fused form of attention is counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         repeat(0)()
     return int(counter.get_total_flops())
 
