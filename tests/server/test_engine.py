@@ -100,7 +100,7 @@ def test_end_of_the_thread_is_noticed() -> None:
         with pytest.raises(ApiError, match="shutting down"):
             await answer.next()
         with pytest.raises(SystemExit):
-            engine.ended.result()
+            await engine.ended  # settled after the answers have failed
 
     run(Interrupted, test)
 
