@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+STRIDE = 64  # image px per token of FastVLM, in each direction
 DECODE_PROMPT = 300  # tokens before the timed ones
 FASTVLM = ("ours", "mlx-vlm", "transformers")
 MOBILECLIP = ("ours", "open_clip", "onnxruntime")
@@ -49,6 +50,11 @@ class Case:
     def preprocesses(self) -> bool:
         """Whether the case only preprocesses images, which never uses a GPU."""
         return self.work in ("preprocess", "photo")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of a FastVLM prompt, those of the images included."""
+        return self.images * (self.resolution // STRIDE) ** 2 + self.tokens
 
     @property
     def is_headline(self) -> bool:

@@ -83,11 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     selected = cases.scaling(args.size) if args.scaling else cases.standard(args.size)
+    if args.only:
+        selected += cases.headline(args.size)
     selected = [replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in selected]
     if args.only:
-        selected += [
-            replace(case, dtype=args.dtype, gpu=not on_cpu()) for case in cases.headline(args.size)
-        ]
         names = ", ".join(case.name for case in selected)
         selected = [case for case in selected if case.name.startswith(tuple(args.only))]
         if not selected:

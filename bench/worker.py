@@ -57,7 +57,9 @@ def main() -> None:
         if request.strip() == "peak":
             answer(bytes=gpu_peak() if on_gpu else peak())
         elif request.strip() == "work":
-            tokens = contender.prompt_tokens(case) if case.work == "first" else 0
+            # LLaVA-OneVision has its own number of tokens for an image.
+            count_tokens = getattr(contender, "prompt_tokens", lambda case: case.prompt_tokens)
+            tokens = count_tokens(case) if case.work == "first" else 0
             answer(flops=flops(repeat), tokens=tokens, weights=weights)
         else:
             answer(seconds=median(turn(repeat, repetitions)))

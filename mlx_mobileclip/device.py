@@ -22,6 +22,12 @@ def backend() -> str:
     return "cpu" if on_cpu() else "metal" if on_metal() else "cuda"
 
 
+def memory_bytes() -> int | None:
+    """Memory of the default device in bytes, shared with the host on a Mac; None if unknown."""
+    info = mx.device_info()
+    return int(info.get("memory_size") or info.get("total_memory") or 0) or None
+
+
 def reserves_memory() -> bool:
     """Whether to allocate buffers for all that may come; on a GPU, larger ones are slower."""
     return on_cpu()

@@ -86,14 +86,7 @@ def load_checkpoint(
 ) -> tuple[MobileCLIP, Processor]:
     """`load` for a checkpoint that is already on disk."""
     register_thread()
-    model_config, tensors = read_canonical(checkpoint, variant, preprocess, config)
-    tokenizer = read_tokenizer(checkpoint, model_config)
-    model = MobileCLIP(model_config)
-    model.eval()
-    assign(model, tensors, parse_dtype(dtype), checkpoint.name)
-    prepare(model)
-    process.configure()
-    return model, Processor(model_config.preprocess, tokenizer)
+    return _assemble(checkpoint, read_canonical(checkpoint, variant, preprocess, config), dtype)
 
 
 def load_text_tower(
@@ -108,16 +101,29 @@ def load_text_tower(
     """`load` without reading the image tower; the model can only embed texts."""
     register_thread()
     checkpoint = resolve_file(model, revision)
-    model_config, tensors = read_canonical(checkpoint, variant, preprocess, config)
-    tokenizer = read_tokenizer(checkpoint, model_config)
-    loaded = MobileCLIP(model_config)
-    loaded.eval()
-    loaded.pop("image")
-    texts = {name: value for name, value in tensors.items() if not name.startswith(PARTS["image"])}
-    assign(loaded, texts, parse_dtype(dtype), checkpoint.name)
-    prepare(loaded)
+    canonical = read_canonical(checkpoint, variant, preprocess, config)
+    return _assemble(checkpoint, canonical, dtype, with_images=False)
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    canonical: tuple[MobileCLIPConfig, dict[str, mx.array]],
+    dtype: str | mx.Dtype | None,
+    *,
+    with_images: bool = True,
+) -> tuple[MobileCLIP, Processor]:
+    """The model of a config and its tensors, with or without the image tower."""
+    config, tensors = canonical
+    tokenizer = read_tokenizer(checkpoint, config)
+    model = MobileCLIP(config)
+    model.eval()
+    if not with_images:
+        model.pop("image")
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(PARTS["image"])}
+    assign(model, tensors, parse_dtype(dtype), checkpoint.name)
+    prepare(model)
     process.configure()
-    return loaded, Processor(model_config.preprocess, tokenizer)
+    return model, Processor(config.preprocess, tokenizer)
 
 
 def read_canonical(

@@ -16,17 +16,11 @@ from .. import inputs
 from ..cases import DECODE_PROMPT, Case
 from . import Repeat, Work
 
-STRIDE = 64  # image px per token, in each direction
-
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
     if case.preprocesses:
         return _preprocess(case)
     return _mobileclip(case, checkpoint) if case.variant else _fastvlm(case, checkpoint)
-
-
-def prompt_tokens(case: Case) -> int:
-    return case.images * (case.resolution // STRIDE) ** 2 + case.tokens
 
 
 def _preprocess(case: Case) -> Repeat:

@@ -12,12 +12,11 @@ from safetensors.numpy import load_file
 from transformers import CLIPImageProcessor
 
 from .. import inputs
-from ..cases import DECODE_PROMPT, Case
+from ..cases import DECODE_PROMPT, STRIDE, Case
 from . import Repeat, Work
 from .pytorch import set_up, synchronized
 
 EMBEDDING = "model.embed_tokens.weight"
-STRIDE = 64  # image px per token, in each direction
 
 
 def prepare(case: Case, checkpoint: Path) -> Repeat:
@@ -25,10 +24,6 @@ def prepare(case: Case, checkpoint: Path) -> Repeat:
     if case.preprocesses:
         return _preprocess(case)
     return synchronized(_fastvlm(case, checkpoint, device, dtype), device)
-
-
-def prompt_tokens(case: Case) -> int:
-    return case.images * (case.resolution // STRIDE) ** 2 + case.tokens
 
 
 def _preprocess(case: Case) -> Repeat:

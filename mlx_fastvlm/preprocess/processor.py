@@ -17,10 +17,8 @@ from mlx_mobileclip.preprocess.image import (
     ImageSource,
     is_data_uri,
     open_image,
-    open_resized,
+    open_square,
     read_image,
-    resize_crop,
-    resize_pad,
     to_array,
 )
 
@@ -91,9 +89,7 @@ class Picture:
 
     def pixels(self) -> NDArray[np.float32]:
         """RGB in [0, 1], (S, S, 3); raises ImageError if the image is damaged."""
-        resize = resize_pad if self._mode == "pad" else resize_crop
-        image = open_resized(self._source, lambda whole: resize(whole, self._size), self._name)
-        return to_array(image)
+        return to_array(open_square(self._source, self._size, self._mode, self._name))
 
 
 class Processor:

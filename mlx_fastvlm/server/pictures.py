@@ -11,10 +11,8 @@ from mlx_mobileclip.errors import ImageError
 from mlx_mobileclip.preprocess.image import (
     ImageSource,
     is_data_uri,
-    open_resized,
+    open_square,
     read_image,
-    resize_crop,
-    resize_pad,
 )
 
 from ..preprocess.processor import Processor
@@ -64,8 +62,7 @@ class Pictures:
 
 
 def _decode(uri: str, processor: Processor) -> ImageSource:
-    resize = resize_pad if processor.image_mode == "pad" else resize_crop
-    return open_resized(read_image(uri), lambda image: resize(image, processor.image_size))
+    return open_square(read_image(uri), processor.image_size, processor.image_mode)
 
 
 def check_data_uri(value: Any, where: str) -> str:

@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def read_settings(args: argparse.Namespace, address: str) -> Settings:
     """The settings that options state; raises ModelError if the address needs a key."""
-    key = os.environ.get("MLX_FASTVLM_API_KEY") if args.api_key is None else args.api_key
+    key = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
         raise ModelError(
             "the API key must be printable ASCII without spaces; choose another for --api-key"

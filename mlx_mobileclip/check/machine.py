@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import __version__
-from ..device import backend
+from ..device import backend, memory_bytes
 
 MIN_MLX = (0, 32, 4)
 MIN_GENERATION = 5  # of Apple chips with matrix units: M5
@@ -71,7 +71,7 @@ def this_machine() -> Machine:
     return Machine(
         device=device,
         backend=kind,
-        memory_bytes=int(info.get("memory_size") or info.get("total_memory") or _all_memory()),
+        memory_bytes=memory_bytes() or _all_memory(),
         free_bytes=_free_memory(),
         mlx=mx.__version__,  # type: ignore[attr-defined]
         package=__version__,

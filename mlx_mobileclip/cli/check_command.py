@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..terminal import hide_download_progress, printable
-from .options import add_model_arguments
+from .options import add_model_arguments, model_options
 
 if TYPE_CHECKING:
     from ..check.report import Report
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
         hide_download_progress()
     from ..check.mobileclip import check_mobileclip
 
-    names = ("revision", "dtype", "variant", "config", "preprocess", "quiet")
-    print_report(check_mobileclip(args.model, **{n: getattr(args, n) for n in names}), args.json)
+    report = check_mobileclip(args.model, **model_options(args), quiet=args.quiet)
+    print_report(report, args.json)
 
 
 def print_report(report: "Report", as_json: bool) -> None:

@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 from ..defaults import DEFAULT_MODEL
 from ..terminal import hide_download_progress, say
-from .options import add_batch_size_argument, add_index_argument, add_model_arguments
+from .options import (
+    add_batch_size_argument,
+    add_index_argument,
+    add_model_arguments,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from ..library.library import Library
@@ -68,8 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _index(library: "Library", args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    names = ("variant", "revision", "dtype", "config", "preprocess")
-    options = {name: getattr(args, name) for name in names}
+    options = model_options(args)
     given = args.model if args.model != DEFAULT_MODEL or any(options.values()) else None
     try:
         summary = library.index(

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..terminal import Bar, hide_download_progress, progress, say
+from .options import model_options
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,12 +25,10 @@ def load_model(args: argparse.Namespace) -> "tuple[MobileCLIP, Processor]":
         hide_download_progress()
     from ..cpu.process import slow_blas_remedy
 
-    names = ("variant", "revision", "dtype", "config", "preprocess")
-    options = {name: getattr(args, name) for name in names}
     with progress(f"loading {args.model}", quiet=args.quiet) as set_status:
         from .. import load
 
-        loaded = load(args.model, **options)
+        loaded = load(args.model, **model_options(args))
         set_status(f"loaded {args.model}")
     if not args.quiet and (remedy := slow_blas_remedy()):
         say(f"note: {remedy}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..defaults import DEFAULT_MODEL
 from ..errors import ConfigError, DataError
@@ -34,6 +34,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress and no statistics")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `load` from the options of `add_model_arguments`."""
+    names = ("variant", "revision", "dtype", "config", "preprocess")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +117,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a command that lists photos."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="print JSON")
-    group.add_argument("--paths", action="store_true", help="print a path a line")
+    group.add_argument("--paths", action="store_true", help="print one path per line")
     group.add_argument(
         "-0", dest="print0", action="store_true", help="print paths that end with NUL, for xargs -0"
     )

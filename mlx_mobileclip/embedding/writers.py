@@ -25,6 +25,7 @@ OUTPUT_SUFFIXES = (".safetensors", ".npz", ".parquet")
 MAX_NAMES_BYTES = 99_000_000  # safetensors refuses a header of more than 100 MB
 FORMAT = "mlx-mobileclip-embeddings-1"
 TEMPORARY_SUFFIX = ".tmp"
+RESUME = "free some space and run the same command again: finished rows are kept"
 Texts = dict[str, list[str]]
 
 
@@ -102,8 +103,13 @@ def write_embeddings(
 
 
 @contextmanager
-def new_file(output: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+def new_file(output: Path, *, replace: bool = False, remedy: str = RESUME) -> Iterator[BinaryIO]:
     """Write a file under another name that is moved to `output` when it is complete.
+
+    Args:
+        output: The file.
+        replace: Replace an existing file.
+        remedy: What to do if it cannot be written, for the error.
 
     Raises:
         DataError: the file cannot be written, or exists and `replace` is False.
@@ -128,10 +134,7 @@ def new_file(output: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
             "command again: finished rows are kept"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"{output}: cannot be written ({str(error)[:200]}); free some space and run the same "
-            "command again: finished rows are kept"
-        ) from error
+        raise DataError(f"{output}: cannot be written ({str(error)[:200]}); {remedy}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,27 +6,25 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from ..device import backend
+from ..device import backend, memory_bytes
 
 SMALL_BYTES = 12 << 30  # memory of machines that get the smaller limit: Macs with 8 GB
 SMALL_CACHE_BYTES = 256 << 20
 CACHE_BYTES = 1 << 30
 
 
-def cache_limit(memory_bytes: int | None) -> int:
-    """Freed memory that MLX may keep for reuse, on a machine with this much memory, in bytes.
+def cache_limit(memory: int | None) -> int:
+    """Freed memory that MLX may keep for reuse on a machine with `memory` bytes, in bytes.
 
     By default MLX keeps all, which is too much after an image of 1024 px on a Mac with 8 GB.
     """
-    small = memory_bytes is not None and memory_bytes <= SMALL_BYTES
+    small = memory is not None and memory <= SMALL_BYTES
     return SMALL_CACHE_BYTES if small else CACHE_BYTES
 
 
 def limit_cache() -> None:
     """Set MLX's cache limit; every command does so first, and no function of the API does."""
-    info = mx.device_info()
-    memory = info.get("memory_size") or info.get("total_memory")
-    mx.set_cache_limit(cache_limit(int(memory) if memory else None))
+    mx.set_cache_limit(cache_limit(memory_bytes()))
 
 
 class _Wired:

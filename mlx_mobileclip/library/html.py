@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from ..embedding.writers import new_file
 from ..errors import DataError
 from ..terminal import printable
 from .match import Match
@@ -77,17 +78,12 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         DataError: there is another file, or it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         if os.path.lexists(path):
             with path.open("rb") as file:
                 if path.is_symlink() or GENERATOR.encode() not in file.read(1024):
                     raise DataError(f"{path}: exists and is no page of results; choose another")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); choose another") from error
+    with new_file(path, replace=True, remedy="choose another") as file:
+        file.write(text.encode())

@@ -61,17 +61,17 @@ def search(
     dedupe: bool = False,
     everything: bool = False,
 ) -> SearchResults:
-    """Find the photos that show what is asked for.
+    """Find the photos that match a query; see `Library.search`.
 
     Args:
         store: The index.
         vectors: Its vectors.
-        embed: Vectors of texts.
-        query: What to look for.
-        k: Most photos to return.
-        sort: "relevance", or "date": the latest first.
-        dedupe: Leave out photos that look like a better one.
-        everything: Return the k nearest, relevant or not.
+        embed: Returns the vectors of texts.
+        query: Texts, images and filters.
+        k: This and the others as for `Library.search`.
+        sort: "relevance" or "date".
+        dedupe: Leave out near duplicates.
+        everything: Return the k nearest.
 
     Raises:
         DataError: an argument cannot be used, or an image cannot be found.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .metadata import Metadata
 from .scan import Stamp
 from .schema import default_index, index_errors, is_writable, open_index
-from .vectors import take_slots, write_vectors
+from .vectors import CHUNK_ROWS, take_slots, write_vectors
 
 COLUMNS = (
     *("size", "mtime_ns", "hash", "taken", "camera", "latitude", "longitude", "width", "height"),
@@ -195,7 +195,7 @@ class Store:
 
     def vector(self, slot: int, dim: int) -> NDArray[np.float16]:
         """The vector in a slot, float16 (E,)."""
-        chunk, row = divmod(slot, 1024)
+        chunk, row = divmod(slot, CHUNK_ROWS)
         sql = "SELECT substr(rows, ?, ?) FROM vector WHERE chunk=?"
         [(data,)] = self.rows(sql, 1 + row * 2 * dim, 2 * dim, chunk)
         return np.frombuffer(data, np.float16)

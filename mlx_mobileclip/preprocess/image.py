@@ -267,6 +267,16 @@ def _high_bytes(image: Image.Image) -> Image.Image:
     return result
 
 
+def open_square(source: ImageSource, size: int, mode: str, name: str = "image") -> Image.Image:
+    """Decode an image and resize it to a square of `size` px, padded or cropped as `mode` says.
+
+    Raises:
+        ImageError: the image is damaged, or beyond the limits on images.
+    """
+    resize = resize_pad if mode == "pad" else resize_crop
+    return open_resized(source, lambda whole: resize(whole, size), name)
+
+
 def resize_pad(image: Image.Image, size: int) -> Image.Image:
     """Pad to a square with black bars and resize it to (size, size), without building the square.
 

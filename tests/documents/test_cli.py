@@ -132,9 +132,14 @@ def test_csv_columns_are_documented() -> None:
 READ = re.compile(r"os\.(?:environ\.get|getenv)\((\S+?)[,)]|os\.environ\[(\S+?)\](?! = )")
 
 
-def read_variables(source: str) -> set[str]:
-    """Names of environment variables that a file reads, as literals or constants of the file."""
-    constants = dict(re.findall(r'^([A-Z_]+) = (".+?")', source, re.MULTILINE))
+def read_constants(source: str) -> dict[str, str]:
+    """Constants of a file that are texts, in quotes."""
+    return dict(re.findall(r'^([A-Z_]+) = (".+?")', source, re.MULTILINE))
+
+
+def read_variables(source: str, shared: dict[str, str]) -> set[str]:
+    """Environment variables that a file reads, as literals, its own constants or shared ones."""
+    constants = shared | read_constants(source)
     found = ["".join(groups) for groups in READ.findall(source)]
     return {constants.get(name, name).strip('"') for name in found}
 
@@ -142,7 +147,8 @@ def read_variables(source: str) -> set[str]:
 def test_environment_variables_are_documented() -> None:
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     rows = PAGE["Environment variables"].rows()
-    read = [read_variables(path.read_text()) for path in paths]
+    shared = {k: v for path in paths for k, v in read_constants(path.read_text()).items()}
+    read = [read_variables(path.read_text(), shared) for path in paths]
     assert {code_spans(row[0])[0] for row in rows} == set().union(*read)
 
 

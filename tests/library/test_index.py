@@ -188,7 +188,7 @@ def test_watching_looks_again(
 
 
 def test_watching_is_told_of_changes(library: Library, few: Path) -> None:
-    pytest.importorskip("watchfiles")
+    pytest.importorskip("watchfiles", reason="pip install watchfiles, the extra photos")
     index(library, few)
     changes = watch.changes(library)
     timer = threading.Timer(0.5, lambda: shutil.copy(few / "s0.png", few / "new.png"))

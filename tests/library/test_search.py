@@ -175,7 +175,7 @@ def test_dedupe_and_duplicates(library: Library, few: Path) -> None:
 
 
 def test_results_in_other_forms(indexed: Path) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="pip install pandas, for to_pandas")
     with Library(indexed) as library:
         results = library.search("a red circle", everything=True, k=4)
     assert len(results[1:3]) == 2 and results[-1] == list(results)[3]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from mlx_fastvlm.server.settings import Settings
 
-openai = pytest.importorskip("openai")
+openai = pytest.importorskip("openai", reason="pip install openai, a client")
 
 
 class Shapes(BaseModel):
