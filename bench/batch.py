@@ -1,4 +1,4 @@
-"""Compare requests in a batch with the same requests one by one."""
+"""Benchmark batched requests against the same requests one by one."""
 
 import argparse
 import time
@@ -26,18 +26,18 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     model, processor = load(args.model)
     processor.tokenizer.stop_ids = frozenset()  # all answers have the same length
     times: dict[str, list[tuple[float, float]]] = {}
-    for turn in range(args.repeats + 1):
-        for name, work in ways(model, processor, args.requests, args.tokens).items():
+    for repeat in range(args.repeats + 1):
+        for name, work in workloads(model, processor, args.requests, args.tokens).items():
             measured = timed(work)
-            if turn:  # the first one warms up
+            if repeat:  # the first is a warm-up
                 times.setdefault(name, []).append(measured)
     rows = []
     for images in ("known", "fresh"):
         for kind, which in (("wall_s", 0), ("cpu_s", 1)):
-            of = {name: median(pair[which] for pair in pairs) for name, pairs in times.items()}
-            single, batch = of[f"one by one, {images}"], of[f"batch, {images}"]
-            prefill = of[f"prefill, {images}"]
-            step, batch_step = of["steps of one"], of["steps of the batch"]
+            medians = {name: median(pair[which] for pair in pairs) for name, pairs in times.items()}
+            single, batch = medians[f"one by one, {images}"], medians[f"batch, {images}"]
+            prefill = medians[f"prefill, {images}"]
+            step, batch_step = medians["steps of one"], medians["steps of the batch"]
             ceiling = (prefill + args.requests * step) / (prefill + batch_step)
             count = args.requests * args.tokens
             per_s = [f"{count / seconds:.0f}" for seconds in (single, batch)]
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return table(head, rows), figures
 
 
-def ways(
+def workloads(
     model: FastVLM, processor: Processor, count: int, tokens: int
 ) -> dict[str, Callable[[], Any]]:
-    """The work to time: both ways, and the parts that the ceiling is computed from."""
+    """Return what to time: both variants, and the parts that the ceiling is computed from."""
     size = processor.image_size
     rng = np.random.default_rng()
     images = [rng.integers(0, 256, (size, size, 3), np.uint8) for _ in range(count)]
@@ -85,7 +85,7 @@ def ways(
 
 
 def decoding(model: FastVLM, rows: int, length: int, steps: int) -> Callable[[], None]:
-    """Passes of the decoder alone, without sampling, text or look-ahead."""
+    """Return a workload of decoder passes only, without sampling or detokenising."""
     single = model.make_cache(length)
     mx.eval(model(mx.zeros((1, length), mx.int32), single))
     caches = [BatchKVCache() for _ in single]
@@ -104,7 +104,7 @@ def decoding(model: FastVLM, rows: int, length: int, steps: int) -> Callable[[],
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds on the clock, and of processor time."""
+    """Return wall-clock and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu

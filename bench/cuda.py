@@ -1,8 +1,8 @@
-"""Check and time on an NVIDIA GPU what is meant for Macs, too: `python -m bench.cuda`.
+"""Test and time the GPU code paths on an NVIDIA GPU: `python -m bench.cuda`.
 
-Within ten minutes: tests of the depthwise kernel, its time beside MLX's, error and peak memory of
-towers in bfloat16, PyTorch's beside them if it is installed, and where the time to the first token
-goes. Each part that fails is named, and the others still run. Writes one JSON file.
+Takes ten minutes: tests of the depthwise kernel, its time compared with MLX's, error and peak
+memory of towers in half precision, compared with PyTorch if it is installed, and a breakdown of
+the time to the first token. Failing parts are reported, and the others still run. Writes JSON.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from .record import machine_info, table
 from .rounding import random_tower
 
 REPEATS = 10
-Rows = Iterator[tuple[str, str, float, str]]  # what, variant, value, unit
-# Contenders in a process each, with bench.worker: case, contender.
+Rows = Iterator[tuple[str, str, float, str]]  # measurement, variant, value, unit
+# Each contender runs in its own process of bench.worker.
 PEAKS = (
     cases.Case("vision", "vision", dtype="bfloat16", gpu=True),
     *(cases.Case(f"{v}-32", "image", ("ours", "open_clip"), batch=32, variant=cases.VARIANTS[v],
@@ -58,7 +58,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             rows += PARTS[name]()
-        except Exception:  # noqa: BLE001 (named in the record, and the rest still runs)
+        except Exception:  # noqa: BLE001 (recorded; the other parts still run)
             failures[name] = traceback.format_exc()
             print(failures[name], file=sys.stderr)
         rows.append(("part", name, time.perf_counter() - started, "s"))
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Median time of the work, evaluated, after two runs to warm up."""
+    """Median time of evaluating the work, after two warm-up runs."""
     taken = []
     for _ in range(REPEATS + 2):
         started = time.perf_counter()
@@ -89,7 +89,7 @@ def tests() -> Rows:
 
 
 def kernel() -> Rows:
-    """Time of each convolution of FastViTHD at 1024 px: MLX (cuDNN) and our own kernel."""
+    """Time of each convolution of FastViTHD at 1024 px: MLX (cuDNN) and the custom kernel."""
     for dtype in (mx.float16, mx.bfloat16):
         for size, stride in ((3, 1), (7, 1), (7, 2)):
             for stage in range(4):
@@ -111,7 +111,7 @@ def kernel() -> Rows:
 
 
 def tower() -> Rows:
-    """Time, peak memory and error of FastViTHD, in versions that we choose between."""
+    """Time, peak memory and error of FastViTHD, in several variants."""
     exact = random_tower("fastvithd")
     weights = exact.parameters()
     small = mx.array(inputs.pixels(0, (2, 256, 256, 3)))
@@ -138,7 +138,7 @@ def tower() -> Rows:
 
 
 def peaks() -> Rows:
-    """Time and peak memory of towers, of this package and of PyTorch, in a process each."""
+    """Time and peak memory of towers in this package and in PyTorch, one process each."""
     with TemporaryDirectory() as directory:
         for case in PEAKS:
             checkpoint = checkpoints.write(case, Path(directory))
@@ -165,7 +165,7 @@ def _contender(case: cases.Case, contender: str, checkpoint: Path) -> Rows:
 
 
 def first_token() -> Rows:
-    """Where the time to the first token of the 0.5B goes, at 1024 px with 64 tokens of text."""
+    """Breakdown of the 0.5B model's time to the first token: 1024 px, 64 tokens of text."""
     with TemporaryDirectory() as directory:
         checkpoint = checkpoints.write(cases.Case("", "first"), Path(directory))
         started = time.perf_counter()
@@ -191,7 +191,7 @@ def first_token() -> Rows:
     }
     for name, work in steps.items():
         yield "first token, in steps", name, 1e3 * seconds(work), "ms"
-    for name, work in steps.items():  # on the host alone, while the GPU is idle
+    for name, work in steps.items():  # host time only, while the GPU is idle
         mx.synchronize()
         started = time.perf_counter()
         result = work()

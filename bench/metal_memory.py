@@ -1,10 +1,10 @@
-"""Simulate the memory that an image tower takes on a Mac: `python -m bench.metal_memory`.
+"""Simulate the memory use of an image tower on a Mac: `python -m bench.metal_memory`.
 
-MLX's graph is walked in the order and with the rules of MLX 0.32.4 (mlx/transforms.cpp,
+The graph is evaluated in the order and by the rules of MLX 0.32.4 (mlx/transforms.cpp,
 mlx/backend/metal/eval.cpp and device.cpp): a command buffer is committed after more than 40
-kernels or 40 Mi elements in the arrays they use, what it reads is held until it is done, and the
-host waits when eleven are queued. The slowest GPU does nothing until the host waits for it; the
-fastest is always done. Nothing here measures a GPU.
+kernels or 40 Mi elements in the arrays they use, its inputs are held until it has completed, and
+the host waits when eleven are queued. The slowest GPU does nothing until the host waits for it;
+the fastest completes at once. Nothing here measures a GPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .graph import VIEWS, leaf, make_weightless
 from .record import table
 
 MAX_OPERATIONS, MAX_ELEMENTS, MAX_QUEUED = 40, 40 << 20, 10
-# Kernels that write into an input that nothing else needs (mlx/backend/common/unary.h, binary.h).
+# Kernels that may reuse an input's buffer (mlx/backend/common/unary.h, binary.h).
 IN_PLACE = ("Add", "Multiply", "Sigmoid", "Maximum", "AsType")
 
 
@@ -44,16 +44,16 @@ def main() -> None:
 
 
 class Machine:
-    """The state of memory and of the command buffers."""
+    """Simulated memory and command buffers."""
 
     def __init__(self, keeps_up: bool):
         self.live = self.peak = self.committed = 0
         self._keeps_up = keeps_up
-        self._references: dict[int, int] = {}  # by buffer
+        self._references: dict[int, int] = {}  # reference count of each buffer
         self._sizes: dict[int, int] = {}
-        self._held: list[int] = []  # by the command buffer that is being filled
+        self._held: list[int] = []  # by the current command buffer
         self._operations = 0
-        self._used: dict[Any, int] = {}  # elements of each array in it
+        self._used: dict[Any, int] = {}  # elements of each array that it uses
         self._queued: deque[list[int]] = deque()
 
     def allocate(self, buffer: int, size: int) -> None:
@@ -89,7 +89,7 @@ class Machine:
             self.finish_one()
 
     def commit(self) -> int:
-        """Queue the command buffer; returns how many have been, to wait for."""
+        """Queue the command buffer; returns the number committed so far, for `wait_for`."""
         self._queued.append(self._held)
         self._held, self._operations, self._used = [], 0, {}
         self.committed += 1
@@ -102,7 +102,7 @@ class Machine:
             self.drop(buffer)
 
     def wait_for(self, committed: int) -> None:
-        """Until the command buffers that had been committed then are done."""
+        """Wait until the first `committed` command buffers have completed."""
         while self.committed - len(self._queued) < committed:
             self.finish_one()
 
@@ -131,7 +131,7 @@ def simulate(name: str, resolution: int, batch: int, pieces: bool, keeps_up: boo
 def graph(
     name: str, resolution: int, batch: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
-    """The primitives of a tower in a valid order, and its parts' outputs: name, bytes."""
+    """Return a tower's primitives in topological order, and the (name, bytes) of each output."""
     tower = FastViT(PRESETS[name]).eval()
     make_weightless(tower)
     parts: list[mx.array] = []
@@ -142,7 +142,7 @@ def graph(
 
         patch(layers, "on_cpu", lambda: False)
         patch(queue.WorkQueue, "add", lambda _, x: parts.append(x))
-        # One kernel each on a GPU, with outputs of these shapes.
+        # Stand-ins with the same output shapes; each is one kernel on a GPU.
         patch(elementwise, "gelu", mx.sigmoid)
         patch(elementwise, "bias_gelu", lambda x, bias: x * bias)
         patch(
@@ -159,23 +159,23 @@ def graph(
 
 
 class Evaluation:
-    """Walks a graph as MLX's eval does; the graph holds a result until all that need it ran."""
+    """Evaluates a graph as MLX does; a result is held until all its consumers have run."""
 
     def __init__(self, nodes: list[dict[str, Any]], machine: Machine):
         self.machine = machine
         self._nodes = nodes
-        self._maker = {output[0]: node for node in nodes for output in node["outputs"]}
+        self._producer = {output[0]: node for node in nodes for output in node["outputs"]}
         self._uses: dict[str, int] = {}
         for node in nodes:
             for name, *_ in node["inputs"]:
                 self._uses[name] = self._uses.get(name, 0) + 1
-        self._buffer: dict[str, int] = {}  # of each array computed so far
+        self._buffer: dict[str, int] = {}  # buffer of each array computed so far
         self._next = 0
 
     def evaluate(self, root: str) -> None:
         needed, stack = set[int](), [root]
         while stack:
-            node = self._maker.get(stack.pop())
+            node = self._producer.get(stack.pop())
             if node is None or id(node) in needed or node["outputs"][0][0] in self._buffer:
                 continue
             needed.add(id(node))
@@ -183,10 +183,10 @@ class Evaluation:
         for node in self._nodes:
             if id(node) in needed:
                 self._run(node)
-        self.machine.hold(self._buffer[root])  # by Python
+        self.machine.hold(self._buffer[root])  # Python's reference
 
     def release(self, output: str) -> None:
-        """Python no longer refers to an evaluated array."""
+        """Drop Python's reference to an evaluated array."""
         self.machine.drop(self._buffer[output])
 
     def _run(self, node: dict[str, Any]) -> None:

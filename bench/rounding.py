@@ -1,9 +1,10 @@
-"""Emulate on a CPU how image towers round on an Apple GPU: `python -m bench.rounding`.
+"""Emulate the rounding of image towers on an Apple GPU: `python -m bench.rounding`.
 
-The tower runs in half precision through the layers for GPUs. What a GPU's kernels do otherwise than
-a CPU's is emulated: products and attention add in float32 and round once, and MLX's depthwise
-kernel rounds each product before adding it (MLX 0.32.4 mlx/backend/metal/kernels/conv.metal). The
-first row is this package before 2026-11-27, when GELU and the biases rounded after each operation.
+The tower runs in half precision through the GPU code paths, on a CPU. Differences of GPU kernels
+are emulated: matrix products and attention accumulate in float32 and round once, and MLX's
+depthwise kernel rounds each product before adding it (MLX 0.32.4
+mlx/backend/metal/kernels/conv.metal). The first row is this package before 2026-11-27, when GELU
+and the biases rounded after each operation.
 """
 
 import argparse
@@ -67,15 +68,15 @@ def random_tower(name: str, seed: int = 0) -> FastViT:
         noise = rng.standard_normal(value.shape, np.float32)
         if path.endswith("bias"):
             noise *= 0.1
-        elif value.ndim == 1:  # of LayerNorm
+        elif value.ndim == 1:  # LayerNorm scale
             noise = 1 + 0.1 * noise
         else:
             noise *= np.float32(np.prod(value.shape[1:])) ** -0.5
         if "token_mixer.conv" in path or ("pos_emb" in path and value.ndim == 4):
             noise *= 0.3
-            noise[:, value.shape[1] // 2, value.shape[2] // 2] += 1  # the residual, folded
+            noise[:, value.shape[1] // 2, value.shape[2] // 2] += 1  # the folded residual
         elif path.endswith(("fc2.weight", "proj.weight")):
-            noise *= 0.3  # the layer scale, folded
+            noise *= 0.3  # the folded layer scale
         weights.append((path, mx.array(noise)))
     tower.load_weights(weights)
     return tower.eval()
@@ -87,7 +88,7 @@ def error(tower: FastViT, x: mx.array, dtype: mx.Dtype, version: str) -> float:
     Args:
         tower: A float32 tower.
         x: (N, S, S, 3) pixels.
-        dtype: Of the computation.
+        dtype: dtype of the computation.
         version: One of VERSIONS.
 
     Returns:
@@ -101,17 +102,17 @@ def error(tower: FastViT, x: mx.array, dtype: mx.Dtype, version: str) -> float:
     mx.eval(exact)
     tower.update(rounded)
     with emulated_gpu(version):
-        found = tower(x)
-        mx.eval(found)
+        rounded_output = tower(x)
+        mx.eval(rounded_output)
     tower.update(weights)
-    a, b = (np.array(y.astype(mx.float32)).reshape(len(x), -1) for y in (exact, found))
+    a, b = (np.array(y.astype(mx.float32)).reshape(len(x), -1) for y in (exact, rounded_output))
     errors = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
     return float(np.sqrt(np.mean(errors**2)))
 
 
 @contextmanager
 def emulated_gpu(version: str) -> Iterator[None]:
-    """Let layers compute as on a GPU, in the given version, but on the CPU."""
+    """Use the GPU code paths of a version, emulated on the CPU."""
     with ExitStack() as stack:
 
         def patch(owner: Any, name: str, value: Any) -> None:
@@ -148,7 +149,7 @@ def _conv2d(
     dilation: int = 1,
     groups: int = 1,
 ) -> mx.array:
-    """MLX's convolutions; depthwise ones round each product."""
+    """Emulate MLX's convolutions; depthwise ones round each product."""
     if groups == 1:
         return _in_float32(partial(conv2d, stride=stride, padding=padding), x, weight)
     sides = [-(-side // stride) for side in x.shape[1:3]]
@@ -174,7 +175,7 @@ def _add_biases_before(
 def _own_kernel(
     *, inputs: list[mx.array], template: list[tuple[str, Any]], **_: Any
 ) -> list[mx.array]:
-    """What the kernel in `gpu/depthwise.py` computes: sums and biases in float32, one rounding."""
+    """Emulate the kernel in `gpu/depthwise.py`: float32 sums and biases, rounded once."""
     x, weight, biases = inputs
     values = dict(template)
     size, stride, outputs = values["K"], values["S"], values["M"]

@@ -1,4 +1,4 @@
-"""Time searches of a library of photos, beside the loop of rclip 4 rebuilt on the same vectors."""
+"""Benchmark photo search against a reimplementation of rclip 4's loop on the same vectors."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ DIM = 512
 QUERY = "a red car on a bridge"
 REPEATS = 9
 ROWS_AT_ONCE = 8192
-RCLIP_ROWS = 4096  # that rclip 4 reads at once
+RCLIP_ROWS = 4096  # rows per read of rclip 4
 NAME = "2026/2026-05 somewhere far away/IMG_{:08}.jpg"
 
 
@@ -41,25 +41,25 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def measure(count: int, folder: Path) -> dict[str, Any]:
-    build(count, folder)
-    size, vectors = (folder / "photos.db").stat().st_size, 2 * DIM * count
-    ours, rclip = (_part(name, folder) for name in ("warm", "rclip"))
+    build_databases(count, folder)
+    index_bytes, vector_bytes = (folder / "photos.db").stat().st_size, 2 * DIM * count
+    ours, rclip = (_in_process(name, folder) for name in ("warm", "rclip"))
     return {
         "photos": count,
-        "index_bytes": size,
-        "index_bound": round(1.1 * vectors + 450 * count),
+        "index_bytes": index_bytes,
+        "index_bound": round(1.1 * vector_bytes + 450 * count),
         "warm_ms": ours["ms"],
         "first_ms": ours["first_ms"],
-        "process_s": whole_process(folder),
-        "rss_of_vectors": round(ours["rss"] / vectors, 2),
+        "process_s": command_seconds(folder),
+        "rss_of_vectors": round(ours["rss"] / vector_bytes, 2),
         "rclip_ms": rclip["ms"],
-        "rclip_rss_of_vectors": round(rclip["rss"] / vectors, 2),
+        "rclip_rss_of_vectors": round(rclip["rss"] / vector_bytes, 2),
         "times_rclip": round(rclip["ms"] / ours["ms"], 1),
     }
 
 
-def blocks(count: int) -> Iterator[NDArray[np.float16]]:
-    """Unit vectors in clusters, as images have them."""
+def vector_batches(count: int) -> Iterator[NDArray[np.float16]]:
+    """Clustered unit vectors, like image embeddings."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((4000, DIM), np.float32)
     for start in range(0, count, ROWS_AT_ONCE):
@@ -69,11 +69,11 @@ def blocks(count: int) -> Iterator[NDArray[np.float16]]:
         yield (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
-def build(count: int, folder: Path) -> None:
-    """The same vectors as an index of ours, and as a table with a row of float32 for each photo."""
+def build_databases(count: int, folder: Path) -> None:
+    """Write the same vectors as our index and as rclip's table of float32 rows."""
     from mlx_mobileclip.library import relevance
     from mlx_mobileclip.library.metadata import Metadata
-    from mlx_mobileclip.library.queries import TextVectors
+    from mlx_mobileclip.library.queries import TextEmbeddings
     from mlx_mobileclip.library.scan import Stamp
     from mlx_mobileclip.library.store import Photo, Store
 
@@ -84,15 +84,15 @@ def build(count: int, folder: Path) -> None:
     rclip.execute("PRAGMA page_size=16384")
     rclip.execute("CREATE TABLE images(id INTEGER PRIMARY KEY, filepath TEXT UNIQUE, vector BLOB)")
     first = 0
-    data = Metadata("2026-05-01T12:00:00", "Apple iPhone 17", 52.5, 13.4)
-    for rows in blocks(count):
+    metadata = Metadata("2026-05-01T12:00:00", "Apple iPhone 17", 52.5, 13.4)
+    for rows in vector_batches(count):
         names = [NAME.format(first + i) for i in range(len(rows))]
         photos = [
             Photo(
                 name.encode(),
                 Stamp(3_000_000 + i, 1_780_000_000_000_000_000 + i),
                 (first + i).to_bytes(16, "little"),
-                data,
+                metadata,
                 4032,
                 3024,
                 (first + i) * 7919 << 20,
@@ -100,8 +100,8 @@ def build(count: int, folder: Path) -> None:
             for i, name in enumerate(names)
         ]
         store.put(root, photos, list(rows))
-        wide = rows.astype(np.float32)
-        pairs = zip(names, wide, strict=True)
+        float32_rows = rows.astype(np.float32)
+        pairs = zip(names, float32_rows, strict=True)
         rclip.executemany(
             "INSERT INTO images(filepath, vector) VALUES(?, ?)",
             [(n, v.tobytes()) for n, v in pairs],
@@ -109,16 +109,16 @@ def build(count: int, folder: Path) -> None:
         rclip.commit()
         first += len(rows)
     rclip.close()
-    texts = [QUERY, *relevance.contrasts(QUERY), *relevance.COMMON]
+    texts = [QUERY, *relevance.contrast_texts(QUERY), *relevance.COMMON_TEXTS]
     vectors = np.random.default_rng(1).standard_normal((len(texts), DIM)).astype(np.float16)
-    embed = TextVectors(store)
-    embed._keep([(embed._key(t), v.tobytes()) for t, v in zip(texts, vectors, strict=True)])
+    embed = TextEmbeddings(store)
+    embed._write_cache([(embed._key(t), v.tobytes()) for t, v in zip(texts, vectors, strict=True)])
     store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     store.close()
 
 
 def warm(folder: Path) -> dict[str, float]:
-    """Searches in one process; the first reads the vectors."""
+    """Time repeated searches in one process; the first one reads the vectors."""
     from mlx_mobileclip.library.library import Library
 
     with Library(folder / "photos.db") as library:
@@ -137,7 +137,7 @@ def warm(folder: Path) -> dict[str, float]:
 
 
 def rclip(folder: Path) -> dict[str, float]:
-    """rclip 4's loop: all vectors are read for each query, and all scores sorted in Python."""
+    """Time rclip 4's loop: each query reads all vectors and sorts all scores in Python."""
     query = np.random.default_rng(1).standard_normal(DIM).astype(np.float32)
     connection = sqlite3.connect(folder / "rclip.db")
     connection.execute("PRAGMA mmap_size=8589934592")
@@ -159,8 +159,8 @@ def rclip(folder: Path) -> dict[str, float]:
     return {"ms": round(1000 * median(seconds), 1), "rss": _rss()}
 
 
-def whole_process(folder: Path) -> float:
-    """Seconds of the command with a query that it knows, the best of five."""
+def command_seconds(folder: Path) -> float:
+    """Seconds of the whole command with a cached query, the best of five."""
     command = [sys.executable, "-m", "mlx_mobileclip", "search", QUERY, "--all", "--quiet"]
     command += ["--index", str(folder / "photos.db")]
     seconds = []
@@ -171,8 +171,8 @@ def whole_process(folder: Path) -> float:
     return round(min(seconds), 2)
 
 
-def _part(name: str, folder: Path) -> dict[str, float]:
-    """Run a part in a process of its own, without what the others import."""
+def _in_process(name: str, folder: Path) -> dict[str, float]:
+    """Run one benchmark in a separate process, so that imports and memory are isolated."""
     command = [sys.executable, "-m", "bench.search", name, str(folder)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=os.environ)
     report: dict[str, float] = json.loads(done.stdout)
@@ -180,7 +180,7 @@ def _part(name: str, folder: Path) -> dict[str, float]:
 
 
 def _rss() -> float:
-    """Resident bytes of this process now."""
+    """Resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         import resource

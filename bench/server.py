@@ -1,8 +1,8 @@
-"""Soak the server: many clients with good, broken and cancelled requests.
+"""Soak test of the server: many clients with valid, malformed and cancelled requests.
 
-Compares every answer with that of `generate` for the same request alone, watches the server's
-memory, and times the first token. Then times 8 clients against one, and computes the most that
-batches could gain.
+Compares every answer with that of `generate`, and records the server's memory and the time to the
+first token. Then compares the throughput of 8 clients with that of one, and computes an upper
+bound of the gain.
 """
 
 import argparse
@@ -43,7 +43,7 @@ IMAGE_QUESTIONS = ("Describe the image.", "How many circles are there?", "What d
 TEXT_QUESTIONS = ("Hello", "What is a circle?", "Which colours do you know?", "Count to three.")
 LABELS = ("red circle", "blue circle", "green square", "yellow star")
 IMAGES, MAX_TOKENS = 12, 48
-LONG = 28  # tokens of the answers that are timed
+LONG = 28  # minimum tokens of an answer whose throughput is timed
 BATCH, ROUNDS = 8, 3
 CHAT, EMBEDDINGS, CLASSIFY = "/v1/chat/completions", "/v1/embeddings", "/v1/classify"
 KINDS = {"image": 40, "text": 20, "broken": 15, "cancelled": 15, "embedding": 5, "labels": 5}
@@ -52,9 +52,9 @@ KINDS = {"image": 40, "text": 20, "broken": 15, "cancelled": 15, "embedding": 5,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", metavar="M", help="default: demo")
     for option, default, text in (
-        ("--requests", 2000, "requests of the soak"),
-        ("--clients", 16, "clients of the soak"),
-        ("--timed", 48, "answers for each throughput"),
+        ("--requests", 2000, "requests in the soak test"),
+        ("--clients", 16, "clients in the soak test"),
+        ("--timed", 48, "answers per throughput measurement"),
     ):
         parser.add_argument(
             option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
@@ -96,7 +96,7 @@ def chat_body(model: str, question: str, uri: str | None, **fields: Any) -> dict
 
 
 class Task:
-    """Requests, and what their answers are when each is computed alone."""
+    """Requests, and their expected answers, each computed alone."""
 
     def __init__(self, model: str):
         self.name = model.rpartition("/")[2] if model.count("/") != 1 else model
@@ -104,7 +104,7 @@ class Task:
         self.images = drawn_images(IMAGES)
         self.uris = [data_uri(image) for image in self.images]
         self.answers: dict[tuple[str, int | None], str] = {}
-        self.long: list[int] = []  # images whose description is long
+        self.long: list[int] = []  # indices of images with a long description
         for question in IMAGE_QUESTIONS:
             for i, image in enumerate(self.images):
                 result = self._alone(question, image)
@@ -125,8 +125,8 @@ class Task:
             self.model, self.processor, question, image, max_tokens=MAX_TOKENS, **caches
         )
 
-    def broken(self, rng: random.Random) -> bytes:
-        """A request that must get a 4xx."""
+    def malformed(self, rng: random.Random) -> bytes:
+        """Return a request that must get a 4xx response."""
         body = chat_body(self.name, "Hello", rng.choice(self.uris))
         url = body["messages"][0]["content"][0]["image_url"]
         change = rng.randrange(6)
@@ -146,7 +146,7 @@ class Task:
 
 
 class Server:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, process: "subprocess.Popen[str]", port: int):
         self.process, self.port = process, port
@@ -164,7 +164,7 @@ class Server:
             connection.close()
 
     def stream(self, body: dict[str, Any]) -> tuple[str, float, int]:
-        """Text, seconds to the first token, and tokens of a streamed answer."""
+        """Return the text of a streamed answer, seconds to its first token, and token count."""
         connection = self.connect()
         started, first, text, tokens = time.perf_counter(), 0.0, "", 0
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
@@ -188,14 +188,14 @@ class Server:
         return text, first, tokens
 
     def memory_mb(self) -> float:
-        """Resident memory."""
+        """Resident memory of the process in MB."""
         command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
         return int(subprocess.run(command, capture_output=True, check=True).stdout) / 1024
 
 
 @contextmanager
 def serving(model: str) -> Iterator[Server]:
-    """Start a server, and end it gracefully."""
+    """Start a server, and shut it down gracefully."""
     command = [sys.executable, "-m", "mlx_fastvlm.server", "--model", model, "--port", "0"]
     command += ["--clip-model", "demo"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -216,7 +216,7 @@ def serving(model: str) -> Iterator[Server]:
 
 @dataclass
 class Soak:
-    """Many requests of all kinds at the same time."""
+    """Concurrent requests of all kinds, and their results."""
 
     server: Server
     task: Task
@@ -273,11 +273,11 @@ class Soak:
         return self._chat(rng, rng.choice(TEXT_QUESTIONS), None)
 
     def _broken(self, rng: random.Random) -> str:
-        status, data = self.server.post(CHAT, self.task.broken(rng))
+        status, data = self.server.post(CHAT, self.task.malformed(rng))
         return "" if 400 <= status < 500 and b'"error"' in data else f"{status} {data!r}"
 
     def _cancelled(self, rng: random.Random) -> str:
-        """Go away before, amid or after the body, or amid the answer."""
+        """Disconnect before, during or after the body, or during the answer."""
         uri = rng.choice([None, rng.choice(self.task.uris)])
         body = json.dumps(chat_body(self.task.name, "Describe.", uri, stream=True)).encode()
         head = (
@@ -337,7 +337,7 @@ class Soak:
 
 
 def variants(task: Task, count: int, known: bool) -> list[Image.Image]:
-    """Images with a long description; if they are not known, each one of them new."""
+    """Return images with a long description; if not known, each is unique and uncached."""
     chosen = [task.images[task.long[i % len(task.long)]].copy() for i in range(count)]
     if not known:
         for i, image in enumerate(chosen):
@@ -346,12 +346,12 @@ def variants(task: Task, count: int, known: bool) -> list[Image.Image]:
 
 
 def throughput(server: Server, task: Task, count: int, known: bool) -> dict[str, Any]:
-    """Tokens per second of one client and of BATCH clients, for other images of the same kind."""
+    """Tokens per second of one client and of BATCH clients."""
     rates: dict[int, list[float]] = {1: [], BATCH: []}
     if known:
         for uri in map(data_uri, variants(task, len(task.long), known)):
             server.stream(chat_body(task.name, IMAGE_QUESTIONS[0], uri))
-    for clients in (1, BATCH) * ROUNDS:  # in turns, as the machine may be busy at times
+    for clients in (1, BATCH) * ROUNDS:  # alternating, as the load of the machine varies
         bodies = [
             chat_body(task.name, IMAGE_QUESTIONS[0], data_uri(image))
             for image in variants(task, count // ROUNDS, known)
@@ -365,7 +365,7 @@ def throughput(server: Server, task: Task, count: int, known: bool) -> dict[str,
 
 
 def ceiling(task: Task, *, known: bool) -> float:
-    """Gain of BATCH answers together if nothing but the model took time."""
+    """Upper bound of the gain of batching: that of the model without a server."""
     alone = _seconds(task, 1, known)
     together = _seconds(task, BATCH, known)
     return BATCH * alone / together
@@ -375,7 +375,7 @@ def _seconds(task: Task, size: int, known: bool) -> float:
     """Median seconds for `size` answers in one batch, in this process, after a warm-up."""
     caches = {"prompt_cache": PromptCache(), "image_cache": ImageCache()}
     times = []
-    for turn in range(6):
+    for repeat in range(6):
         batch = BatchGenerator(task.model, task.processor, max_batch_size=size, **caches)
         images = variants(task, max(size, BATCH), known)[: max(size, BATCH)]
         started = time.perf_counter()
@@ -384,7 +384,7 @@ def _seconds(task: Task, size: int, known: bool) -> float:
                 batch.add(Request(IMAGE_QUESTIONS[0], image, max_tokens=MAX_TOKENS))
             while len(batch):
                 batch.step()
-        if turn:
+        if repeat:
             times.append((time.perf_counter() - started) * size / len(images))
     return median(times)
 

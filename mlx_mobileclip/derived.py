@@ -1,4 +1,4 @@
-"""What a layer computes from its weights, kept until it has other weights."""
+"""Cache of values that layers derive from their weights, until the weights change."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,16 @@ import mlx.nn as nn
 
 from .device import backend
 
-KEPT = "_kept"  # name in the layer; not a parameter, as it begins with an underscore
+CACHE = "_derived"  # attribute of the layer; the underscore excludes it from parameters
 
 
 def derived(
     layer: nn.Module, make: Callable[[nn.Module, list[mx.array]], Any], weights: list[mx.array]
 ) -> Any:
-    """make(layer, weights), one or more arrays, from the layer if it has them already."""
-    kept = layer.get(KEPT)
-    if kept and kept[0] is make and all(a is b for a, b in zip(kept[1], weights, strict=True)):
-        return kept[2]
+    """Return make(layer, weights), one or more arrays, cached in the layer."""
+    entry = layer.get(CACHE)
+    if entry and entry[0] is make and all(a is b for a, b in zip(entry[1], weights, strict=True)):
+        return entry[2]
     value = make(layer, weights)
     # Only the thread that created a lazy array can evaluate it.
     evaluate = mx.eval if backend() == "cpu" else mx.async_eval
@@ -25,11 +25,11 @@ def derived(
         evaluate(value)
     except ValueError:  # within transformations such as mx.compile, weights have no values
         return value
-    layer[KEPT] = make, weights, value
+    layer[CACHE] = make, weights, value
     return value
 
 
 def release(model: nn.Module) -> None:
-    """Drop what was computed from earlier weights."""
+    """Drop the cached values of all layers."""
     for layer in model.modules():
-        layer.pop(KEPT, None)
+        layer.pop(CACHE, None)

@@ -1,8 +1,8 @@
-"""Layers of the models, in the implementation that is fast on the device in use.
+"""Layers of the models, with fast implementations for each device.
 
-This is the only model code that depends on the device. In training, layers use plain MLX
-operations; on a GPU mostly, too, with a few kernels in `gpu/`. On a CPU they use `cpu/`, in many
-cases only in float32, and a feature map may be an array or `Rows`.
+This is the only model code that depends on the device. Training uses plain MLX operations. A GPU
+uses them too, with a few kernels in `gpu/`. A CPU uses `cpu/`, often only in float32, and there a
+feature map may be an array or `Rows`.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class DepthwiseConv(nn.Module):
         self.stride = stride
 
     def kernels(self) -> list[mx.array]:
-        """The kernel in a list, (C, k, k, 1)."""
+        """Return [kernel], (C, k, k, 1)."""
         return [self.weight]
 
     def __call__(self, x: FeatureMap, bias: mx.array | None = None) -> FeatureMap:
@@ -73,11 +73,11 @@ class DepthwiseConvDouble(nn.Module):
         self.stride = stride
 
     def kernels(self) -> list[mx.array]:
-        """The two kernels, (C, k, k, 1) each."""
+        """Return the even and odd kernels, (C, k, k, 1) each."""
         return [self.even.weight, self.odd.weight]
 
     def __call__(self, x: FeatureMap, bias: mx.array | None = None) -> FeatureMap:
-        """(B, H, W, C) to (B, H/s, W/s, 2C); adds a bias, such as its own, if one is given."""
+        """(B, H, W, C) to (B, H/s, W/s, 2C); adds `bias` if given, but not `self.bias`."""
         return _depthwise(x, self, bias)
 
 
@@ -85,16 +85,16 @@ def _depthwise(
     x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble, bias: mx.array | None
 ) -> FeatureMap:
     """Apply the layer's kernels; the outputs of each channel are adjacent."""
-    if not layer.training and _own_kernel_supports(x, layer):
+    if not layer.training and _custom_kernel_supports(x, layer):
         weights = layer.kernels() if bias is None else [*layer.kernels(), bias]
-        weight, biases = derived(layer, _own_kernel, weights)
+        weight, biases = derived(layer, _custom_kernel, weights)
         return gpu_depthwise.depthwise_conv(whole(x), weight, biases, layer.stride)[0]
     y = _conv(x, layer)
     return y if bias is None else y + bias
 
 
 def _conv(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureMap:
-    """The convolution without a bias, by MLX or `cpu/`."""
+    """Convolve without a bias, with MLX or `cpu/`."""
     kernels, stride = layer.kernels(), layer.stride
     channels, kernel_size = kernels[0].shape[:2]
     if kernels[0].dtype == mx.float32 and _on_cpu_in_float32(x, layer.training):
@@ -108,7 +108,7 @@ def _conv(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> FeatureM
 def conv_add_biases(
     x: FeatureMap, mixer: nn.Module, next_bias: mx.array
 ) -> tuple[FeatureMap, FeatureMap]:
-    """`add_biases` of a depthwise convolution; our own kernel does both.
+    """`add_biases` of a depthwise convolution; the custom kernel fuses both.
 
     Args:
         x: (B, H, W, C).
@@ -116,49 +116,49 @@ def conv_add_biases(
         next_bias: (C,).
     """
     conv = mixer.conv
-    if mixer.training or not _own_kernel_supports(x, conv):
+    if mixer.training or not _custom_kernel_supports(x, conv):
         return add_biases(conv(x), mixer, next_bias)
-    weight, biases = derived(mixer, _own_mixer, [conv.weight, mixer.bias, next_bias])
+    weight, biases = derived(mixer, _custom_mixer, [conv.weight, mixer.bias, next_bias])
     first, second = gpu_depthwise.depthwise_conv(whole(x), weight, biases, conv.stride)
     return first, second
 
 
-def _own_kernel_supports(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> bool:
-    """Whether our own GPU kernel is in use, and can compute this layer."""
+def _custom_kernel_supports(x: FeatureMap, layer: DepthwiseConv | DepthwiseConvDouble) -> bool:
+    """Whether the custom GPU kernel is enabled and supports this layer."""
     kernels = layer.kernels()
     return gpu_depthwise.use_own() and gpu_depthwise.supports(whole(x), kernels[0], len(kernels))
 
 
-# What is computed from weights. Each function takes the layer and the weights it depends on.
+# Values derived from weights. Each function takes the layer and the weights it depends on.
 
 
 def _banded_matrix(layer: nn.Module, kernels: list[mx.array]) -> mx.array:
     return depthwise.banded_matrix(kernels, layer.stride)
 
 
-def _own_kernel(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
-    """The kernels of the layer as our own kernel takes them, and the bias after them or zeros."""
+def _custom_kernel(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
+    """Weights and biases for the custom kernel; the bias is zero if none is given."""
     count = len(layer.kernels())
     weight, bias = gpu_depthwise.arranged(weights[:count]), weights[count:]
     return weight, bias[0].astype(mx.float32)[None] if bias else mx.zeros((1, weight.shape[1]))
 
 
-def _own_mixer(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
+def _custom_mixer(layer: nn.Module, weights: list[mx.array]) -> tuple[mx.array, mx.array]:
     kernel, *biases = weights
     return gpu_depthwise.arranged([kernel]), _summed_biases(layer, biases)
 
 
 def _summed_biases(layer: nn.Module, biases: list[mx.array]) -> mx.array:
-    """The first bias, and the sum of both, float32 (2, C)."""
+    """Return the first bias and the sum of both, float32 (2, C)."""
     first, second = (bias.astype(mx.float32) for bias in biases)
     return mx.stack([first, first + second])
 
 
 def prepare(model: nn.Module) -> None:
-    """Compute what layers would compute at first use, so that threads can share the model.
+    """Compute in advance what layers derive at first use, so that threads can share the model.
 
     Args:
-        model: A model whose weights are evaluated.
+        model: A model with evaluated weights.
     """
     layers = (DepthwiseConv, DepthwiseConvDouble) if on_cpu() else ()
     for layer in model.modules():
@@ -300,7 +300,7 @@ def global_average_pool(x: mx.array) -> mx.array:
 def add_biases(
     x: FeatureMap, layer: nn.Module, next_bias: mx.array
 ) -> tuple[FeatureMap, FeatureMap]:
-    """Return x plus the layer's `bias`, and that plus `next_bias`; on a GPU in one kernel."""
+    """Return x plus the layer's `bias`, and that sum plus `next_bias`; one kernel on a GPU."""
     if layer.training or on_cpu():
         return _add_biases(x, layer.bias, next_bias)
     biases = derived(layer, _summed_biases, [layer.bias, next_bias])
@@ -348,7 +348,7 @@ def attention(
     """softmax(scale q k^T) v.
 
     Args:
-        queries: (B, K, L, D), of the last L of S positions.
+        queries: (B, K, L, D), for the last L of S positions.
         keys: (B, G, S, D); K / G query heads share a key head.
         values: (B, G, S, D).
         scale: Factor on the scores.
@@ -370,9 +370,8 @@ def attention(
 def run(layers: Sequence[Callable[[Any], Any]], x: mx.array, training: bool) -> mx.array:
     """Apply layers in sequence to a batch.
 
-    On a GPU they are queued piece by piece, which bounds memory. On a CPU the items are divided
-    among the cores, layer by layer. With fewer items than cores, the layers divide their own work
-    instead.
+    On a GPU they are queued in pieces, which bounds memory. On a CPU each layer divides the items
+    among the cores. With fewer items than cores, layers parallelise internally instead.
     """
     if not (training or on_cpu()):
         queue = WorkQueue()

@@ -23,7 +23,7 @@ DEFAULTS = ("bits", "group_size", "mode")  # of all layers, in the `quantization
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How one layer is quantised, in MLX's terms.
+    """Quantisation of one layer, in MLX's terms.
 
     Attributes:
         bits: Bits per weight.

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..preprocess.processor import Processor
 from ..preprocess.tokenizer import TextDecoder
 
-LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]  # of a token, and of the most likely
+LogProbabilities = tuple[float, tuple[tuple[int, float], ...]]  # of the token, and the top ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class Chunk:
         token: Id of the generated token; -1 if there is none because of an error.
         finish_reason: None; in the last chunk "stop" or "length", in a batch also "error".
         stats: Statistics so far.
-        logprob: Log-probability of the token, if the request asks for it: by the model's own
-            logits, before temperature, filters, penalties and constraints.
+        logprob: Log-probability of the token, if requested: from the unmodified logits, before
+            temperature, filters, penalties and constraints.
         top_logprobs: The most likely tokens with their log-probabilities, most likely first.
-        error: What went wrong, if the finish_reason is "error".
+        error: The exception, if the finish_reason is "error".
     """
 
     text: str
@@ -74,7 +74,7 @@ class Result:
         token_ids: Its tokens, without the end token.
         finish_reason: "stop" or "length", in a batch also "error".
         stats: Statistics.
-        error: What went wrong, if the finish_reason is "error"; the text is incomplete then.
+        error: The exception, if the finish_reason is "error"; the text is then incomplete.
     """
 
     text: str
@@ -95,7 +95,7 @@ def join_chunks(chunks: list[Chunk], processor: Processor) -> Result:
 
 
 class AnswerText:
-    """Decodes tokens to text and holds back what may be the beginning of a stop text."""
+    """Decodes tokens to text and holds back text that may begin a stop text."""
 
     def __init__(self, decoder: TextDecoder, stops: list[str]):
         self._decoder = decoder
@@ -176,7 +176,7 @@ class Answer:
         prompt_tokens: int,
         image_tokens: int,
     ):
-        """Begin an answer of at most `max_tokens`, which one of `stop_ids` ends."""
+        """Begin an answer that ends at one of `stop_ids` or after `max_tokens`."""
         self._text, self._stop_ids, self._max_tokens = text, stop_ids, max_tokens
         self._prompt_tokens, self._image_tokens, self._cached_tokens = (
             prompt_tokens,
@@ -187,13 +187,13 @@ class Answer:
         self.count = 0  # tokens so far
 
     def begin(self, clock: Clock, cached_tokens: int) -> None:
-        """Record the times of the prefill, and how many tokens of the prompt were known."""
+        """Record the times of the prefill, and the number of cached prompt tokens."""
         self._clock, self._cached_tokens = clock, cached_tokens
 
     def add(
         self, token: int, *, is_complete: bool, logprobs: LogProbabilities | None = None
     ) -> Chunk:
-        """Add a token; `is_complete` says that nothing but an end may follow."""
+        """Add a token; `is_complete` if a constraint allows no more tokens after it."""
         self.count += 1
         self._clock.record_token(self.count)
         finish_reason = "length" if self.count == self._max_tokens else None
@@ -204,7 +204,7 @@ class Answer:
         return Chunk(text, token, finish_reason, self._stats(), logprob, top)
 
     def fail(self, error: Exception) -> Chunk:
-        """The last chunk of an answer that cannot go on."""
+        """Return the last chunk of a failed answer."""
         return Chunk(self._text.take(final=True), -1, "error", self._stats(), error=error)
 
     def _stats(self) -> Stats:

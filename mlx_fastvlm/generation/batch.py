@@ -1,4 +1,4 @@
-"""Answer several requests at once; one that ends makes room for the next."""
+"""Continuous batching: answer several requests at once, admitting others as they end."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ def generate_batch(
     prompt_cache: PromptCache | None = None,
     image_cache: ImageCache | None = None,
 ) -> list[Result]:
-    """Answer several requests at once, and return when all are answered.
+    """Answer several requests in batches, and return when all are answered.
 
     Args:
         model: From `load`.
         processor: From `load`.
-        requests: Prompts with their images and options.
-        max_batch_size: As for `BatchGenerator`, as are the caches.
+        requests: Prompts with images and options.
+        max_batch_size: As for `BatchGenerator`, like the caches.
         prompt_cache: Keys and values of earlier prompts.
         image_cache: Embeddings of images seen before.
 
     Returns:
-        A result for each request, in their order. What is wrong with one request is its `error`.
+        A result for each request, in order. A failed request has its exception as `error`.
 
     Raises:
         ModelError: no request can be answered with these arguments.
@@ -60,26 +60,26 @@ def generate_batch(
     by_id: dict[int, list[Chunk]] = {}
     remaining = deque(zip(requests, chunks, strict=True))
     while remaining or len(batch):
-        while remaining and batch.waiting < 2:  # each holds its images
-            request, own = remaining.popleft()
+        while remaining and batch.waiting < 2:  # waiting requests hold their images
+            request, request_chunks = remaining.popleft()
             try:
-                by_id[batch.add(request)] = own
+                by_id[batch.add(request)] = request_chunks
             except ModelError as error:
-                own.append(Chunk("", -1, "error", Clock().stats(0, 0, 0, 0), error=error))
+                chunk = Chunk("", -1, "error", Clock().stats(0, 0, 0, 0), error=error)
+                request_chunks.append(chunk)
         for request_id, chunk in batch.step():
             by_id[request_id].append(chunk)
-    return [join_chunks(own, processor) for own in chunks]
+    return [join_chunks(request_chunks, processor) for request_chunks in chunks]
 
 
 class BatchGenerator:
-    """Answers requests side by side: each step gives every running request a token.
+    """Answers requests with continuous batching: each step adds a token to every running one.
 
-    A request that ends makes room for the next. Answers do not depend on which others run beside
-    them, apart from rounding. Memory is that of the longest running prompt and answer times the
-    number of running requests, and is freed when they end.
+    A waiting request is admitted when another ends. Apart from rounding, answers do not depend on
+    the other requests. Memory is that of the longest running prompt and answer times the number
+    of running requests, and is freed when they end.
 
-    It is thread-safe; a step runs in one thread at a time, and `add` and `remove` do not wait for
-    it.
+    Thread-safe: a step runs in one thread at a time, and `add` and `remove` do not wait for it.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class BatchGenerator:
         prompt_cache: PromptCache | None = None,
         image_cache: ImageCache | None = None,
     ):
-        """Begin without requests.
+        """Create an empty batch.
 
         Args:
             model: From `load`, not divided among processes.
@@ -118,24 +118,24 @@ class BatchGenerator:
         self._decoder = BatchDecoder(model)
         self._waiting: dict[int, PreparedRequest] = {}
         self._running: dict[int, PreparedRequest] = {}  # in the order of the decoder's rows
-        self._unwanted: set[int] = set()  # running requests that are no longer wanted
+        self._removed: set[int] = set()  # removed requests that still have a row
         self._last_id = 0
-        self._lock, self._stepping = Lock(), Lock()  # for the lines above; for a step
+        self._lock, self._stepping = Lock(), Lock()  # the first guards the fields above
 
     def add(self, request: Request) -> int:
-        """Check a request, and let it wait for room.
+        """Check a request, and add it to the waiting ones.
 
-        Everything is checked but the content of the images.
+        Everything is checked except the content of the images.
 
         Returns:
-            An id, by which `step` names its chunks.
+            The id by which `step` identifies its chunks.
 
         Raises:
-            ModelError: or one of its subclasses, naming what cannot be used.
+            ModelError: the request is invalid; a subclass such as `PromptError` says why.
         """
         _check_type(request)
         if request.kv_bits is not None:
-            raise ConfigError("kv_bits is for single answers, not for batches; leave it out")
+            raise ConfigError("kv_bits is for single answers, not batches; leave it out")
         prepared = PreparedRequest(
             self._model, self._processor, request, self._prompt_cache, self._image_cache
         )
@@ -145,53 +145,53 @@ class BatchGenerator:
             return self._last_id
 
     def remove(self, request_id: int) -> None:
-        """End a request that is no longer wanted; it frees its place before the next step.
+        """Cancel a request; its row is freed before the next step.
 
-        Ids of requests that have ended, or were never given, are ignored. A step that runs at the
-        same time may still return a chunk of it.
+        Ids of finished requests and unknown ids are ignored. A step that runs at the same time may
+        still return a chunk of the request.
         """
         with self._lock:
             if request_id in self._running:
-                self._unwanted.add(request_id)
+                self._removed.add(request_id)
             self._waiting.pop(request_id, None)
 
     def __len__(self) -> int:
         """Number of requests waiting or running."""
         with self._lock:
-            return len(self._waiting) + len(self._running) - len(self._unwanted)
+            return len(self._waiting) + len(self._running) - len(self._removed)
 
     @property
     def waiting(self) -> int:
-        """Number of requests that wait for room."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Number of requests that run."""
+        """Number of running requests."""
         with self._lock:
-            return len(self._running) - len(self._unwanted)
+            return len(self._running) - len(self._removed)
 
     def step(self) -> list[tuple[int, Chunk]]:
         """Compute the next token of every running request.
 
         If there is room, the request that has waited longest is admitted first: its images and
-        its prompt are computed within this step, those of one request at most.
+        prompt are processed within this step. At most one request is admitted per step.
 
         Returns:
             The id and the new chunk of each request that ran. The last chunk of a request has a
             finish_reason. It is "error", with the exception as `error`, if its images cannot be
-            read or something failed that concerns this request only; when the decoder's step
-            fails, all running requests end so. Empty if there are no requests. A step that is
-            interrupted ends the running requests without a chunk.
+            read or something else failed for this request only; if the decoder fails, all running
+            requests end that way. Empty if there are no requests. An interrupted step ends the
+            running requests without a chunk.
         """
         chunks: list[tuple[int, Chunk]] = []
         with self._stepping, wired_weights():
             register_thread()
             try:
-                self._leave(set(self._unwanted))
+                self._drop(set(self._removed))
                 chunks += self._admit()
                 chunks += self._advance()
-            except BaseException as error:  # rows may have gone on by half a step
+            except BaseException as error:  # rows may be in an inconsistent state
                 ended = dict(self._running)
                 self._decoder = BatchDecoder(self._model)
                 self._forget(set(ended))
@@ -201,7 +201,7 @@ class BatchGenerator:
         return chunks
 
     def _admit(self) -> list[tuple[int, Chunk]]:
-        """Run the prompt of the next request; returns its last chunk if that fails."""
+        """Prefill the next request; returns its last chunk if that fails."""
         with self._lock:
             if not self._waiting or len(self._running) == self._size:
                 return []
@@ -216,13 +216,13 @@ class BatchGenerator:
         return []
 
     def _advance(self) -> list[tuple[int, Chunk]]:
-        """Compute the next token of all rows, and drop those that end with it."""
+        """Compute the next token of all rows, and drop rows that have ended."""
         if not self._running:
             return []
         tokens = self._decoder.step()
         rows = enumerate(zip(self._running.items(), tokens, strict=True))
         chunks = [(i, self._chunk(row, prepared, token)) for row, ((i, prepared), token) in rows]
-        self._leave({request_id for request_id, chunk in chunks if chunk.finish_reason})
+        self._drop({request_id for request_id, chunk in chunks if chunk.finish_reason})
         return chunks
 
     def _chunk(self, row: int, prepared: PreparedRequest, next_token: NextToken) -> Chunk:
@@ -239,8 +239,8 @@ class BatchGenerator:
             prepared.sequence.append(next_token.token)
         return chunk
 
-    def _leave(self, ids: set[int]) -> None:
-        """Free the places of running requests."""
+    def _drop(self, ids: set[int]) -> None:
+        """Free the rows of running requests."""
         if ids:
             self._decoder.keep([row for row, i in enumerate(self._running) if i not in ids])
             self._forget(ids)
@@ -249,7 +249,7 @@ class BatchGenerator:
         with self._lock:
             for request_id in ids:
                 self._running.pop(request_id, None)
-            self._unwanted -= ids
+            self._removed -= ids
 
 
 def _check_type(request: object) -> None:

@@ -1,4 +1,4 @@
-"""The key/value cache of one attention layer for several answers of different lengths."""
+"""KV cache of one attention layer for several sequences of different lengths."""
 
 import mlx.core as mx
 
@@ -6,21 +6,20 @@ from ..models.kv_cache import STEP, KVCache
 
 
 class BatchKVCache:
-    """Keys and values of several answers, padded on the left so that all end in the same place.
+    """Keys and values of several sequences, padded on the left so that all end at one position.
 
-    One write then adds a token to every row. A row can be added at any time and taken out at any
-    time; padding that no row needs any more is dropped. It has the methods of `KVCache` that a
-    decoder calls.
+    One write then adds a token to every row. Rows can be added and dropped at any time, and
+    padding that no row needs is dropped. It has the methods of `KVCache` that a decoder calls.
     """
 
     def __init__(self) -> None:
         """Create a cache without rows."""
-        self._starts: list[int] = []  # of each row's first token
+        self._starts: list[int] = []  # position of each row's first token
         self._end = 0
         self._buffers: list[mx.array] = []  # keys and values, (B, K, capacity, D)
 
     def add(self, cache: KVCache) -> None:
-        """Add a row with the tokens of another cache, which is left as it is."""
+        """Append a copy of another cache as a row."""
         end = max(self._end, cache.offset)
         buffers = [_padded(part, end) for part in cache.first(cache.offset)]
         if self._starts:
@@ -30,7 +29,7 @@ class BatchKVCache:
         self._buffers, self._end = buffers, end
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
+        """Drop all other rows."""
         if not rows:
             self._starts, self._end, self._buffers = [], 0, []
             return
@@ -40,7 +39,7 @@ class BatchKVCache:
         self._buffers = [_padded(b[index, :, first:end], end - first) for b in self._buffers]
 
     def row(self, index: int) -> KVCache:
-        """The tokens of a row as a cache of its own; it holds this one's arrays."""
+        """Return one row as a single cache; it refers to slices of this one's buffers."""
         cache = KVCache()
         start = self._starts[index]
         parts = [buffer[index : index + 1, :, start : self._end] for buffer in self._buffers]
@@ -48,7 +47,7 @@ class BatchKVCache:
         return cache
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append the keys and values of a new token of each row; return those of all tokens.
+        """Append the keys and values of a new token per row; return those of all tokens.
 
         Args:
             keys: (B, K, L, D) with K key/value heads.
@@ -73,9 +72,9 @@ class BatchKVCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
-        """Which positions each row sees with its next token, (B, 1, 1, S); None for all."""
+        """Attention mask for one new token per row, (B, 1, 1, S); None if nothing is padded."""
         if N != 1:
-            raise ValueError("a batch goes on by one token at a time")
+            raise ValueError("a batch is extended by one token at a time")
         if not any(self._starts):
             return None
         return (mx.arange(self._end + 1) >= mx.array(self._starts)[:, None])[:, None, None]
@@ -87,7 +86,7 @@ class BatchKVCache:
 
     @property
     def buffers(self) -> list[mx.array]:
-        """The buffers, to be evaluated."""
+        """The key and value buffers."""
         return self._buffers
 
     @property
@@ -97,6 +96,6 @@ class BatchKVCache:
 
 
 def _padded(rows: mx.array, end: int) -> mx.array:
-    """Move the ends of rows (B, K, S, D) to `end`, with room for at least one more token."""
+    """Pad (B, K, S, D) on the left to length `end`, with capacity for at least one more token."""
     capacity = (end // STEP + 1) * STEP
     return mx.pad(rows, [(0, 0), (0, 0), (end - rows.shape[2], capacity - end), (0, 0)])

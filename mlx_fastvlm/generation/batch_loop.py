@@ -1,4 +1,4 @@
-"""The decode loop of several answers: one pass of the decoder gives each its next token."""
+"""Batched decode loop: one forward pass gives each answer its next token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from .token_loop import Decoder, PendingToken
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """The next token of a row, or what went wrong with it.
+    """The next token of a row, or its error.
 
     Attributes:
-        token: Its id; -1 with an error.
-        is_complete: Whether a constraint leaves nothing to add.
-        logprobs: Its log-probability and those of the most likely tokens, if wanted.
-        error: Why the row cannot go on.
+        token: Token id; -1 with an error.
+        is_complete: Whether a constraint allows no more tokens.
+        logprobs: Log-probabilities of the token and of the most likely ones, if requested.
+        error: Why the row cannot continue.
     """
 
     token: int
@@ -38,7 +38,7 @@ class NextToken:
 class _Row:
     decoder: Decoder
     pending: PendingToken | None  # None after the last token
-    remaining: int  # tokens, the pending one included
+    remaining: int  # tokens, including the pending one
 
     def read(self) -> int:
         """Wait for the pending token."""
@@ -60,16 +60,16 @@ class BatchDecoder:
     """Runs the decoder for several answers, each a row with its own sampler."""
 
     def __init__(self, model: FastVLM):
-        """Begin without rows."""
+        """Create a decoder without rows."""
         self._model = model
         self._cache = [BatchKVCache() for _ in model.layers]
         self._rows: list[_Row] = []
 
     def add(self, decoder: Decoder, first: PendingToken, max_tokens: int) -> None:
-        """Add an answer after its prefill, as the last row."""
+        """Append the answer as a row, after its prefill."""
         for layer, single in zip(self._cache, decoder.cache, strict=True):
             layer.add(single)
-        decoder.cache = []  # the batch has it now
+        decoder.cache = []  # now in the batch
         self._rows.append(_Row(decoder, first, max_tokens))
 
     def keep(self, rows: list[int]) -> None:
@@ -77,10 +77,10 @@ class BatchDecoder:
         self._rows = [self._rows[row] for row in rows]
         for layer in self._cache:
             layer.keep(rows)
-        mx.async_eval([layer.buffers for layer in self._cache])  # another thread may go on
+        mx.async_eval([layer.buffers for layer in self._cache])  # another thread may step next
 
     def cache_of(self, row: int) -> list[KVCache]:
-        """KV cache of each layer for one row."""
+        """Return the KV cache of each layer for one row."""
         return [layer.row(row) for layer in self._cache]
 
     @property
@@ -91,7 +91,7 @@ class BatchDecoder:
     def step(self) -> list[NextToken]:
         """Return the next token of each row; the pass after it is queued before it is read.
 
-        A row must be dropped after its last token, an error, or a token that completes it.
+        The caller must drop a row after its last token, an error, or when it is complete.
         """
         rows = self._rows
         while True:
@@ -120,7 +120,7 @@ class BatchDecoder:
         return tokens
 
     def _queue_pass(self) -> Sequence[mx.array | None]:
-        """Logits (V,) after the pending token of each row; None if no row needs them."""
+        """Return logits (V,) after each row's pending token, or None if no row needs them."""
         rows = self._rows
         if all(row.remaining == 1 for row in rows):
             return [None] * len(rows)
@@ -132,13 +132,13 @@ class BatchDecoder:
     def _start(
         self, following: list[PendingToken | None], logits: Sequence[mx.array | None] = ()
     ) -> None:
-        """Start to compute tokens, with all that the next step needs, and logits."""
+        """Start computing tokens, sampler states, log-probabilities and logits."""
         arrays = [[p.token, p.logprobs] for p in following if p is not None]
         states = [row.decoder.sampler.state for row in self._rows]
         mx.async_eval(arrays, states, [x for x in logits if x is not None])
 
     def _sample_again(self, values: list[int], following: list[PendingToken | None]) -> None:
-        """Sample UNDECIDED tokens anew, and undo the pass that was queued after them."""
+        """Resample UNDECIDED tokens, and undo the pass that was queued after them."""
         for layer in self._cache if any(p is not None for p in following) else ():
             layer.trim(1)
         for row, value, ahead in zip(self._rows, values, following, strict=True):

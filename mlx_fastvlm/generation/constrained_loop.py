@@ -1,8 +1,7 @@
-"""The decode loop of an answer that must meet a constraint.
+"""Constrained decode loop of one answer.
 
-A step needs the token before it, since that decides which tokens may follow. Only sampling waits
-for it, though: the decoder's pass is queued before the token is read, and the mask is computed
-meanwhile.
+The tokens allowed next depend on the previous token, so sampling waits until it is read. The
+forward pass does not: it is queued before, and the mask is computed meanwhile.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,14 +24,14 @@ from .token_loop import Decoder, PendingToken
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# For each byte of a mask what to add to eight logits.
+# The eight bits of each byte of a token mask.
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _vocabularies: "WeakKeyDictionary[Tokenizer, Future[LLTokenizer]]" = WeakKeyDictionary()
 _lock = Lock()
 
 
 def vocabulary(tokenizer: Tokenizer) -> "Future[LLTokenizer]":
-    """The table of a vocabulary that llguidance needs: made once, in a thread, in seconds."""
+    """Return llguidance's table of a vocabulary, built once in a thread; it takes seconds."""
     with _lock:
         if tokenizer not in _vocabularies:
             _vocabularies[tokenizer] = ThreadPoolExecutor(1).submit(_build, tokenizer)
@@ -47,12 +46,12 @@ def _build(tokenizer: Tokenizer) -> "LLTokenizer":
 
 
 class _Vocabulary:
-    """The tokenizer in llguidance's interface."""
+    """Adapts the tokenizer to llguidance's interface."""
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = ref(tokenizer)  # the table, which keeps this object, is kept by it
+        self._tokenizer = ref(tokenizer)  # weak, to avoid a reference cycle
         self.eos_token_id = tokenizer.added[TURN_END]
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.size)]
         names = {i: name.encode() for name, i in tokenizer.added.items() if not self.tokens[i]}
@@ -61,17 +60,17 @@ class _Vocabulary:
             self.tokens[i] = name
 
     def __call__(self, text: str) -> list[int]:
-        """Encode what the grammar determines, so that the answer has the usual tokens."""
+        """Encode text that the grammar forces, so that the answer has the usual tokens."""
         tokenizer = self._tokenizer()
-        assert tokenizer is not None  # an answer in progress has it
+        assert tokenizer is not None  # an answer in progress refers to it
         return tokenizer.encode(text)
 
 
 class Matcher:
-    """Follows one answer, and knows which tokens may come next."""
+    """Tracks one answer, and computes which tokens are allowed next."""
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer):
-        """Begin; the vocabulary's table is awaited when the first mask is asked for."""
+        """Begin an answer; the first mask waits for the vocabulary's table."""
         self._constraint, self._size = constraint, tokenizer.size
         self._vocabulary = vocabulary(tokenizer)
         self._table = mx.array(np.where(BITS, 0, -np.inf).astype(np.float32))
@@ -95,7 +94,7 @@ class Matcher:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the answer has ended, or nothing but an end may follow."""
+        """Whether the answer has ended, or no more tokens are allowed."""
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
@@ -108,12 +107,12 @@ class Matcher:
 
 
 class ConstrainedSampler(Sampler):
-    """Samples among the tokens that may come next."""
+    """Samples from the tokens that are allowed next."""
 
     def __init__(
         self, sampling: Sampling, vocab_size: int, prompt_ids: Iterable[int], matcher: Matcher
     ):
-        """Sample for the answer that the matcher follows."""
+        """Create a sampler for the matcher's answer."""
         super().__init__(sampling, vocab_size, prompt_ids)
         self.matcher = matcher
 
@@ -123,14 +122,14 @@ class ConstrainedSampler(Sampler):
 
 
 class ConstrainedDecoder(Decoder):
-    """Runs the decoder for one answer that must meet a constraint."""
+    """Runs the decoder for one constrained answer."""
 
     sampler: ConstrainedSampler
     waits = True
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but an end may follow the tokens accepted."""
+        """Whether no more tokens are allowed after those accepted."""
         return self.sampler.matcher.is_complete
 
     def _start(self, logits: mx.array) -> PendingToken:

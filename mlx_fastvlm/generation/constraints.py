@@ -1,6 +1,6 @@
 """Constraints on an answer: a JSON schema, a list of choices, or a regular expression.
 
-Reading them needs llguidance, the extra `schema`.
+They need llguidance, the extra `schema`.
 """
 
 import json
@@ -30,7 +30,7 @@ class Constraint:
 
     Attributes:
         name: "schema", "choice" or "regex", as the user calls it.
-        grammar: The same as a grammar of llguidance, which has accepted it.
+        grammar: The constraint as a grammar that llguidance has accepted.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Constraint:
         regex: str | None,
         stop: Sequence[str] = (),
     ) -> Self | None:
-        """Read these arguments of `stream_generate`; None if the first three are None.
+        """Create one from arguments of `stream_generate`; None if the first three are None.
 
         Raises:
-            PromptError: llguidance is not installed, several are given, or one cannot be used.
+            PromptError: llguidance is not installed, or the arguments are invalid.
         """
         given = {"schema": schema, "choice": choice, "regex": regex}
         names = [name for name, value in given.items() if value is not None]
@@ -93,20 +93,20 @@ def _schema_text(schema: object) -> str:
 
 
 def _choice_rule(choice: Iterable[str]) -> str:
-    """The choices as a rule of Lark, whose texts have the escapes of JSON."""
+    """Return the choices as a Lark rule; its strings use the escapes of JSON."""
     choices = list(choice) if isinstance(choice, (list, tuple, set, frozenset)) else []
     if not choices or not all(isinstance(text, str) and text for text in choices):
-        raise PromptError("choice must be a list of texts of at least one character")
+        raise PromptError("choice must be a list of at least one non-empty string")
     texts = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in choices]
     return "start: " + " | ".join(texts)
 
 
 def _checked(text: object, name: str) -> str:
-    """The text itself, if it is one that llguidance can read."""
+    """Return the text unchanged if llguidance can read it."""
     if not isinstance(text, str):
-        raise PromptError(f"{name} must be a text, not a {type(text).__name__}")
+        raise PromptError(f"{name} must be a string, not a {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
-        raise PromptError(f"{name} takes more than {MAX_CHARACTERS} characters; shorten it")
+        raise PromptError(f"{name} has more than {MAX_CHARACTERS} characters; shorten it")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{name} contains a surrogate, which is not a character; remove it")
     return text

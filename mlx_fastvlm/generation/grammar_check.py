@@ -1,7 +1,7 @@
-"""Find out whether llguidance can compile a grammar, within bounds of time and memory.
+"""Check that llguidance can compile a grammar, within limits on time and memory.
 
-llguidance has no bound for some grammars, such as twenty patterns that must all match. One that may
-be among them is first compiled in a process that is stopped after a few seconds.
+llguidance does not limit the cost of some grammars, such as an intersection of twenty patterns.
+A grammar that may be slow is first compiled in a process that is stopped after a few seconds.
 """
 
 import json
@@ -18,12 +18,12 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 MAX_COMPILE_S = 5.0
 MAX_COMPILE_BYTES = 2 << 30
 LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False)
-MAY_BE_SLOW = ('"pattern', '"multipleOf', "start: /")  # the last one begins a regular expression
+MAY_BE_SLOW = ('"pattern', '"multipleOf', "start: /")  # the last begins a regular expression
 SHORT = 10_000  # characters that compile in a fraction of a second
 
 
 class ByteVocabulary:
-    """The least vocabulary that llguidance works with: a token for each byte, and an end."""
+    """The smallest vocabulary for llguidance: a token for each byte, and an end token."""
 
     eos_token_id, bos_token_id = 256, None
     special_token_ids = (256,)
@@ -35,12 +35,12 @@ class ByteVocabulary:
 
 
 def new_matcher(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
-    """Compile a grammar; `error_of` has the error."""
+    """Compile a grammar; `error_of` returns the error, if any."""
     return LLMatcher(vocabulary, grammar, log_level=0, limits=LIMITS)
 
 
 def error_of(matcher: LLMatcher) -> str:
-    """The error in one line; empty if there is none."""
+    """Return the error in one line; empty if there is none."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     lines = [line for line in lines if line and line != "<non-verbose/>"]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -76,7 +76,7 @@ def find_problem(grammar: str) -> str:
 def _compile(grammar: str) -> str:
     matcher = new_matcher(LLTokenizer(TokenizerWrapper(ByteVocabulary())), grammar)
     if not matcher.is_error():
-        matcher.compute_bitmask()  # finds a grammar without any answer
+        matcher.compute_bitmask()  # detects grammars that match nothing
     return error_of(matcher)
 
 

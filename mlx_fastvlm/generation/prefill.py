@@ -38,7 +38,7 @@ class PreparedRequest:
 
     Attributes:
         max_tokens: Maximum number of tokens of the answer.
-        sequence: Tokens of the prompt, and of the answer as far as the caller has appended them.
+        sequence: Tokens of the prompt, and those of the answer that the caller has appended.
         answer: The answer in progress.
     """
 
@@ -50,10 +50,10 @@ class PreparedRequest:
         prompt_cache: PromptCache | None = None,
         image_cache: ImageCache | None = None,
     ):
-        """Check everything but the content of the images.
+        """Check everything except the content of the images.
 
         Raises:
-            ModelError: or one of its subclasses, naming what cannot be used.
+            ModelError: the request is invalid; a subclass such as `PromptError` says why.
         """
         register_thread()
         self._sampling = Sampling(
@@ -96,10 +96,10 @@ class PreparedRequest:
         """Encode the images and queue the decoder's pass over the prompt.
 
         Args:
-            reserved_tokens: Tokens of the answer to allocate in advance in the KV cache.
+            reserved_tokens: Answer tokens for which the KV cache allocates space in advance.
 
         Returns:
-            A decoder that goes on from the prompt, and the first token.
+            A decoder that continues the prompt, and the pending first token.
 
         Raises:
             ModelError: an image is damaged, or the image tower overflows in float32 too.
@@ -117,10 +117,10 @@ class PreparedRequest:
         cached_features, pixels = _look_up(pictures, image_cache, model, tower_weights)
         clock = Clock(started, preprocess=time.perf_counter())
         new_features, all_finite = _encode(model, pixels)
-        all_finite = from_first_rank(all_finite, model._group)  # all ranks must go on alike
+        all_finite = from_first_rank(all_finite, model._group)  # all ranks must branch alike
         mx.async_eval(all_finite)
         decoder, first = self._queue(cache, cached, pictures, cached_features | new_features)
-        if not all_finite.item():  # waits only for the images
+        if not all_finite.item():  # waits only for the image tower
             new_features = _encode_in_float32(model, pixels)
             for layer in cache:
                 layer.trim(len(ids) - cached)
@@ -177,10 +177,12 @@ def _answer_length(length: int, max_tokens: int | None, max_length: int) -> int:
 
 def _stop_texts(stop: str | Sequence[str] | None) -> list[str]:
     if not isinstance(stop, (str, list, tuple, set, type(None))):
-        raise PromptError(f"stop must be a text or a list of texts, not a {type(stop).__name__}")
+        raise PromptError(
+            f"stop must be a string or a list of strings, not a {type(stop).__name__}"
+        )
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if not all(isinstance(text, str) and text for text in stops):
-        raise PromptError("a stop text must be a text of at least one character")
+        raise PromptError("every stop text must be a non-empty string")
     return stops
 
 
@@ -213,7 +215,7 @@ def _look_up(
 def _encode(
     model: FastVLM, pixels: dict[str, NDArray[np.float32]]
 ) -> tuple[dict[str, mx.array], mx.array]:
-    """Encode images, (1, N, D) each; also returns whether all values are finite.
+    """Return image embeddings, (1, N, D) each, and whether all values are finite.
 
     Both are evaluated asynchronously, while the prefill is built. Images are encoded one by one,
     so that memory does not grow with their number.

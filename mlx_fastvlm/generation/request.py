@@ -13,8 +13,8 @@ class Request:
 
     Attributes:
         logprobs: If given, chunks of a batch have the log-probability of their token, and of this
-            many of the most likely tokens, 0 to 20.
-        kv_bits: For single answers only; a batch refuses it.
+            many most likely tokens, 0 to 20.
+        kv_bits: Only for single answers; refused by a batch.
     """
 
     prompt: str | Sequence[Message]

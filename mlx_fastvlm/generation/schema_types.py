@@ -1,4 +1,4 @@
-"""The JSON schema of a Python type: a pydantic model or a dataclass."""
+"""Derive a JSON schema from a Python type: a pydantic model or a dataclass."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -10,27 +10,27 @@ from mlx_mobileclip.errors import PromptError
 
 SIMPLE = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
 Schema = dict[str, Any]
-Definitions = dict[type, Schema]  # referred to by their position
+Definitions = dict[type, Schema]  # referenced by position
 
 
 def to_json_schema(source: object) -> Schema:
     """Return the JSON schema that a user gave as a dictionary, a pydantic model or a dataclass.
 
-    Objects of a type have no properties beside its fields, unless a pydantic model allows extra
-    ones. A field with a default may be left out.
+    Additional properties are not allowed, unless a pydantic model allows extra fields. A field
+    with a default is optional.
 
     Args:
         source: A schema, or a type.
 
     Raises:
-        PromptError: it is neither, or a field has a type without a counterpart in JSON.
+        PromptError: it is neither, or the type of a field has no counterpart in JSON.
     """
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, type) and hasattr(source, "model_json_schema"):
         return _pydantic_schema(source)
     if isinstance(source, type) and is_dataclass(source):
-        if hasattr(source, "__pydantic_fields__"):  # only pydantic knows how it is restricted
+        if hasattr(source, "__pydantic_fields__"):  # only pydantic knows its constraints
             raise PromptError(
                 f"schema: {source.__name__} is a pydantic dataclass; give "
                 f"TypeAdapter({source.__name__}).json_schema()"
@@ -56,7 +56,7 @@ def _pydantic_schema(model: Any) -> Schema:
 
 
 def _dataclass_schema(source: Any, definitions: Definitions) -> Schema:
-    """Add a dataclass to the definitions, with those of its fields; returns a reference to it."""
+    """Add a dataclass and those of its fields to the definitions; returns a reference to it."""
     if source not in definitions:
         definitions[source] = {}  # a dataclass may contain itself
         try:
@@ -81,7 +81,7 @@ def _is_required(field: "Field[Any]") -> bool:
 
 
 def _schema_of(kind: Any, field: str, definitions: Definitions) -> Schema:
-    """The schema of a field's type."""
+    """Return the schema of a field's type."""
     origin, arguments = get_origin(kind), get_args(kind)
 
     def schemas(parts: Sequence[Any]) -> list[Schema]:

@@ -13,7 +13,7 @@ from ..models.kv_cache import KVCache
 from ..models.sharding import from_first_rank
 from .sampling import UNDECIDED, Sampler
 
-NOT_FINITE = -1  # instead of a token, when the logits have overflowed
+NOT_FINITE = -1  # in place of a token if the logits have overflowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class PendingToken:
     token: mx.array
     logits: mx.array
     state: list[mx.array]  # of the sampler, before this token
-    logprobs: list[mx.array]  # of the token, the most likely tokens, theirs; empty if not wanted
+    logprobs: list[mx.array]  # token's value, top ids, top values; empty if not requested
 
 
 class Decoder:
@@ -60,11 +60,11 @@ class Decoder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but an end may follow the tokens accepted."""
+        """Whether no more tokens are allowed after those accepted."""
         return False
 
     def queue(self, ids: mx.array, embeddings: mx.array | None = None) -> PendingToken:
-        """Start to compute the token after ids (1, L)."""
+        """Start computing the token after ids (1, L)."""
         return self._start(self._logits(ids, embeddings))
 
     def _logits(self, ids: mx.array, embeddings: mx.array | None = None) -> mx.array:
@@ -87,7 +87,7 @@ class Decoder:
         return PendingToken(token, logits, state, logprobs)
 
     def sample_again(self, pending: PendingToken) -> PendingToken:
-        """Sample an UNDECIDED token anew."""
+        """Resample an UNDECIDED token."""
         self.sampler.full_sort, self.sampler.state = True, pending.state
         return self.sample(pending.logits)
 
@@ -121,7 +121,7 @@ class Decoder:
             pending, count = following, count + 1
 
     def _start_again(self, pending: PendingToken, trim: int) -> PendingToken:
-        """Sample an UNDECIDED token anew, and drop the passes queued after it from the cache."""
+        """Resample an UNDECIDED token, and drop the passes queued after it from the cache."""
         for layer in self.cache:
             layer.trim(trim)
         pending = self.sample_again(pending)
@@ -130,7 +130,7 @@ class Decoder:
 
 
 def _logprobs(logits: mx.array, token: mx.array, count: int) -> list[mx.array]:
-    """Log-probability of a token, ids of the most likely tokens, and log-probabilities of these."""
+    """Return the token's log-probability, the most likely ids, and their log-probabilities."""
     normalized = logits - mx.logsumexp(logits)
     count = min(count, logits.size)
     order = mx.argpartition(-normalized, max(0, count - 1))[:count]

@@ -1,1 +1,1 @@
-"""An HTTP server with OpenAI's interface."""
+"""OpenAI-compatible HTTP server."""

@@ -1,4 +1,4 @@
-"""The application: its paths, and what is common to all of them."""
+"""The ASGI application: routes and what they share."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ from .chat import read_chat
 from .clip import Clip
 from .completions import Completion
 from .engine import Engine
-from .errors import ApiError, of_model
+from .errors import ApiError, to_api_error
 from .exchange import ClientGoneError, Exchange
 from .fields import Fields
 from .metrics import CONTENT_TYPE, Metrics
@@ -41,7 +41,7 @@ class App:
 
     Attributes:
         active: Requests in progress, except those for health and metrics.
-        is_draining: Whether to refuse new requests, since the server is ending.
+        is_draining: Whether new requests are refused because the server is shutting down.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class App:
         self._model_name, self._clip_name = model_name, clip_name
         self._metrics, self._pictures = Metrics(), Pictures()
         self._bodies = BodyReader(settings.max_body_bytes, settings.body_s)
-        self._places = settings.max_batch + settings.max_queue
+        self._slots = settings.max_batch + settings.max_queue
         self._taken = 0
         self._created = int(time.time())
         self._engine: Engine | None = None
@@ -74,7 +74,7 @@ class App:
         self._router = Router(routes, redirect_slashes=False)
 
     def begin(self, engine: Engine, models: Models) -> None:
-        """Answer requests from now on, with models that are loaded."""
+        """Start answering requests with the loaded models."""
         self._engine, self._models = engine, models
         if models.clip is not None:
             self._clip = Clip(*models.clip, engine, self._pictures)
@@ -85,14 +85,14 @@ class App:
             self._engine.stop()
 
     def close(self) -> None:
-        """End the threads that decode images."""
+        """Stop the threads that decode images."""
         self._pictures.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; whatever goes wrong becomes an error in OpenAI's shape."""
+        """Handle one request; exceptions become error responses in OpenAI's format."""
         if scope["type"] != "http":
             return
-        scope["app"] = self  # the router then raises what it does not find
+        scope["app"] = self  # makes the router raise on unknown paths
         exchange = scope["exchange"] = Exchange(scope, receive, send)
         path = scope["path"]
         counted = path not in ("/health", "/metrics")
@@ -101,7 +101,7 @@ class App:
             await exchange.run(self._respond)
         except ClientGoneError:
             pass
-        except asyncio.CancelledError:  # the server ends
+        except asyncio.CancelledError:  # the server is shutting down
             if exchange.status is None:
                 error = ApiError(503, "the server is shutting down")
                 await error.response()(scope, receive, exchange.send)
@@ -109,8 +109,8 @@ class App:
         finally:
             self.active -= counted
             if exchange.status is not None:
-                known = path if path in self._paths else "other"
-                self._metrics.request(known, exchange.status)
+                label = path if path in self._paths else "other"
+                self._metrics.request(label, exchange.status)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -122,13 +122,13 @@ class App:
             raise
         except Exception as error:
             self._report(error)
-            if scope["exchange"].status is not None:  # too late to say it
+            if scope["exchange"].status is not None:  # the response has begun
                 raise ClientGoneError from error
-            await of_model(error).response()(scope, receive, send)
+            await to_api_error(error).response()(scope, receive, send)
 
     def _report(self, error: Exception) -> None:
-        """Say what failed in the server, without text that may quote a prompt."""
-        if isinstance(error, ApiError) or of_model(error).status < 500:
+        """Report an internal error, without text that could quote a prompt."""
+        if isinstance(error, ApiError) or to_api_error(error).status < 500:
             return
         if isinstance(error, ModelError):
             say(f"error: {error}")
@@ -138,25 +138,25 @@ class App:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
             say(
-                f"error: a request failed with {type(error).__name__} in {where} (start the server "
+                f"error: a request failed with {type(error).__name__} at {where} (start the server "
                 "with --debug for the traceback)"
             )
 
-    def _take_place(self, exchange: Exchange) -> None:
-        """Take one of the places until the exchange ends; raises ApiError if there is none."""
-        if self._taken >= self._places:
+    def _take_slot(self, exchange: Exchange) -> None:
+        """Take a slot until the exchange ends; raises ApiError if all are taken."""
+        if self._taken >= self._slots:
             raise ApiError(
                 429,
-                f"all {self._places} places are taken; try again",
+                f"all {self._slots} request slots are taken; try again",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
         self._taken += 1
 
-        def free() -> None:
+        def release() -> None:
             self._taken -= 1
 
-        exchange.at_end(free)
+        exchange.at_end(release)
 
     def _ready(self) -> tuple[Engine, Models]:
         if self.is_draining:
@@ -170,7 +170,7 @@ class App:
         if name is None:
             raise ApiError(
                 400,
-                f"this server has no model for {what}; its operator can give one with --clip-model",
+                f"this server has no model for {what}; its operator can add one with --clip-model",
                 param="model",
                 code="model_not_found",
             )
@@ -188,7 +188,7 @@ class App:
         async with self._bodies.read(request) as body:
             self._check_model(body, self._model_name, "chat")
             call = read_chat(body, self._settings)
-            self._take_place(exchange)
+            self._take_slot(exchange)
             completion = Completion(
                 call, self._metrics, self._model_name, models.processor, self._report
             )
@@ -203,10 +203,10 @@ class App:
             async with self._bodies.read(request) as body:
                 self._check_model(body, self._clip_name, "embeddings and labels")
                 assert self._clip is not None and self._clip_name is not None
-                self._take_place(request.scope["exchange"])
-                most = self._settings.max_images
+                self._take_slot(request.scope["exchange"])
+                max_images = self._settings.max_images
                 return JSONResponse(
-                    await endpoint(body, self._clip, self._metrics, self._clip_name, most)
+                    await endpoint(body, self._clip, self._metrics, self._clip_name, max_images)
                 )
 
         return handle
@@ -245,5 +245,5 @@ def _routing_error(scope: Scope, error: HTTPException) -> ApiError:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         headers = {"Allow": allowed}
-        return ApiError(405, f"{method} is not possible for {path}; use {allowed}", headers=headers)
-    return ApiError(error.status_code, f"there is nothing at {path}")
+        return ApiError(405, f"{method} is not allowed for {path}; use {allowed}", headers=headers)
+    return ApiError(error.status_code, f"no such path: {path}")

@@ -1,4 +1,4 @@
-"""Read the body of a request as hostile input: bounded in size, time and complexity."""
+"""Read untrusted request bodies, with limits on size, time and complexity."""
 
 import asyncio
 import json
@@ -11,27 +11,27 @@ from starlette.requests import Request
 from .errors import ApiError, bad
 from .fields import Fields
 
-MAX_VALUES = 300_000  # commas and brackets: Python needs up to 30 times the size of `[],[],[]`
-BODIES = 4  # of the largest size may be read at the same time
+MAX_VALUES = 300_000  # counts commas and brackets: `[],[],[]` takes 30 times its size in Python
+MAX_BODIES = 4  # bodies of the maximum size that may be read at the same time
 
 
 class BodyReader:
-    """Reads the JSON of all requests, within a common limit on memory."""
+    """Reads the JSON bodies of all requests, within a shared memory limit."""
 
     def __init__(self, max_bytes: int, seconds: float):
         """Allow bodies of `max_bytes`, which must arrive within `seconds`."""
         self._max_bytes, self._seconds = max_bytes, seconds
-        self._left = BODIES * max_bytes
+        self._left = MAX_BODIES * max_bytes
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[Fields]:
         """Read a body; its memory counts until the end of the `with` block.
 
         Raises:
-            ApiError: it is too large, too slow, or not a JSON object.
+            ApiError: the body is too large, too slow, or not a JSON object.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # all else a browser sends without asking
+        if kind != "application/json":  # browsers send other types cross-origin without a preflight
             raise ApiError(415, "the content type must be application/json")
         with self._account() as account:
             try:
@@ -53,39 +53,39 @@ class BodyReader:
     async def _receive(self, request: Request, account: "_Account") -> bytearray:
         stated = request.headers.get("content-length", "")
         if stated.isascii() and stated.isdigit() and int(stated[:20]) > self._max_bytes:
-            self._refuse_size()
+            self._raise_too_large()
         data = bytearray()
         async for block in request.stream():
             self._left -= len(block)
             account.bytes += len(block)
             if self._left < 0:
-                message = "other requests are being read; try again"
+                message = "too many large requests at the same time; try again"
                 raise ApiError(429, message, headers={"Retry-After": "1"})
             data += block
             if len(data) > self._max_bytes:
-                self._refuse_size()
+                self._raise_too_large()
         return data
 
-    def _refuse_size(self) -> NoReturn:
+    def _raise_too_large(self) -> NoReturn:
         raise ApiError(
             413, f"the body is larger than {self._max_bytes / (1 << 20):g} MB; send smaller images"
         )
 
 
 class _Account:
-    """Bytes that a request holds."""
+    """Number of body bytes that a request holds in memory."""
 
     bytes = 0
 
 
 def parse_json(data: bytes | bytearray) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN, no key twice, no lone surrogate, not too complex."""
+    """Parse strict JSON: UTF-8, no NaN, duplicate keys or lone surrogates, limited complexity."""
     if sum(data.count(mark) for mark in b"[{,") > MAX_VALUES:
-        raise bad(f"the body has more than {MAX_VALUES} values; send less at a time")
+        raise bad(f"the body has more than {MAX_VALUES} values; send fewer at a time")
     try:
         text = data.decode()
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-        if "\\u" in text:  # may be a surrogate without its other half
+        if "\\u" in text:  # may be a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeError as error:

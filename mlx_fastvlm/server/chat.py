@@ -16,7 +16,7 @@ MAX_MESSAGES = 1000
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = (1 << 63) - 1
-# Of other values OpenAI's clients send with every request.
+# Unsupported fields, and the values that do not use the feature: clients may send those.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
@@ -32,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "reasoning_effort": ("none",),
 }
-# About billing and storage, which do not exist here.
+# Accepted without effect: billing, storage and the like do not exist here.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "verbosity"),
@@ -41,14 +41,14 @@ IGNORED = (
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
-    """What a client asks for.
+    """A checked chat request.
 
     Attributes:
-        messages: In our own form, with data URIs as the sources of images.
-        images: Their image parts, in which the source can be replaced, by place in the request.
+        messages: In the format of `generate`, with images as data URIs.
+        images: Their image parts by field name, such as "messages[0].content[1]"; mutable.
         options: Fields of `Request` besides the prompt.
-        stream: Whether to send the answer in pieces.
-        include_usage: Whether to send the counts of tokens at the end of a stream.
+        stream: Whether to stream the answer.
+        include_usage: Whether a stream ends with token counts.
     """
 
     messages: list[dict[str, Any]]
@@ -58,15 +58,15 @@ class ChatCall:
     include_usage: bool
 
     def request(self) -> Request:
-        """The same for the model."""
+        """Return the request for the model."""
         return Request(self.messages, **self.options)
 
 
 def read_chat(body: Fields, settings: Settings) -> ChatCall:
-    """Check a request and bring it into our own form.
+    """Check a request and convert it to a `ChatCall`.
 
     Raises:
-        ApiError: naming the field that cannot be used.
+        ApiError: a field is invalid; the error names it.
     """
     for name, neutral in NEUTRAL.items():
         body.refuse(name, neutral)
@@ -98,9 +98,9 @@ def read_chat(body: Fields, settings: Settings) -> ChatCall:
     return ChatCall(messages, images, options, stream, include_usage)
 
 
-def _max_tokens(body: Fields, most: int) -> int | None:
+def _max_tokens(body: Fields, limit: int) -> int | None:
     names = ("max_completion_tokens", "max_tokens")
-    given = {body.integer(name, 1, most) for name in names} - {None}
+    given = {body.integer(name, 1, limit) for name in names} - {None}
     if len(given) > 1:
         raise body.error("max_tokens", "and max_completion_tokens differ; give one")
     return next(iter(given), None)
@@ -117,33 +117,33 @@ def _stops(body: Fields) -> list[str]:
     else:
         stops = [] if value in (None, []) else body.texts("stop", MAX_STOPS)
     if any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise body.error("stop", f"must be texts of 1 to {MAX_STOP_CHARACTERS} characters")
+        raise body.error("stop", f"must be strings of 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
 def _logprobs(body: Fields) -> int | None:
-    wanted = body.boolean("logprobs", False)
+    enabled = body.boolean("logprobs", False)
     top = body.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if top is not None and not wanted:
+    if top is not None and not enabled:
         raise body.error("top_logprobs", "needs logprobs: true")
-    return (top or 0) if wanted else None
+    return (top or 0) if enabled else None
 
 
 def _schema(body: Fields) -> dict[str, Any] | None:
     value = body.get("response_format")
     if value is None:
         return None
-    form = Fields(value, "response_format")
-    kind = form.choice("type", ("text", "json_object", "json_schema"), "text")
+    response_format = Fields(value, "response_format")
+    kind = response_format.choice("type", ("text", "json_object", "json_schema"), "text")
     if kind == "json_object":
-        form.end()
+        response_format.end()
         return {"type": "object"}
     if kind == "text":
-        form.end()
+        response_format.end()
         return None
-    fields = Fields(form.get("json_schema", {}), "response_format.json_schema")
-    form.end()
-    fields.ignore("name", "description", "strict")  # every schema is kept strictly
+    fields = Fields(response_format.get("json_schema", {}), "response_format.json_schema")
+    response_format.end()
+    fields.ignore("name", "description", "strict")  # every schema is enforced strictly
     schema = fields.get("schema")
     if not isinstance(schema, dict):
         raise fields.error("schema", f"must be a JSON schema, not {shown(schema)}")
@@ -154,12 +154,12 @@ def _schema(body: Fields) -> dict[str, Any] | None:
 def read_messages(
     body: Fields, max_images: int
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The messages in our own form, and their image parts by their places.
+    """Return the messages in the format of `generate`, and their image parts by field name.
 
-    First messages of the system and the developer become one.
+    Leading system and developer messages are merged.
 
     Raises:
-        ApiError: naming the place of what cannot be used.
+        ApiError: a field is invalid; the error names it.
     """
     messages: list[dict[str, Any]] = []
     images: dict[str, dict[str, Any]] = {}
@@ -181,7 +181,7 @@ def read_messages(
 def _read_message(message: Fields) -> tuple[str, list[dict[str, Any]]]:
     roles = ("system", "developer", "user", "assistant")
     if message.get("role") in ("tool", "function"):
-        raise message.error("role", "is that of a tool; tools are not supported")
+        raise message.error("role", "is a tool's; tools are not supported")
     role = message.choice("role", roles, "")
     message.ignore("name")
     content = message.get("content")
@@ -197,7 +197,7 @@ def _read_message(message: Fields) -> tuple[str, list[dict[str, Any]]]:
         where = message.name("content")
         parts = [_read_part(part, f"{where}[{k}]", role) for k, part in enumerate(content)]
     else:
-        raise message.error("content", f"must be a text or a list of parts, not {shown(content)}")
+        raise message.error("content", f"must be a string or a list of parts, not {shown(content)}")
     return ("system" if role == "developer" else role), parts
 
 
@@ -211,7 +211,7 @@ def _read_part(value: Any, where: str, role: str) -> dict[str, Any]:
         return {"type": "text", "text": text}
     if kind == "image_url":
         if role != "user":
-            raise bad(f"{where}: only messages of the user can have images", where)
+            raise bad(f"{where}: only user messages can have images", where)
         url = part.get("image_url")
         part.end()
         return {"type": "image", "image": read_image_url(url, f"{where}.image_url")}
@@ -219,7 +219,7 @@ def _read_part(value: Any, where: str, role: str) -> dict[str, Any]:
 
 
 def read_image_url(value: Any, where: str) -> str:
-    """The data URI of `image_url`, which is {"url": ...} or the text itself."""
+    """Return the data URI of `image_url`, which is {"url": ...} or the URI itself."""
     if not isinstance(value, dict):
         return check_data_uri(value, where)
     fields = Fields(value, where)

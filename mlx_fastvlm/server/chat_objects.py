@@ -1,4 +1,4 @@
-"""Chunks of an answer as the objects of OpenAI's chat completions."""
+"""Convert chunks of an answer to OpenAI's chat completion objects."""
 
 import time
 import uuid
@@ -8,14 +8,14 @@ from typing import Any
 from ..generation.answer import Chunk, Stats
 from ..preprocess.tokenizer import Tokenizer
 
-LEAST_LOGPROB = -9999.0  # OpenAI's for an impossible token; JSON has no infinity
+LEAST_LOGPROB = -9999.0  # OpenAI's value for an impossible token; JSON has no infinity
 
 
 class ChatObjects:
-    """Makes the objects of one answer, which share an id and a time."""
+    """Builds the objects of one answer, which share an id and a creation time."""
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, with_logprobs: bool):
-        """Begin an answer of a model by this name."""
+        """Begin an answer of the named model."""
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -25,7 +25,7 @@ class ChatObjects:
         self._tokenizer, self._with_logprobs = tokenizer, with_logprobs
 
     def completion(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
-        """A complete answer."""
+        """Return a complete `chat.completion`."""
         last = chunks[-1]
         text = "".join(chunk.text for chunk in chunks)
         choice = {
@@ -42,19 +42,19 @@ class ChatObjects:
         }
 
     def first_delta(self) -> dict[str, Any]:
-        """The beginning of a stream."""
+        """Return the first chunk of a stream."""
         return self._delta({"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def delta(self, chunk: Chunk) -> dict[str, Any]:
-        """A piece of a stream."""
+        """Return the chunk of a stream for new text."""
         return self._delta({"content": chunk.text}, self._logprobs([chunk]), None)
 
     def last_delta(self, finish_reason: str) -> dict[str, Any]:
-        """The end of a stream."""
+        """Return the chunk that ends the text of a stream."""
         return self._delta({}, None, finish_reason)
 
     def usage_chunk(self, stats: Stats) -> dict[str, Any]:
-        """The counts of tokens, after the end."""
+        """Return the token counts that end a stream."""
         return {
             "object": "chat.completion.chunk",
             **self._head,
@@ -98,7 +98,7 @@ class ChatObjects:
 
 
 def usage(stats: Stats) -> dict[str, Any]:
-    """Counts of tokens; those of images are part of the prompt's."""
+    """Return token counts; image tokens are part of the prompt."""
     return {
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.generation_tokens,

@@ -1,4 +1,4 @@
-"""MobileCLIP in the engine's thread, in small batches between the steps of answers."""
+"""Run MobileCLIP in the engine's thread, in small batches between decoding steps."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from .engine import Engine
 from .errors import bad
 from .pictures import Pictures, image_error
 
-TEXTS, IMAGES = 32, 4  # in a batch
-KEPT = 64  # sets of labels whose embeddings are kept
+TEXT_BATCH, IMAGE_BATCH = 32, 4
+MAX_CACHED_LABELS = 64  # cached sets of label embeddings
 
 Rows = NDArray[np.float32]
 
@@ -30,21 +30,21 @@ class Clip:
     """Embeds and classifies for all clients."""
 
     def __init__(self, model: MobileCLIP, processor: Processor, engine: Engine, pictures: Pictures):
-        """Use a model in the engine's thread."""
+        """Run the model in the engine's thread."""
         self._model, self._processor = model, processor
         self._engine, self._pictures = engine, pictures
         self._labels: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], mx.array] = OrderedDict()
 
     @property
     def size(self) -> int:
-        """Numbers in an embedding."""
+        """Width of the embeddings."""
         return self._model.config.embed_dim
 
     async def embed(self, items: Sequence[Item], *, normalize: bool = True) -> tuple[Rows, int]:
         """Embed texts and images.
 
         Returns:
-            float32 (N, E), and the number of text tokens.
+            Embeddings, float32 (N, E), and the number of text tokens.
 
         Raises:
             ApiError: an image cannot be used.
@@ -54,17 +54,17 @@ class Clip:
         images = [i for i, item in enumerate(items) if item.kind == "image"]
         if texts and self._model.text is None:
             raise bad("this model embeds images only; the server needs one with a text tower")
-        for start in range(0, len(texts), TEXTS):
-            places = texts[start : start + TEXTS]
-            ids = await self._tokenize([items[i].value for i in places])
+        for start in range(0, len(texts), TEXT_BATCH):
+            indices = texts[start : start + TEXT_BATCH]
+            ids = await self._tokenize([items[i].value for i in indices])
             tokens += int((ids.argmax(axis=1) + 1).sum())  # the end token has the largest id
-            rows[places] = await self._engine.call(
+            rows[indices] = await self._engine.call(
                 partial(_embed, self._model.encode_text, ids, normalize)
             )
-        for start in range(0, len(images), IMAGES):
-            places = images[start : start + IMAGES]
-            pixels = await self._pixels([items[i] for i in places])
-            rows[places] = await self._engine.call(
+        for start in range(0, len(images), IMAGE_BATCH):
+            indices = images[start : start + IMAGE_BATCH]
+            pixels = await self._pixels([items[i] for i in indices])
+            rows[indices] = await self._engine.call(
                 partial(_embed, self._model.encode_image, pixels, normalize)
             )
         return rows, tokens
@@ -76,7 +76,7 @@ class Clip:
         templates: Sequence[str],
         top_k: int,
     ) -> list[list[Prediction]]:
-        """The best labels of each image.
+        """Return the best labels of each image.
 
         Raises:
             ApiError: an image cannot be used.
@@ -93,16 +93,16 @@ class Clip:
     async def _classifier(self, labels: tuple[str, ...], templates: tuple[str, ...]) -> mx.array:
         key = labels, templates
         if key not in self._labels:
-            step = max(1, TEXTS // len(templates))
+            step = max(1, TEXT_BATCH // len(templates))
             parts = []
             for start in range(0, len(labels), step):
                 group = labels[start : start + step]
                 call = partial(self._embed_labels, group, templates)
                 parts.append(await self._engine.call(call))
-            self._labels[key] = await self._engine.call(lambda: _joined(parts))
+            self._labels[key] = await self._engine.call(lambda: _concatenate(parts))
         self._labels.move_to_end(key)
         classifier = self._labels[key]
-        while len(self._labels) > KEPT:
+        while len(self._labels) > MAX_CACHED_LABELS:
             self._labels.popitem(last=False)
         return classifier
 
@@ -131,7 +131,7 @@ def _embed(encode: Callable[..., mx.array], inputs: NDArray[Any], normalize: boo
     return rows
 
 
-def _joined(parts: list[mx.array]) -> mx.array:
+def _concatenate(parts: list[mx.array]) -> mx.array:
     matrix = mx.concatenate(parts)
     mx.eval(matrix)
     return matrix

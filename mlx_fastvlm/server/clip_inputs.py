@@ -1,4 +1,4 @@
-"""The inputs of embeddings and classification: texts and images, as several servers take them.
+"""Inputs of embeddings and classification, in the formats of several servers.
 
 | item | from |
 |---|---|
@@ -22,7 +22,7 @@ IMAGE_KEYS = ("image", "image_url", "url")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A text, or an image as a data URI; `where` is its place in the request."""
+    """A text, or an image as a data URI; `where` is its field name in the request."""
 
     kind: Literal["text", "image"]
     value: str
@@ -33,7 +33,7 @@ def read_inputs(body: Fields, max_images: int) -> list[Item]:
     """Read `input` and `modality`.
 
     Raises:
-        ApiError: naming the place of what cannot be used.
+        ApiError: an input is invalid; the error names it.
     """
     modality = body.choice("modality", ("text", "image"), "text")
     forced = "image" if modality == "image" else None
@@ -56,7 +56,7 @@ def _read_item(value: Any, where: str, modality: str | None) -> Item:
         return _text(value, where)
     if not isinstance(value, dict):
         problem = "token ids are not supported" if isinstance(value, (int, list)) else shown(value)
-        raise bad(f"{where} must be a text or an object with a text or an image: {problem}", where)
+        raise bad(f"{where} must be a string or an object with a text or image: {problem}", where)
     fields = Fields(value, where)
     fields.choice("type", ("text", "image", "image_url", "input_image", "input_text"), "text")
     given = [key for key in ("text", *IMAGE_KEYS) if fields.get(key) is not None]

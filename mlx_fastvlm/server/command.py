@@ -9,7 +9,7 @@ from mlx_mobileclip.terminal import CommandParser, open_standard_streams, run_co
 from ..cli.options import add_model_arguments, add_output_arguments
 from .settings import DEFAULT_HOST, DEFAULT_PORT, KEY_VARIABLE, Settings
 
-HELP = "answer questions over HTTP, with OpenAI's interface"
+HELP = "serve an OpenAI-compatible HTTP API"
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--clip-model",
         metavar="M",
         help="MobileCLIP for embeddings and labels: repository, directory, file or demo "
-        "(default: demo beside demo, else none)",
+        "(default: demo if the model is demo, else none)",
     )
     access = parser.add_argument_group("access")
     access.add_argument(
@@ -42,17 +42,17 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     access.add_argument(
         "--api-key",
         metavar="K",
-        help=f"key that requests must have, also read from {KEY_VARIABLE}; required unless only "
-        "this machine can reach the address",
+        help=f"key that clients must send, also read from {KEY_VARIABLE}; required unless the "
+        "address is a loopback address",
     )
     access.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="name by which clients call this machine; may be repeated",
+        help="host name that clients may use for this server; may be repeated",
     )
-    access.add_argument("--ui", action="store_true", help="serve a page to talk to the model")
+    access.add_argument("--ui", action="store_true", help="serve a web page to chat with the model")
     _add_limits(parser)
     add_output_arguments(parser, "no progress")
     return parser
@@ -61,12 +61,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     for option, low, high, default, text in (
-        ("--max-batch", 1, 256, Settings.max_batch, "answers computed together"),
-        ("--max-queue", 0, 10_000, Settings.max_queue, "requests that wait; more get 429"),
-        ("--max-tokens", 1, 1 << 20, Settings.max_tokens, "most tokens of an answer"),
-        ("--max-images", 1, 1000, Settings.max_images, "most images of a request"),
-        ("--max-body", 1, 1024, Settings.max_body_bytes >> 20, "megabytes of a request"),
-        ("--drain", 0, 86_400, int(Settings.drain_s), "seconds for running answers at the end"),
+        ("--max-batch", 1, 256, Settings.max_batch, "answers generated in one batch"),
+        ("--max-queue", 0, 10_000, Settings.max_queue, "requests that may wait; others get 429"),
+        ("--max-tokens", 1, 1 << 20, Settings.max_tokens, "maximum tokens of an answer"),
+        ("--max-images", 1, 1000, Settings.max_images, "maximum images in a request"),
+        ("--max-body", 1, 1024, Settings.max_body_bytes >> 20, "maximum size of a request in MB"),
+        ("--drain", 0, 86_400, int(Settings.drain_s), "seconds for running answers at shutdown"),
     ):
         limits.add_argument(
             option,

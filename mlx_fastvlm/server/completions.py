@@ -1,4 +1,4 @@
-"""The endpoint /v1/chat/completions: from a request to its answer, whole or as events."""
+"""The endpoint /v1/chat/completions: complete or streamed answers."""
 
 import json
 import time
@@ -16,13 +16,13 @@ from ..preprocess.processor import Processor
 from .chat import ChatCall
 from .chat_objects import ChatObjects
 from .engine import Answer, Engine
-from .errors import of_model
+from .errors import to_api_error
 from .metrics import Metrics
 from .pictures import Pictures, image_error
 
 
 class EventStream(Response):
-    """Server-sent events; each is sent when it is there."""
+    """Server-sent events, each sent as soon as it is available."""
 
     def __init__(self, events: AsyncIterator[str]):
         super().__init__(
@@ -43,7 +43,7 @@ class EventStream(Response):
 
 
 class Completion:
-    """One answer, from its request to the response."""
+    """One chat completion, from request to response."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Completion:
         processor: Processor,
         report: Callable[[Exception], None],
     ):
-        """Prepare an answer; `report` tells the operator of errors after the response began."""
+        """Begin; `report` logs errors that occur after the response has begun."""
         self._report = report
         self._call, self._metrics, self._model, self._processor = call, metrics, model, processor
         self._started = time.perf_counter()
@@ -74,13 +74,13 @@ class Completion:
             except ImageError as error:
                 raise image_error(error, where) from error
         options = self._call.options
-        if options["schema"] is not None:  # the engine then finds it checked
+        if options["schema"] is not None:  # caches the check for the engine
             await pictures.check(
                 lambda: Constraint.of(options["schema"], None, None, options["stop"])
             )
 
     async def respond(self, engine: Engine) -> Response:
-        """Begin the answer; what is wrong with the request is raised before the response."""
+        """Begin the answer; an invalid request raises before the response begins."""
         self._answer = engine.answer(self._call.request())
         first = await self._next()
         self._metrics.first_token(time.perf_counter() - self._started)
@@ -97,7 +97,7 @@ class Completion:
         return JSONResponse(objects.completion(chunks))
 
     def close(self) -> None:
-        """Free the place of the answer, and count it."""
+        """Give up an unfinished answer, and record metrics."""
         if self._answer is None:
             return
         self._answer.close()
@@ -121,7 +121,7 @@ class Completion:
         return chunk
 
     async def _events(self, chunk: Chunk, objects: ChatObjects) -> AsyncIterator[str]:
-        # With usage at the end, all objects before it say that they have none.
+        # If the last object has the usage, the others have a null.
         no_usage: dict[str, Any] = {"usage": None} if self._call.include_usage else {}
         yield json.dumps(objects.first_delta() | no_usage)
         try:
@@ -133,7 +133,7 @@ class Completion:
                 chunk = await self._next()
         except Exception as error:  # noqa: BLE001 (the status is sent already)
             self._report(error)
-            yield json.dumps(of_model(error).body())
+            yield json.dumps(to_api_error(error).body())
             return
         yield json.dumps(objects.last_delta(chunk.finish_reason) | no_usage)
         if self._call.include_usage:

@@ -1,4 +1,4 @@
-"""The endpoints of MobileCLIP: /v1/embeddings and /v1/classify.
+"""Endpoints of MobileCLIP: /v1/embeddings and /v1/classify.
 
 Source: OpenAI's /embeddings; infinity's `modality`; jina's `embedding_type`, `normalized` and
 /v1/classify.
@@ -16,20 +16,20 @@ from .metrics import Metrics
 
 MAX_LABELS, MAX_TEMPLATES, MAX_PROMPTS = 1000, 100, 10_000
 MAX_LABEL_CHARACTERS = 1000
-# Fields of jina about tasks and truncation, which MobileCLIP does not know.
+# Accepted without effect, such as jina's tasks and truncation.
 IGNORED = ("user", "task", "truncate", "late_chunking", "priority")
 
 
 async def embed(body: Fields, clip: Clip, metrics: Metrics, name: str, max_images: int) -> Any:
-    """Answer a request for embeddings; raises ApiError if it cannot be used."""
+    """Embed texts and images; raises ApiError if the request is invalid."""
     items = read_inputs(body, max_images)
-    forms = ("float", "base64")
-    form = body.choice("encoding_format", forms, "float")
-    form = body.choice("embedding_type", forms, form)
+    formats = ("float", "base64")
+    encoding = body.choice("encoding_format", formats, "float")
+    encoding = body.choice("embedding_type", formats, encoding)
     normalize = body.boolean("normalized", True)
     size = body.integer("dimensions", 1, 1 << 20)
     if size not in (None, clip.size):
-        raise body.error("dimensions", f"can only be {clip.size}, not {size}")
+        raise body.error("dimensions", f"must be {clip.size}, not {size}")
     body.ignore(*IGNORED)
     body.end()
     rows, tokens = await clip.embed(items, normalize=normalize)
@@ -37,7 +37,7 @@ async def embed(body: Fields, clip: Clip, metrics: Metrics, name: str, max_image
         metrics.embedded(kind, sum(item.kind == kind for item in items))
     data = [
         {"object": "embedding", "index": i, "embedding": values}
-        for i, values in enumerate(_encode(rows, form))
+        for i, values in enumerate(_encode(rows, encoding))
     ]
     return {
         "object": "list",
@@ -47,15 +47,15 @@ async def embed(body: Fields, clip: Clip, metrics: Metrics, name: str, max_image
     }
 
 
-def _encode(rows: Rows, form: str) -> list[Any]:
-    if form == "float":
+def _encode(rows: Rows, encoding: str) -> list[Any]:
+    if encoding == "float":
         return rows.tolist()
     data = rows.astype("<f4")
     return [base64.b64encode(row.tobytes()).decode() for row in data]
 
 
 async def classify(body: Fields, clip: Clip, metrics: Metrics, name: str, max_images: int) -> Any:
-    """Answer a request for the labels of images; raises ApiError if it cannot be used."""
+    """Classify images by labels; raises ApiError if the request is invalid."""
     items = read_inputs(body, max_images)
     for item in items:
         if item.kind != "image":
@@ -65,7 +65,7 @@ async def classify(body: Fields, clip: Clip, metrics: Metrics, name: str, max_im
     if body.get("templates") is not None:
         templates = _texts(body, "templates", MAX_TEMPLATES)
     if len(labels) * len(templates) > MAX_PROMPTS:
-        raise body.error("templates", f"and labels make more than {MAX_PROMPTS} prompts")
+        raise body.error("templates", f"times labels is more than {MAX_PROMPTS} prompts")
     top_k = body.integer("top_k", 1, MAX_LABELS) or len(labels)
     body.ignore(*IGNORED)
     body.end()
@@ -91,8 +91,8 @@ async def classify(body: Fields, clip: Clip, metrics: Metrics, name: str, max_im
     }
 
 
-def _texts(body: Fields, key: str, most: int) -> list[str]:
-    texts = body.texts(key, most)
+def _texts(body: Fields, key: str, max_count: int) -> list[str]:
+    texts = body.texts(key, max_count)
     for i, text in enumerate(texts):
         if not text.strip() or len(text) > MAX_LABEL_CHARACTERS:
             raise body.error(

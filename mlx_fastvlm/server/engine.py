@@ -1,4 +1,4 @@
-"""One thread that owns MLX: all answers and embeddings are computed in it, step by step."""
+"""The one thread that uses MLX: it computes all answers and embeddings, step by step."""
 
 import asyncio
 import threading
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class Batch(Protocol):
-    """What the engine needs of `BatchGenerator`."""
+    """The interface of `BatchGenerator` that the engine uses."""
 
     def add(self, request: Request) -> int:
-        """Add a request and return its number."""
+        """Add a request and return its id."""
 
     def remove(self, request_id: int) -> None:
-        """Give up a request."""
+        """Cancel a request."""
 
     def step(self) -> list[tuple[int, Chunk]]:
         """Compute the next chunks."""
@@ -34,7 +34,7 @@ class Batch(Protocol):
 
 
 class Answer:
-    """The chunks of one answer, for the event loop."""
+    """One answer, whose chunks are awaited in the event loop."""
 
     def __init__(self, engine: "Engine", request: Request):
         self.request = request
@@ -44,7 +44,7 @@ class Answer:
         self._is_done = False
 
     async def next(self) -> Chunk:
-        """The next chunk; raises what went wrong with the request."""
+        """Return the next chunk; raises the error that ended the request."""
         chunk = await self._chunks.get()
         if isinstance(chunk, Exception):
             self._is_done = True
@@ -53,14 +53,14 @@ class Answer:
         return chunk
 
     def deliver(self, chunk: Chunk | Exception) -> None:
-        """Take the next chunk, in the event loop."""
+        """Queue the next chunk or an error; called in the event loop."""
         self._chunks.put_nowait(chunk)
 
     def close(self) -> None:
-        """Give up the answer unless it has ended; its place is free before the next step."""
+        """Cancel the answer unless it has ended; its slot is free before the next step."""
         if not self._is_done:
             self._is_done = True
-            self._engine.give_up(self)
+            self._engine.cancel(self)
 
 
 class _Call:
@@ -71,17 +71,17 @@ class _Call:
 
 
 class Engine:
-    """Runs batches of answers, and other functions between their steps, in its own thread.
+    """Runs a batch of answers, and other functions between its steps, in a separate thread.
 
-    Its methods are called in the thread of the event loop.
+    The public methods are called from the event loop's thread.
 
     Attributes:
-        ready: Done when it has loaded; has the error if that fails.
-        ended: Done when the thread ends; has the error that ended it.
+        ready: Resolved when the models are loaded, or with the error if loading fails.
+        ended: Resolved when the thread ends, with the error if there was one.
     """
 
     def __init__(self, new_batch: Callable[[], Batch], loop: asyncio.AbstractEventLoop):
-        """Start the thread; `new_batch`, called in it, loads what is needed and makes a batch."""
+        """Start the thread, which calls `new_batch` to load the models and create a batch."""
         self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self._new_batch, self._loop = new_batch, loop
@@ -93,28 +93,28 @@ class Engine:
         self._thread.start()
 
     def answer(self, request: Request) -> Answer:
-        """Queue a request."""
+        """Queue a request and return its answer."""
         answer = Answer(self, request)
         self._commands.put(lambda: self._add(answer))
         return answer
 
-    def give_up(self, answer: Answer) -> None:
+    def cancel(self, answer: Answer) -> None:
         """Remove a request from the batch before the next step."""
         self._commands.put(lambda: self._remove(answer))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run a function that uses MLX between two steps; skipped if the caller is cancelled."""
+        """Run a function between two steps; it is skipped if the caller is cancelled."""
         call = _Call(function)
         self._commands.put(lambda: self._calls.append(call))
         result: T = await asyncio.wrap_future(call.result)
         return result
 
     def stop(self) -> None:
-        """End the thread after the current step; whatever is not done gets an error."""
+        """End the thread after the current step; unfinished work gets an error."""
         self._commands.put(self._stop)
 
     def join(self, seconds: float) -> bool:
-        """Wait for the thread; returns whether it has ended."""
+        """Wait for the thread, and return whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -123,18 +123,18 @@ class Engine:
         try:
             register_thread()
             self._batch = self._new_batch()
-            self._post(partial(_settle, self.ready, None))
+            self._post(partial(_resolve, self.ready, None))
             while not self._stopped:
-                self._turn()
+                self._run_once()
         except BaseException as raised:  # noqa: BLE001 (raised in the event loop)
             error = raised
         self._stopped = True
         self._fail_all(ApiError(503, "the server is shutting down"))
-        self._post(partial(_settle, self.ready, error))
-        self._post(partial(_settle, self.ended, error))
+        self._post(partial(_resolve, self.ready, error))
+        self._post(partial(_resolve, self.ended, error))
 
-    def _turn(self) -> None:
-        for command in self._take():
+    def _run_once(self) -> None:
+        for command in self._take_commands():
             command()
         if self._calls:
             self._run_call(self._calls.popleft())
@@ -142,8 +142,8 @@ class Engine:
             self._has_removed = False
             self._step()
 
-    def _take(self) -> Iterator[Callable[[], None]]:
-        """Commands so far; waits for one if there is nothing else to do."""
+    def _take_commands(self) -> Iterator[Callable[[], None]]:
+        """Yield queued commands; waits for one if there is nothing else to do."""
         if not len(self._batch) and not self._calls:
             yield self._commands.get()
         while not self._commands.empty():
@@ -153,7 +153,7 @@ class Engine:
         try:
             answer.id = self._batch.add(answer.request)
             self._answers[answer.id] = answer
-        except Exception as error:  # noqa: BLE001 (what is wrong with the request)
+        except Exception as error:  # noqa: BLE001 (delivered to the request)
             self._post(partial(answer.deliver, error))
 
     def _remove(self, answer: Answer) -> None:
@@ -172,17 +172,17 @@ class Engine:
     def _step(self) -> None:
         try:
             chunks = self._batch.step()
-        except Exception as error:  # noqa: BLE001 (the answers get it)
+        except Exception as error:  # noqa: BLE001 (delivered to the answers)
             self._fail_all(error)
             self._batch = self._new_batch()
             return
         delivered: list[tuple[Answer, Chunk | Exception]] = []
-        for number, chunk in chunks:
-            answer = self._answers.get(number)
+        for request_id, chunk in chunks:
+            answer = self._answers.get(request_id)
             if answer is not None:
                 delivered.append((answer, chunk))
             if chunk.finish_reason is not None:
-                self._answers.pop(number, None)
+                self._answers.pop(request_id, None)
         if delivered:
             self._post(partial(_deliver, delivered))
 
@@ -198,7 +198,7 @@ class Engine:
         self._stopped = True
 
     def _post(self, function: Callable[[], Any]) -> None:
-        """Run a function in the event loop, unless that has ended."""
+        """Run a function in the event loop, unless it is closed."""
         try:
             self._loop.call_soon_threadsafe(function)
         except RuntimeError:  # the loop is closed
@@ -210,11 +210,11 @@ def _deliver(chunks: Sequence[tuple[Answer, Chunk | Exception]]) -> None:
         answer.deliver(chunk)
 
 
-def _settle(future: "asyncio.Future[None]", error: BaseException | None) -> None:
+def _resolve(future: "asyncio.Future[None]", error: BaseException | None) -> None:
     if future.done():
         return
     if error is None:
         future.set_result(None)
     else:
         future.set_exception(error)
-        future.exception()  # whoever waits for it sees it; nobody has to
+        future.exception()  # avoids a warning if nobody awaits it

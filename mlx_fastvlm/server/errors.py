@@ -1,4 +1,4 @@
-"""Errors that a client sees, in OpenAI's shape."""
+"""Errors reported to clients, in OpenAI's format."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """An answer with an error status.
+    """An error response.
 
     Attributes:
         status: HTTP status.
         message: What is wrong, and what to do.
-        param: Name of the field that is wrong.
-        code: OpenAI's name of the problem.
-        headers: Further headers.
+        param: Name of the invalid field.
+        code: OpenAI's error code.
+        headers: Additional HTTP headers.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON body."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = KINDS.get(self.status, kind)
         return {
@@ -47,21 +47,21 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The same as a response."""
+        """Return the HTTP response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The error for a request that cannot be used."""
+    """Return the error for an invalid request."""
     return ApiError(400, message, param=param, code=code)
 
 
-def of_model(error: Exception) -> ApiError:
-    """What a client sees of an error that a model has raised."""
+def to_api_error(error: Exception) -> ApiError:
+    """Convert any exception to the error that the client gets."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (PromptError, ImageError, DataError)):
         return bad(str(error))
-    if isinstance(error, ModelError):  # the checkpoint's fault
+    if isinstance(error, ModelError):  # caused by the checkpoint
         return ApiError(500, str(error))
-    return ApiError(500, "the server failed; its operator can see why on stderr")
+    return ApiError(500, "internal server error; its operator can find the cause on stderr")

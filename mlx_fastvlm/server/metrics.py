@@ -17,7 +17,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  
 
 
 class Metrics:
-    """What a server has done so far; used in the thread of its event loop."""
+    """Counters of one server; used in the thread of its event loop."""
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[str, int]] = Counter()
@@ -37,7 +37,7 @@ class Metrics:
         self._first_token_sum += seconds
 
     def answer(self, finish_reason: str, stats: Stats | None) -> None:
-        """Count an answer that has ended; without statistics it had not begun."""
+        """Count an answer that has ended; without statistics, it never began."""
         self._answers[finish_reason] += 1
         if stats is not None:
             self._tokens["prompt"] += stats.prompt_tokens
@@ -50,7 +50,7 @@ class Metrics:
         self._embeddings[kind] += count
 
     def text(self, running: int, waiting: int) -> str:
-        """All of it; `running` and `waiting` are the answers in progress and in the queue."""
+        """Format all metrics; `running` and `waiting` count answers in progress and queued."""
         lines = _counter(
             "requests_total",
             "Responses by path and status.",
@@ -63,7 +63,7 @@ class Metrics:
         )
         lines += _counter(
             "tokens_total",
-            "Tokens of answers that have ended. Prompts include images and what was cached.",
+            "Tokens of answers that have ended. Prompts include image and cached tokens.",
             {f'kind="{kind}"': n for kind, n in self._tokens.items()},
         )
         lines += _counter(
@@ -74,8 +74,8 @@ class Metrics:
         lines += self._histogram()
         lines += _gauge("answers_running", "Answers in progress.", running)
         lines += _gauge("answers_waiting", "Requests in the queue.", waiting)
-        lines += _gauge("memory_bytes", "Memory that MLX holds.", mx.get_active_memory())
-        lines += _gauge("memory_peak_bytes", "Most memory that MLX held.", mx.get_peak_memory())
+        lines += _gauge("memory_bytes", "Memory in use by MLX.", mx.get_active_memory())
+        lines += _gauge("memory_peak_bytes", "Peak memory in use by MLX.", mx.get_peak_memory())
         return "\n".join(lines) + "\n"
 
     def _histogram(self) -> list[str]:

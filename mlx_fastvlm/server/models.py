@@ -1,4 +1,4 @@
-"""The models that a server has, loaded in the engine's thread."""
+"""Load the models of a server, in the engine's thread."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from .engine import Batch
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """FastVLM, and MobileCLIP if there is one.
+    """The loaded FastVLM, and optionally a MobileCLIP.
 
     Attributes:
-        new_batch: Makes an empty batch for FastVLM.
+        new_batch: Creates an empty batch for FastVLM.
     """
 
     model: FastVLM
@@ -41,8 +41,8 @@ def load_models(
     dtype: str | None = None,
     max_batch: int = 8,
 ) -> Models:
-    """Load them; raises ModelError if one cannot be used."""
-    # The table that schemas need takes seconds for a large vocabulary; it is built meanwhile.
+    """Load the models; raises ModelError if one cannot be used."""
+    # Schemas need a table of the vocabulary, built in seconds while the weights load.
     constrained = find_spec("llguidance") is not None
     model, processor = load_checkpoint(
         find_checkpoint(name, revision), dtype, constrained=constrained
@@ -63,5 +63,5 @@ def load_models(
 
 
 def served_name(name: str) -> str:
-    """The name of a model in requests: a repository's as it is, else the last part of the path."""
+    """Return the model name in requests: the repository id, or the last part of a local path."""
     return name if is_repository(name) else Path(name).name or name

@@ -1,4 +1,4 @@
-"""The page of `--ui`: three files, which may load nothing else."""
+"""The web page of `--ui`: three files, which may not load any others."""
 
 from importlib import resources
 
@@ -23,7 +23,7 @@ HEADERS = {
 
 
 def page_routes() -> list[Route]:
-    """Paths of the page's files."""
+    """Return the routes of the page's files."""
     return [_route("/", "index.html"), _route("/page.js"), _route("/page.css")]
 
 

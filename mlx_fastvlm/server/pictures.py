@@ -1,4 +1,4 @@
-"""Decode the images of requests in threads, so that a large or damaged one delays nobody else."""
+"""Decode images of requests in threads, so that a large one does not block other requests."""
 
 import asyncio
 import hashlib
@@ -19,7 +19,7 @@ from ..preprocess.processor import Processor
 from .errors import ApiError, bad
 
 THREADS = 2
-KEPT = 16  # decoded images; one of 1024 px takes 3 MB
+MAX_CACHED = 16  # decoded images; one of 1024 px takes 3 MB
 
 T = TypeVar("T")
 
@@ -29,35 +29,35 @@ class Pictures:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "pictures")
-        self._other = ThreadPoolExecutor(1, "schemas")  # which must not delay images
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._schema_thread = ThreadPoolExecutor(1, "schemas")  # does not delay images
+        self._cache: OrderedDict[str, Any] = OrderedDict()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run a function that may take long without MLX, such as decoding."""
+        """Run a slow function that does not use MLX, such as decoding."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     async def check(self, function: Callable[[], T]) -> T:
-        """Run a function that checks a schema."""
-        return await asyncio.get_running_loop().run_in_executor(self._other, function)
+        """Run a function that checks a schema, in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._schema_thread, function)
 
     async def for_model(self, uri: str, processor: Processor) -> ImageSource:
-        """Decode and resize an image as the model will, which then finds nothing left to do.
+        """Decode and resize an image in advance, as the model's processor would.
 
         Raises:
-            ApiError: it is damaged, or beyond the limits on images.
+            ImageError: it is damaged, or exceeds a limit.
         """
         key = hashlib.sha256(uri.encode()).hexdigest()
-        if key not in self._kept:
-            self._kept[key] = await self.run(lambda: _decode(uri, processor))
-        self._kept.move_to_end(key)
-        image: ImageSource = self._kept[key]
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        if key not in self._cache:
+            self._cache[key] = await self.run(lambda: _decode(uri, processor))
+        self._cache.move_to_end(key)
+        image: ImageSource = self._cache[key]
+        while len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
         return image
 
     def close(self) -> None:
-        """End the threads, without waiting for them."""
-        for threads in (self._threads, self._other):
+        """Stop the threads, without waiting for them."""
+        for threads in (self._threads, self._schema_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -66,20 +66,20 @@ def _decode(uri: str, processor: Processor) -> ImageSource:
 
 
 def check_data_uri(value: Any, where: str) -> str:
-    """Refuse what is not a data URI: nothing is fetched or read.
+    """Return a data URI unchanged; URLs and paths are refused.
 
     Raises:
-        ApiError: it is none.
+        ApiError: the value is not a data URI.
     """
     if not isinstance(value, str) or not is_data_uri(value):
         raise bad(
-            f"{where} must be a data URI (data:image/png;base64,...); this server fetches no URL "
-            "and reads no file",
+            f"{where} must be a data URI (data:image/png;base64,...); URLs and paths are "
+            "not supported",
             where,
         )
     return value
 
 
 def image_error(error: ImageError, where: str) -> ApiError:
-    """The error for an image, with its place in the request."""
+    """Return the error for an image, with its field name in the request."""
     return bad(f"{where}: {error}", where, "invalid_image")

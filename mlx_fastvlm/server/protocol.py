@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections with limits on time and number, which uvicorn leaves to a proxy."""
+"""HTTP/1.1 connections with timeouts and a maximum number, which uvicorn leaves to a proxy."""
 
 import asyncio
 from typing import Any
@@ -10,7 +10,7 @@ from .errors import ApiError
 
 
 class BoundedProtocol(H11Protocol):
-    """A connection that must send each head, and take each response, within some seconds."""
+    """A connection with timeouts for sending each request head and reading each response."""
 
     header_s: float
     write_s: float
@@ -24,23 +24,23 @@ class BoundedProtocol(H11Protocol):
         if len(self.connections) > self.max_connections:
             transport.abort()
             return
-        # Whatever a client does not take counts as pending, however little it is.
+        # `pause_writing` is then called as soon as the client leaves any data unread.
         transport.set_write_buffer_limits(high=0)
         self._watch_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Cancel the timers."""
         self._cancel("_header_timer")
         self._cancel("_write_timer")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read what a client has sent."""
+        """Process data from the client."""
         super().data_received(data)
         self._watch_header()
 
     def on_response_complete(self) -> None:
-        """Go on with what the client has sent meanwhile, perhaps a part of a head."""
+        """Continue with data received meanwhile, perhaps part of a request head."""
         super().on_response_complete()
         if self.conn.trailing_data[0]:
             self._watch_header()
@@ -52,13 +52,13 @@ class BoundedProtocol(H11Protocol):
             self._header_timer = self.loop.call_later(self.header_s, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """Begin to wait for a client that does not take what was sent."""
+        """Start the timer: the client does not read its response."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self.write_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop waiting."""
+        """Cancel the timer: the client reads again."""
         super().resume_writing()
         self._cancel("_write_timer")
 
@@ -69,7 +69,7 @@ class BoundedProtocol(H11Protocol):
             setattr(self, name, None)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, in the shape of all errors; or hang up amid a response."""
+        """Answer malformed HTTP with a JSON error, or disconnect if a response has begun."""
         response = ApiError(400, msg).response()
         headers = [*response.raw_headers, (b"connection", b"close")]
         try:
@@ -88,6 +88,6 @@ class BoundedProtocol(H11Protocol):
 def bounded_protocol(
     header_s: float, write_s: float, max_connections: int
 ) -> type[BoundedProtocol]:
-    """A class of connections with these limits, as uvicorn wants it."""
+    """Return a protocol class with these limits, for uvicorn's `http` option."""
     limits = {"header_s": header_s, "write_s": write_s, "max_connections": max_connections}
     return type("LimitedProtocol", (BoundedProtocol,), limits)

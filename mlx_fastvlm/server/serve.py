@@ -1,4 +1,4 @@
-"""Run the server: listen, load the models, and end gracefully."""
+"""Run the server: listen, load the models, and shut down gracefully."""
 
 import argparse
 import asyncio
@@ -27,19 +27,19 @@ from .security import is_loopback
 from .settings import KEY_VARIABLE, Settings
 
 KEEP_ALIVE_S = 30
-END_S = 5.0  # for the last responses and the engine's step, after the draining
+END_S = 5.0  # after draining, for the last responses and the engine's step
 GRACE_S = 2  # for connections to close
-STATUSES: dict[int | None, int] = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
+EXIT_STATUSES: dict[int | None, int] = {signal.SIGTERM: 0, signal.SIGINT: INTERRUPTED}
 
-QUOTING = "text |the prompt holds"  # warnings that quote what clients send
+QUOTING_WARNINGS = "text |the prompt holds"  # regex: these quote client input
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until a signal; `args` are those of `command.build_parser`.
+    """Serve until a signal arrives; `args` are those of `command.build_parser`.
 
     Raises:
         ModelError: an option, the address or a model cannot be used.
-        KeyboardInterrupt: SIGINT ended it.
+        KeyboardInterrupt: SIGINT ended the server.
     """
     if args.quiet:
         hide_download_progress()
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the address; raises ModelError if that is not possible."""
+    """Listen on an address; raises ModelError if that fails."""
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -61,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(128)  # before the models are loaded, to be sure of the port
+            listener.listen(128)  # reserves the port before the models load
         except OSError:
             listener.close()
             raise
@@ -75,7 +75,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def read_settings(args: argparse.Namespace, address: str) -> Settings:
-    """The settings that options state; raises ModelError if the address needs a key."""
+    """Read the settings from options; raises ModelError if a required key is missing."""
     key = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
         raise ModelError(
@@ -100,7 +100,7 @@ def read_settings(args: argparse.Namespace, address: str) -> Settings:
 
 
 class Loader:
-    """Loads the models in the engine's thread, and makes its batches.
+    """Loads the models in the engine's thread, and creates its batches.
 
     Attributes:
         models: The models, once they are loaded.
@@ -111,14 +111,14 @@ class Loader:
         self._load = load
 
     def __call__(self) -> Batch:
-        """Load if necessary, and make a batch."""
+        """Load the models if necessary, and create a batch."""
         if self.models is None:
             self.models = self._load()
         return self.models.new_batch()
 
 
 class GracefulServer(uvicorn.Server):
-    """Lets running answers end after a signal, while new requests get 503.
+    """Lets running answers finish after a signal, while new requests get 503.
 
     Attributes:
         signal: The signal that ended the server.
@@ -130,7 +130,7 @@ class GracefulServer(uvicorn.Server):
         self._app, self._drain_s, self._deadline = app, drain_s, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end at the first signal, and end at once at the second."""
+        """Drain at the first signal, and exit at once at the second."""
         if self.signal is None:
             self.signal = sig
             self._app.is_draining = True
@@ -139,7 +139,7 @@ class GracefulServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """End when nothing is left to do; when time is up, running answers end with an error."""
+        """Exit when no requests remain; after the deadline, stop running answers with an error."""
         if self.signal is not None:
             late_s = time.monotonic() - self._deadline
             if late_s > 0:
@@ -150,7 +150,7 @@ class GracefulServer(uvicorn.Server):
 
 
 def make_server(app: App, settings: Settings) -> GracefulServer:
-    """An HTTP server with the limits of the settings."""
+    """Create the HTTP server with the limits of the settings."""
     config = uvicorn.Config(
         app,
         interface="asgi3",
@@ -159,7 +159,7 @@ def make_server(app: App, settings: Settings) -> GracefulServer:
         lifespan="off",
         loop="asyncio",
         log_config=None,
-        log_level="critical",  # errors are told by `App`, and no request is logged
+        log_level="critical",  # `App` reports errors, and requests are not logged
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -172,7 +172,7 @@ def make_server(app: App, settings: Settings) -> GracefulServer:
 async def _serve(args: argparse.Namespace, settings: Settings, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_report)
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that go away
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of disconnected clients
     clip = args.clip_model or (DEMO if args.model == DEMO else None)
     app = App(settings, served_name(args.model), clip and served_name(clip), debug=args.debug)
     server = make_server(app, settings)
@@ -190,7 +190,7 @@ async def _serve(args: argparse.Namespace, settings: Settings, listener: socket.
                 engine.ready.result()
                 set_status(f"loaded {args.model}" + (f" and {clip}" if clip else ""))
         if loader.models is not None and engine.ready.done():
-            warnings.filterwarnings("ignore", message=QUOTING)
+            warnings.filterwarnings("ignore", message=QUOTING_WARNINGS)
             app.begin(engine, loader.models)
             _greet(args, listener)
         await asyncio.wait((serving, engine.ended), return_when=asyncio.FIRST_COMPLETED)
@@ -202,8 +202,8 @@ async def _serve(args: argparse.Namespace, settings: Settings, listener: socket.
         engine.stop()
         await asyncio.wait((serving,))
         app.close()
-        if not engine.join(END_S):  # as while a model is being loaded
-            os._exit(STATUSES.get(server.signal, 1))
+        if not engine.join(END_S):  # a model is still loading, for example
+            os._exit(EXIT_STATUSES.get(server.signal, 1))
     if server.signal == signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -214,10 +214,10 @@ def _greet(args: argparse.Namespace, listener: socket.socket) -> None:
     if remedy := slow_blas_remedy():
         say(f"note: {remedy}")
     host = f"[{args.host}]" if ":" in args.host else args.host
-    say(f"serving at http://{host}:{listener.getsockname()[1]}/v1; Ctrl-C ends it")
+    say(f"serving at http://{host}:{listener.getsockname()[1]}/v1; press Ctrl-C to stop")
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Tell in one line what asyncio would print as a traceback."""
+    """Report in one line an error that asyncio would print as a traceback."""
     error = context.get("exception")
     say(f"error: {context['message']}" + (f" ({type(error).__name__})" if error else ""))

@@ -1,4 +1,4 @@
-"""What a server allows; imports nothing heavy."""
+"""Settings of a server; imports nothing heavy."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ KEY_VARIABLE = "MLX_FASTVLM_API_KEY"
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and access.
+    """Limits and access control.
 
     Attributes:
-        api_key: Key that requests must have; None for none.
-        hosts: Names that a Host header may have besides localhost and addresses, in lower case.
-        max_batch: Answers computed together.
-        max_queue: Requests that wait while `max_batch` are answered; more get 429.
-        max_tokens: Most tokens of an answer.
-        max_images: Most images of a request.
-        max_body_bytes: Size of a request; all requests being read may take four times as much.
-        drain_s: Seconds in which running answers may end after SIGTERM or SIGINT.
-        page: Whether to serve the page.
-        header_s: Seconds in which the head of a request must arrive.
-        body_s: Seconds in which its body must arrive.
-        write_s: Seconds in which a client must take what was sent to it.
+        api_key: Key that requests must have; None if no key is required.
+        hosts: Lower-case names allowed in the Host header besides localhost and addresses.
+        max_batch: Maximum number of answers generated in one batch.
+        max_queue: Maximum number of waiting requests; further ones get 429.
+        max_tokens: Maximum number of tokens of an answer.
+        max_images: Maximum number of images in a request.
+        max_body_bytes: Maximum size of a body; all bodies being read may take 4 times as much.
+        drain_s: Seconds that running answers get to finish after SIGTERM or SIGINT.
+        page: Whether to serve the web page.
+        header_s: Timeout for receiving the head of a request, in seconds.
+        body_s: Timeout for receiving its body, in seconds.
+        write_s: Timeout for a client to read what was sent to it, in seconds.
         max_connections: Open connections; more are closed at once.
     """
 

@@ -114,7 +114,7 @@ def _own_conv(stride: int, x: mx.array, *weights: mx.array) -> mx.array:
 
 
 def _grouped_conv(stride: int, x: mx.array, *weights: mx.array) -> mx.array:
-    """Its definition: a grouped convolution, plus each of the biases."""
+    """Grouped convolution plus each of the biases, the definition of `_own_conv`."""
     *kernels, biases = weights
     weight = mx.stack(kernels, axis=1).reshape(-1, *kernels[0].shape[1:])
     y = mx.conv2d(x, weight, stride, weight.shape[1] // 2, groups=x.shape[-1])

@@ -1,4 +1,4 @@
-"""How a family of checkpoints names its tensors.
+"""Naming of tensors in a family of checkpoints.
 
 Readers request tensors by common names: the part, then the name in timm for image towers, in
 open_clip for text towers, in transformers for the decoder. A layout translates them to its own.
@@ -14,7 +14,7 @@ from .apple_names import VIT_NAMES, apple_name, apple_tower_name, network_indice
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How one family of checkpoints names its tensors.
+    """Naming of tensors in one family of checkpoints.
 
     Attributes:
         name: The family's name, for messages and the record of a conversion.

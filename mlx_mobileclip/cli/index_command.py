@@ -16,7 +16,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..library.library import Library
 
-HELP = "index folders of photos, to search them"
+HELP = "index folders of photos for search"
 EXAMPLES = (
     "mlx-mobileclip index ~/Pictures",
     "mlx-mobileclip index --model demo --index demo.db examples",
@@ -27,27 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_model_arguments(parser)
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="folder or image; all known folders if left out"
+        "paths", nargs="*", metavar="PATH", help="folder or image; by default all indexed folders"
     )
     add_index_argument(parser)
     parser.add_argument(
         "--exclude",
         action="append",
         metavar="GLOB",
-        help="leave out files and folders of this name or path; may be repeated",
+        help="exclude files and folders by name or path; may be repeated",
     )
     parser.add_argument(
         "--drop-missing",
         action="store_true",
-        help="drop photos that are gone even if they are more than a fifth of a folder",
+        help="remove missing photos even if they are more than a fifth of a folder",
     )
     parser.add_argument(
-        "--retry", action="store_true", help="try photos again that could not be read before"
+        "--retry", action="store_true", help="retry photos that could not be read before"
     )
     parser.add_argument(
         "--rebuild", action="store_true", help="embed everything again if the model has changed"
     )
-    parser.add_argument("--watch", action="store_true", help="keep running, and index what changes")
+    parser.add_argument("--watch", action="store_true", help="keep running and index changes")
     add_batch_size_argument(parser)
 
 
@@ -74,11 +74,11 @@ def run(args: argparse.Namespace) -> None:
 def _index(library: "Library", args: argparse.Namespace) -> None:
     started = time.perf_counter()
     options = model_options(args)
-    given = args.model if args.model != DEFAULT_MODEL or any(options.values()) else None
+    model = args.model if args.model != DEFAULT_MODEL or any(options.values()) else None
     try:
         summary = library.index(
             args.paths,
-            model=given,
+            model=model,
             **options,
             exclude=args.exclude or (),
             drop_missing=args.drop_missing,

@@ -1,4 +1,4 @@
-"""`dupes`, `export`, `status`, `verify` and `relocate`: care of an index."""
+"""`dupes`, `export`, `status`, `verify` and `relocate`: index maintenance."""
 
 import argparse
 import json
@@ -23,14 +23,14 @@ def _add_dupes_arguments(parser: argparse.ArgumentParser) -> None:
         "--level",
         choices=("exact", "near", "similar"),
         default="near",
-        help="equal files, the same picture, or similar pictures (default: %(default)s)",
+        help="identical files, near duplicates, or similar photos (default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",
         type=float,
         default=0.95,
         metavar="F",
-        help="cosine similarity of similar pictures (default: %(default)s)",
+        help="minimum cosine similarity for similar (default: %(default)s)",
     )
     add_output_arguments(parser)
     _add_common(parser)
@@ -49,8 +49,8 @@ def _dupes(args: argparse.Namespace) -> None:
         print("\n\n".join("\n".join(map(printable, group)) for group in groups), end="")
         print("\n" if groups else "", end="")
     if not args.quiet:
-        extra = sum(len(group) - 1 for group in groups)
-        say(f"{len(groups)} groups, {extra} photos besides the first of each")
+        duplicates = sum(len(group) - 1 for group in groups)
+        say(f"{len(groups)} groups, {duplicates} duplicates besides the first of each")
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def _export(args: argparse.Namespace) -> None:
     with Library(args.index) as library:
         count = library.export(args.output)
     if not args.quiet:
-        say(f"{count} photos into {args.output}")
+        say(f"{count} photos written to {args.output}")
 
 
 def _add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", action="store_true", help="read every photo as well")
+    parser.add_argument("--files", action="store_true", help="also check that photos are unchanged")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     _add_common(parser)
 
@@ -113,8 +113,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _add_relocate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", type=user_path, metavar="OLD", help="where the folder was")
-    parser.add_argument("new", type=user_path, metavar="NEW", help="where it is now")
+    parser.add_argument("old", type=user_path, metavar="OLD", help="former path of the folder")
+    parser.add_argument("new", type=user_path, metavar="NEW", help="its new path")
     _add_common(parser)
 
 
@@ -144,25 +144,25 @@ def _command(
 
 LIBRARY_COMMANDS = {
     "dupes": _command(
-        "list photos that are the same",
+        "list duplicate photos",
         "mlx-mobileclip dupes --level exact",
         _add_dupes_arguments,
         _dupes,
     ),
     "export": _command(
-        "write the index as Parquet",
+        "export the index as Parquet",
         "mlx-mobileclip export --output photos.parquet",
         _add_export_arguments,
         _export,
     ),
     "status": _command(
-        "show what the index holds", "mlx-mobileclip status", _add_status_arguments, _status
+        "show the contents of the index", "mlx-mobileclip status", _add_status_arguments, _status
     ),
     "verify": _command(
         "check the index", "mlx-mobileclip verify --files", _add_verify_arguments, _verify
     ),
     "relocate": _command(
-        "tell the index that a folder has moved",
+        "update the path of a folder that has moved",
         "mlx-mobileclip relocate /Volumes/Old/Photos /Volumes/New/Photos",
         _add_relocate_arguments,
         _relocate,

@@ -109,7 +109,7 @@ def add_batch_size_argument(parser: argparse.ArgumentParser) -> None:
 def add_index_argument(parser: argparse.ArgumentParser) -> None:
     """Add --index."""
     parser.add_argument(
-        "--index", type=named_path, metavar="FILE", help="the index, instead of the user's own"
+        "--index", type=named_path, metavar="FILE", help="index file, instead of the default one"
     )
 
 

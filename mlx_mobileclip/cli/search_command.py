@@ -18,9 +18,9 @@ EXAMPLES = (
     'mlx-mobileclip search "a dog on a beach" --since 2024 -k 10',
     'mlx-mobileclip search "a red car" --not "a person" --html cars.html',
 )
-ERROR_STATUS = 2  # as grep's, where 1 means that nothing was found
-NOTHING_FOUND = 1
-USES_MLX = False  # only for a query that the index does not know
+ERROR_STATUS = 2  # like grep, where 1 means no match
+NO_MATCH = 1
+USES_MLX = False  # unless a query is not cached in the index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,32 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", metavar="QUERY", help="what the photos show")
     add_index_argument(parser)
     add = parser.add_argument
-    add("--also", action="append", metavar="TEXT", help="they must show this, too; may be repeated")
+    add("--also", action="append", metavar="TEXT", help="must also show this; may be repeated")
     add("--not", action="append", dest="without", metavar="TEXT",
-        help="they must not show this; may be repeated")  # fmt: skip
-    add("--like", action="append", metavar="IMG", help="similar to an image; may be repeated")
+        help="must not show this; may be repeated")  # fmt: skip
+    add("--like", action="append", metavar="IMG", help="similar to this image; may be repeated")
     add("--since", metavar="DATE", help="taken on or after 2026, 2026-05 or 2026-05-01")
-    add("--until", metavar="DATE", help="taken on or before")
+    add("--until", metavar="DATE", help="taken on or before this date")
     add("--near", type=_place, metavar="LAT,LON,KM", help="taken within KM kilometres of a place")
     add("--camera", metavar="NAME", help="part of the camera's name")
-    add("--in", dest="folder", metavar="DIR", help="within this folder")
-    add("--kind", action="append", metavar="SUFFIX", help="such as jpg; may be repeated")
-    add("-k", type=int, default=20, metavar="N", help="most photos to list (default: %(default)s)")
+    add("--in", dest="folder", metavar="DIR", help="in this folder")
+    add("--kind", action="append", metavar="SUFFIX", help="suffix, such as jpg; may be repeated")
+    add("-k", type=int, default=20, metavar="N", help="number of photos (default: %(default)s)")
     add("--sort", choices=("relevance", "date"), default="relevance", help="default: %(default)s")
-    add("--dedupe", action="store_true", help="leave out photos that look like a better one")
+    add("--dedupe", action="store_true", help="omit near duplicates of a better match")
     add("--all", action="store_true", help="list the nearest photos, relevant or not")
     add_output_arguments(parser)
-    add("--html", type=user_path, metavar="FILE", help="write a page with thumbnails instead")
-    add("--no-thumbnails", action="store_true", help="no pictures in the terminal")
+    add("--html", type=user_path, metavar="FILE", help="write an HTML page with thumbnails instead")
+    add("--no-thumbnails", action="store_true", help="no thumbnails in the terminal")
     add("--quiet", action="store_true", help="no notes")
     add("--debug", action="store_true", help="show tracebacks")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, and print what was found.
+    """Search and print the results.
 
     Returns:
-        The exit status: 0 if something was found, 1 if not.
+        The exit status: 0 if photos were found, else 1.
 
     Raises:
         DataError: the index or an option cannot be used.
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         )
     _print(results, args)
     if not args.quiet:
-        hint = "; --all lists the nearest" if results.nearest is not None else ""
+        hint = "; use --all to list the nearest" if results.nearest is not None else ""
         say(results.summary() + hint)
-    return 0 if results else NOTHING_FOUND
+    return 0 if results else NO_MATCH
 
 
 def _print(results: "SearchResults", args: argparse.Namespace) -> None:
@@ -100,7 +100,7 @@ def _print(results: "SearchResults", args: argparse.Namespace) -> None:
 
 
 def _print_table(results: "SearchResults", *, thumbnails: bool) -> None:
-    """A line for each photo; in a terminal that can, its thumbnail above it."""
+    """Print a line per photo, below its thumbnail if the terminal supports images."""
     protocol = None
     if thumbnails and sys.stdout.isatty():
         from ..library.thumbnails import escape_sequence, terminal_protocol, thumbnail

@@ -104,7 +104,7 @@ def _embed_all(
     batch_size: int,
     quiet: bool,
 ) -> NDArray[np.float32]:
-    """Embed all names, (N, E); duplicates are embedded once."""
+    """Return the embeddings (N, E) of all names; each distinct name is embedded once."""
     rows: dict[str, NDArray[np.float32]] = {}
 
     def store(embedded: list[str], embeddings: NDArray[np.float32]) -> None:

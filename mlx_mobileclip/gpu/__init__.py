@@ -1,1 +1,1 @@
-"""Kernels and limits for GPUs; the counterpart of `cpu`."""
+"""GPU kernels and memory limits; the counterpart of `cpu`."""

@@ -1,4 +1,4 @@
-"""When attention heads are padded on Metal."""
+"""Padding of attention heads on Metal."""
 
 import os
 
@@ -8,10 +8,10 @@ PAD_HEADS_FROM = 512  # positions; estimated from bytes and FLOPs, measured by `
 
 
 def pad_heads_from() -> int:
-    """Number of positions from which heads of width 32 are padded to 64 on Metal.
+    """Minimum sequence length at which heads of width 32 are padded to 64 on Metal.
 
-    MLX's fused attention supports heads of width 64 but not 32. On long inputs, not storing the
-    scores saves more time than the doubled arithmetic costs.
+    MLX's fused attention supports heads of width 64 but not 32. For long
+    sequences, not storing the scores saves more time than the doubled arithmetic costs.
 
     Returns:
         $MLX_MOBILECLIP_PAD_HEADS_FROM if it is set, or 512.

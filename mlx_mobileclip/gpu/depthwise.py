@@ -1,12 +1,12 @@
-"""A depthwise convolution kernel of our own, in one source for Metal and CUDA.
+"""A custom depthwise convolution kernel, in one source for Metal and CUDA.
 
 MLX's kernel rounds each product to half precision before adding, and loads a weight for each
-product (MLX 0.32.4 mlx/backend/metal/kernels/conv.metal). This one adds in float32, and a thread
-computes a strip of positions in four channels, so that it uses each loaded value several times. It
-also adds the biases that follow the convolution before it rounds.
+product (MLX 0.32.4 mlx/backend/metal/kernels/conv.metal). This one accumulates in float32. Each
+thread computes a strip of positions in four channels, which reuses loaded values, and adds the
+biases after the convolution before it rounds.
 
-It is unused until a record of `bench mac` shows that it is faster on a chip, or until
-$MLX_MOBILECLIP_DEPTHWISE says "own".
+It is off by default, until `bench mac` shows that it is faster on a chip;
+$MLX_MOBILECLIP_DEPTHWISE=own turns it on.
 """
 
 import os
@@ -21,16 +21,16 @@ from ..errors import ModelError
 
 SWITCH = "MLX_MOBILECLIP_DEPTHWISE"
 CHOICES = ("mlx", "own")
-# Names of devices, as MLX reports them, on which a record of `bench mac` shows that this kernel is
-# faster than MLX's. None has been recorded.
+# Device names, as MLX reports them, on which `bench mac` has shown this kernel to be faster than
+# MLX's. None so far.
 FASTER_ON: frozenset[str] = frozenset()
-THREADS = 256  # in a threadgroup
-WIDTHS = {1: 8, 2: 4}  # positions that a thread computes, by the stride
-MAX_INDEX = 2**31 - 1  # of an element; the kernel computes with 32 bits
-MIN_SIZE = 8  # of an input; MLX puts smaller ones where this source does not look for them
+THREADS = 256  # per threadgroup
+WIDTHS = {1: 8, 2: 4}  # positions per thread, by stride
+MAX_INDEX = 2**31 - 1  # element index; the kernel uses 32-bit indices
+MIN_SIZE = 8  # elements; MLX passes smaller inputs in another address space
 
-# Template: T, type of the elements; K, size of the kernel; S, stride; M, outputs per channel;
-# BIASES, number of biases; WIDTH, positions of a thread. Inputs: x (B, H, W, C), w (K * K, M * C)
+# Template: T, element type; K, kernel size; S, stride; M, outputs per channel; BIASES, number of
+# biases; WIDTH, positions per thread. Inputs: x (B, H, W, C), w (K * K, M * C)
 # and biases (BIASES, M * C). Output: out (BIASES, B, Ho, Wo, M * C).
 SOURCE = """
 const int H = x_shape[1], W = x_shape[2], C = x_shape[3], O = M * C;
@@ -94,7 +94,7 @@ template <typename T>
 inline void store4(device T* to, float4 value) { *(device vec<T, 4>*)to = vec<T, 4>(value); }
 """
 
-# Also C++ once FUNCTION, UNROLL, float4 and thread_position_in_grid are defined.
+# Valid C++ once FUNCTION, UNROLL, float4 and thread_position_in_grid are defined.
 PORTABLE_HEADER = """
 template <typename T, int N> struct alignas(N * sizeof(T)) Elements { T of[N]; };
 FUNCTION float4 zero4() { return float4{0, 0, 0, 0}; }
@@ -133,7 +133,7 @@ def use_own() -> bool:
     """Whether depthwise convolutions use this kernel instead of MLX's.
 
     Raises:
-        ModelError: the environment variable has another value than "own" or "mlx".
+        ModelError: the environment variable is neither "own" nor "mlx".
     """
     choice = os.environ.get(SWITCH)
     if choice and choice not in CHOICES:
@@ -144,11 +144,11 @@ def use_own() -> bool:
 
 
 def supports(x: mx.array, kernel: mx.array, outputs: int) -> bool:
-    """Whether the kernel can compute this, with one or two biases.
+    """Whether the kernel supports this convolution, with one or two biases.
 
     Args:
         x: (B, H, W, C).
-        kernel: (C, k, k, 1); its values are not used.
+        kernel: (C, k, k, 1); only its dtype is used.
         outputs: Per channel, 1 or 2.
     """
     channels = outputs * x.shape[3]
@@ -167,10 +167,10 @@ def arranged(kernels: list[mx.array]) -> mx.array:
 
 
 def depthwise_conv(x: mx.array, weight: mx.array, biases: mx.array, stride: int) -> mx.array:
-    """Convolve with "same" padding, and add each of the biases to the result.
+    """Convolve with "same" padding, and add each bias to a copy of the result.
 
     Args:
-        x: (B, H, W, C), supported according to `supports`.
+        x: (B, H, W, C), for which `supports` is true.
         weight: From `arranged`, (k * k, M * C).
         biases: float32 (N, M * C).
         stride: 1 or 2.

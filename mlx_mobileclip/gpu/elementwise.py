@@ -1,7 +1,7 @@
-"""Elementwise functions that are one kernel each, and round to half precision only once.
+"""Elementwise functions, fused into one kernel each, that round to half precision only once.
 
-Functions with more than one array are compiled for each shape: with `shapeless=True` MLX divides
-their float32 forms among several kernels (MLX 0.32.4 mlx/compile.cpp, max_compile_depth).
+Those with several arrays are compiled for each shape: with `shapeless=True` MLX would split their
+float32 forms into several kernels (MLX 0.32.4 mlx/compile.cpp, max_compile_depth).
 """
 
 from functools import partial
@@ -50,11 +50,11 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def compile_all(dtype: mx.Dtype) -> None:
-    """Compile every function for a dtype on a GPU; MLX would do so at first use.
+    """Compile every function for a dtype on a GPU, in advance of its first use.
 
-    MLX keeps the kernels for the whole process, so a thread can call this while weights load.
+    MLX caches kernels for the whole process, so a thread can call this while weights load.
     """
-    if backend() == "cpu":  # which keeps compiled functions on disk
+    if backend() == "cpu":  # kernels are cached on disk there
         return
     register_thread()
     x, bias = mx.zeros((1, 1, 1, 8), dtype), mx.zeros((8,), dtype)

@@ -1,4 +1,4 @@
-"""Limits on the memory that MLX keeps and wires, by what the machine has."""
+"""Limits on MLX's cached and wired memory, depending on the machine."""
 
 import threading
 from collections.abc import Iterator
@@ -8,27 +8,27 @@ import mlx.core as mx
 
 from ..device import backend, memory_bytes
 
-SMALL_BYTES = 12 << 30  # memory of machines that get the smaller limit: Macs with 8 GB
+SMALL_BYTES = 12 << 30  # machines with at most this memory get the smaller limit: Macs with 8 GB
 SMALL_CACHE_BYTES = 256 << 20
 CACHE_BYTES = 1 << 30
 
 
 def cache_limit(memory: int | None) -> int:
-    """Freed memory that MLX may keep for reuse on a machine with `memory` bytes, in bytes.
+    """Cache limit in bytes for a machine with `memory` bytes.
 
-    By default MLX keeps all, which is too much after an image of 1024 px on a Mac with 8 GB.
+    By default MLX caches all freed memory: too much after a 1024 px image on a Mac with 8 GB.
     """
     small = memory is not None and memory <= SMALL_BYTES
     return SMALL_CACHE_BYTES if small else CACHE_BYTES
 
 
 def limit_cache() -> None:
-    """Set MLX's cache limit; every command does so first, and no function of the API does."""
+    """Set MLX's cache limit; called by every command at startup, and never by the API."""
     mx.set_cache_limit(cache_limit(memory_bytes()))
 
 
 class _Wired:
-    """Answers that need the weights wired, and the limit before the first of them."""
+    """Number of running answers, and the wired limit before the first of them."""
 
     lock = threading.Lock()
     answers = 0
@@ -37,10 +37,10 @@ class _Wired:
 
 @contextmanager
 def wired_weights() -> Iterator[None]:
-    """Keep the model's memory resident within the block, as mlx-lm does while it generates.
+    """Keep the model's memory wired within the block, as mlx-lm does while it generates.
 
-    macOS otherwise may move weights out of the GPU's reach between two tokens. Blocks may overlap
-    in time. Does nothing on other systems.
+    Otherwise macOS may page out weights between two tokens. Blocks may overlap in time. Does
+    nothing on other systems.
     """
     key = "max_recommended_working_set_size"
     size = mx.device_info().get(key) if backend() == "metal" else None

@@ -1,7 +1,7 @@
-"""Queue a model's layers on a GPU in pieces, so that few feature maps are in memory at once.
+"""Evaluate a model's layers on a GPU in pieces, so that few feature maps are in memory at once.
 
-MLX frees nothing that a queued kernel reads. A GPU that is slower than the host would have up to
-eleven command buffers queued, of up to 40 million elements each on Metal and a billion on an H200
+MLX does not free the inputs of queued kernels. If the GPU is slower than the host, up to eleven
+command buffers are queued, of up to 40 million elements each on Metal and a billion on an H200
 (MLX 0.32.4 mlx/transforms.cpp, mlx/backend/metal/device.cpp, mlx/backend/cuda/device.cpp).
 """
 
@@ -9,20 +9,20 @@ from collections import deque
 
 import mlx.core as mx
 
-MAPS = 10  # that a layer computes on the way to its output, about as large
-PIECE_BYTES = 64 << 20  # that are queued together
-QUEUED_BYTES = 192 << 20  # that are queued at most, unless one layer needs more
+MAPS = 10  # estimated intermediate arrays of a layer, each as large as its output
+PIECE_BYTES = 64 << 20  # minimum size of a piece
+QUEUED_BYTES = 192 << 20  # maximum queued at once, unless one layer needs more
 
 
 class WorkQueue:
-    """Evaluates the outputs of layers asynchronously, and waits when much is queued."""
+    """Evaluates outputs of layers asynchronously, and waits when too much is queued."""
 
     def __init__(self) -> None:
         self._queued: deque[tuple[mx.array, int]] = deque()  # outputs, bytes needed for each
-        self._bytes = 0  # of layers not queued yet
+        self._bytes = 0  # needed by layers not queued yet
 
     def add(self, output: mx.array) -> None:
-        """Evaluate a layer's output soon; it depends on those added before."""
+        """Add a layer's output, which depends on those added before; evaluates it if due."""
         self._bytes += MAPS * output.nbytes
         if self._bytes < PIECE_BYTES:
             return

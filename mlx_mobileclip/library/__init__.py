@@ -1,1 +1,1 @@
-"""A library of photos: an index on disk that texts and images search."""
+"""Photo library: an on-disk index, searched by texts and images."""

@@ -17,15 +17,15 @@ TYPES = ("int64", "int64", "string", "string", "float64", "float64", "int32", "i
 
 
 def export(store: Store, vectors: Vectors, output: Path) -> int:
-    """Write a row for each photo: path, hash, what is known of it, and its embedding.
+    """Write one row per photo: path, hash, metadata and embedding.
 
     Args:
         store: The index.
-        vectors: Its vectors.
-        output: .parquet file, which must not exist.
+        vectors: The embeddings.
+        output: New .parquet file.
 
     Returns:
-        The number of rows. Bytes of a path that are not UTF-8 are written as backslash escapes.
+        The number of rows. Non-UTF-8 bytes of a path are written as backslash escapes.
     """
     if output.suffix != ".parquet":
         raise DataError(f"{output}: must end in .parquet")

@@ -1,4 +1,4 @@
-"""Hash of a file's content, by which moved and copied files are recognised."""
+"""Content hash, which identifies moved and copied files."""
 
 import hashlib
 import os
@@ -12,12 +12,12 @@ BLOCK = 1 << 20
 
 
 def file_hash(path: bytes, stamp: Stamp | None) -> bytes | None:
-    """Hash of a file's content, 16 bytes; None if it cannot be read, or is too large to be one."""
+    """Hash a file's content to 16 bytes; None if it is unreadable or too large for an image."""
     if stamp is None or stamp.size > MAX_IMAGE_BYTES:
         return None
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
+        with open(path, "rb", opener=_open_nonblocking) as file:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError:
@@ -25,8 +25,8 @@ def file_hash(path: bytes, stamp: Stamp | None) -> bytes | None:
     return digest.digest()
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file that may have become a pipe meanwhile, on which `open` would wait for ever."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a regular file without blocking, even if it has been replaced by a pipe."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor

@@ -1,4 +1,4 @@
-"""A page of search results: thumbnails within it, nothing from elsewhere, no script."""
+"""Self-contained HTML page of search results, without scripts."""
 
 import base64
 import html
@@ -14,7 +14,7 @@ from .match import Match
 from .thumbnails import thumbnails
 
 GENERATOR = '<meta name="generator" content="mlx-mobileclip">'
-# The page may show its own images and styles, and do nothing else.
+# Allow only embedded images and styles.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 16px;
@@ -32,7 +32,7 @@ body { margin: 24px; font: 15px/1.4 system-ui, sans-serif; }
 
 
 def page(query: str, matches: Sequence[Match], summary: str) -> str:
-    """A complete page."""
+    """Return a complete HTML page."""
     title = _escape(query or "photos")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -44,7 +44,7 @@ def page(query: str, matches: Sequence[Match], summary: str) -> str:
 
 
 def grid(matches: Sequence[Match], summary: str) -> str:
-    """The thumbnails as a part of a page, as for a notebook."""
+    """Return the thumbnail grid as an HTML fragment, as for a notebook."""
     images = thumbnails([match.path for match in matches])
     figures = "\n".join(_figure(m, image) for m, image in zip(matches, images, strict=True))
     return (
@@ -73,16 +73,16 @@ def _escape(text: str) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page; replaces only a file that is such a page.
+    """Write a page; only an earlier results page is overwritten.
 
     Raises:
-        DataError: there is another file, or it cannot be written.
+        DataError: the path is some other file, or cannot be written.
     """
     try:
         if os.path.lexists(path):
             with path.open("rb") as file:
                 if path.is_symlink() or GENERATOR.encode() not in file.read(1024):
-                    raise DataError(f"{path}: exists and is no page of results; choose another")
+                    raise DataError(f"{path}: exists and is not a results page; choose another")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); choose another") from error
     with new_file(path, replace=True, remedy="choose another") as file:

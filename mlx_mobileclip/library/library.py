@@ -1,4 +1,4 @@
-"""`Library`: a library of photos for Python and for the commands."""
+"""`Library`: the photo library, for Python and the commands."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ..defaults import DEFAULT_MODEL
 from ..errors import DataError
 from ..paths import user_path
 from .maintenance import Problem, find_duplicates, relocate, status, verify
-from .queries import Query, TextVectors, recorded_options
+from .queries import Query, TextEmbeddings, recorded_options
 from .results import SearchResults
 from .scan import Source, as_source
 from .search import search
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Library:
-    """A library of photos, kept in one index file."""
+    """A photo library, stored in one index file."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None):
-        """Name the index file; the user's own if none is given. It is opened at first use."""
+        """Use this index file, by default the user's. It is opened on first use."""
         self._path = None if path is None else user_path(path)
         self._store: Store | None = None
         self._vectors: tuple[int, Vectors] | None = None
-        self._embed: TextVectors | None = None
-        self._loaded: tuple[dict[str, Any], tuple[MobileCLIP, Processor]] | None = None
+        self._text_embeddings: TextEmbeddings | None = None
+        self._loaded_model: tuple[dict[str, Any], tuple[MobileCLIP, Processor]] | None = None
 
     def __enter__(self) -> "Library":
         return self
@@ -43,10 +43,10 @@ class Library:
         self.close()
 
     def close(self) -> None:
-        """Close the index file; it is opened again when it is needed."""
+        """Close the index file; it is reopened when needed."""
         if self._store is not None:
             self._store.close()
-        self._store = self._vectors = self._embed = None
+        self._store = self._vectors = self._text_embeddings = None
 
     @property
     def path(self) -> Path:
@@ -73,26 +73,26 @@ class Library:
         workers: int | None = None,
         quiet: bool = True,
     ) -> "IndexSummary":
-        """Embed what is new or changed in folders and files, and drop what is gone.
+        """Embed new and changed photos of folders and files, and remove missing ones.
 
         Args:
             paths: Folders and images; by default all folders of the index.
-            model: Model to embed with, as for `load`; by default the index's, or that of `load`.
+            model: As for `load`; by default the index's model, or the default of `load`.
             variant: As for `load`.
             revision: As for `load`.
             dtype: As for `load`.
             preprocess: As for `load`.
             config: As for `load`.
-            exclude: Globs of names, or of paths within a folder, to leave out.
-            drop_missing: Drop files that are gone even if they are more than a fifth of a folder's.
-            retry: Try files again that could not be read before.
-            rebuild: If the model has changed, embed everything again.
+            exclude: Globs of names, or of paths within a folder, to exclude.
+            drop_missing: Remove missing files even if they are more than a fifth of a folder.
+            retry: Retry files that could not be read before.
+            rebuild: Embed everything again if the model has changed.
             batch_size: Images per forward pass.
-            workers: Decoding threads; by default one per core, at most 8.
-            quiet: Do not show progress on stderr; files that cannot be read are still named.
+            workers: Decoding threads; by default one per core, up to 8.
+            quiet: Do not show progress on stderr; unreadable files are still reported.
 
         Raises:
-            DataError: the index or a path cannot be used, or the model is another one.
+            DataError: the index or a path cannot be used, or the model differs.
             ModelError: the model cannot be loaded.
         """
         from ..embedding.pipeline import check_batch_size
@@ -117,12 +117,12 @@ class Library:
         }
         if model is None and store.meta("model"):
             options = recorded_options(store)
-        if self._loaded is None or self._loaded[0] != options:
-            arguments = dict(options)
-            self._loaded = options, load(arguments.pop("model"), **arguments)
-        loaded = self._loaded[1]
+        if self._loaded_model is None or self._loaded_model[0] != options:
+            load_options = dict(options)
+            self._loaded_model = options, load(load_options.pop("model"), **load_options)
+        loaded = self._loaded_model[1]
         bind_model(store, *loaded, _recordable(options), rebuild=rebuild)
-        self._vectors = self._embed = None
+        self._vectors = self._text_embeddings = None
         return update_index(
             store,
             *loaded,
@@ -157,23 +157,23 @@ class Library:
 
         Args:
             text: What the photos show.
-            like: Images that they are similar to.
-            also: Texts that they must show, too.
+            like: Example images that they must resemble.
+            also: Texts that they must also show.
             without: Texts that they must not show.
             since: First day, as YEAR, YEAR-MONTH or YEAR-MONTH-DAY.
             until: Last day, in the same forms.
             near: Degrees north, degrees east, and a distance in kilometres.
             camera: Part of the camera's name.
-            folder: Only photos within this folder.
-            kinds: Suffixes of files, such as "jpg".
-            k: Most photos to return.
-            sort: "relevance", or "date": the latest first.
-            dedupe: Leave out photos that look like a better one.
+            folder: Folder that contains them.
+            kinds: File suffixes, such as "jpg".
+            k: Maximum number of photos.
+            sort: "relevance", or "date" (newest first).
+            dedupe: Omit near duplicates of a better match.
             everything: Return the k nearest photos, relevant or not.
 
         Returns:
-            The photos that show it, which may be none. In a library of less than 30 photos, the
-            k nearest. Without `text`, `also` and `like`, all that the filters let pass.
+            The relevant photos, possibly none. In a library of fewer than 30 photos, the k nearest.
+            Without `text`, `also` and `like`, the newest k photos that pass the filters.
 
         Raises:
             DataError: the index or an argument cannot be used.
@@ -191,11 +191,11 @@ class Library:
             folder=folder,
             kinds=_as_list(kinds),
         )
-        self._embed = self._embed or TextVectors(store)
+        self._text_embeddings = self._text_embeddings or TextEmbeddings(store)
         return search(
             store,
             self._current_vectors(),
-            self._embed,
+            self._text_embeddings,
             query,
             k=k,
             sort=sort,
@@ -206,35 +206,35 @@ class Library:
     def duplicates(
         self, level: str = "near", *, threshold: float = 0.95, quiet: bool = True
     ) -> list[list[str]]:
-        """Groups of photos that are the same.
+        """Find groups of duplicate photos.
 
         Args:
-            level: "exact" (equal files), "near" (the same picture, saved or sized again), or
+            level: "exact" (identical files), "near" (the same picture, re-encoded or resized), or
                 "similar" (cosine similarity of at least `threshold`).
-            threshold: For "similar": -1 to 1.
+            threshold: Minimum cosine similarity for "similar", -1 to 1.
             quiet: Do not show progress on stderr.
 
         Returns:
-            Paths of each group, the largest picture first.
+            The paths of each group, the largest picture first.
         """
         return find_duplicates(
             self._open(), self._current_vectors(), level, threshold=threshold, quiet=quiet
         )
 
     def status(self) -> dict[str, Any]:
-        """What the index holds: model, folders, counts, errors and size."""
+        """Return the index's model, folders, counts, errors and size."""
         return status(self._open())
 
     def verify(self, *, files: bool = False) -> list[Problem]:
-        """Check the index, and with `files` whether the photos are still what was indexed."""
+        """Check the index; with `files`, also check that photos are unchanged."""
         return verify(self._open(), files=files)
 
     def relocate(self, old: str | os.PathLike[str], new: str | os.PathLike[str]) -> int:
-        """Tell the index that a folder has moved; returns the number of its photos."""
+        """Update the path of a moved folder; returns the number of its files."""
         return relocate(self._open(), user_path(old), user_path(new))
 
     def export(self, output: str | os.PathLike[str]) -> int:
-        """Write everything to a Parquet file, which must not exist; returns the number of rows."""
+        """Export the index to a new Parquet file; returns the number of rows."""
         from .export import export
 
         return export(self._open(), self._current_vectors(), user_path(output))
@@ -247,7 +247,7 @@ class Library:
         return self._store
 
     def _current_vectors(self) -> Vectors:
-        """The vectors in memory, read again if another process has written."""
+        """The vectors in memory, reloaded after another process has written."""
         store = self._open()
         [(version,)] = store.rows("PRAGMA data_version")
         if self._vectors is None or self._vectors[0] != version:
@@ -263,16 +263,16 @@ def _as_list(values: Any) -> list[Any]:
 
 
 def _check_sources(store: Store, sources: Sequence[Source]) -> None:
-    """Refuse a folder that neither exists nor is in the index, which is mostly a typing error."""
-    known = [*store.roots().values()]
+    """Reject a path that neither exists nor is in the index: probably a typo."""
+    roots = [*store.roots().values()]
     for source in sources:
         path = Path(os.fsdecode(source.path))
-        if not path.exists() and not any(is_within(source.path, root) for root in known):
+        if not path.exists() and not any(is_within(source.path, root) for root in roots):
             raise DataError(f"{path}: no such folder or file; give a folder of photos, or an image")
 
 
 def _recordable(options: dict[str, Any]) -> dict[str, str | None]:
-    """Options of `load` as texts that mean the same in any working directory."""
+    """Options of `load` as strings, with absolute paths."""
     result = {name: None if v is None else os.fspath(v) if name != "preprocess" else
               json.dumps(asdict(v)) for name, v in options.items()}  # fmt: skip
     for name in ("model", "config"):

@@ -1,4 +1,4 @@
-"""One photo of the results of a search."""
+"""A single search result."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +11,21 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A photo that was found.
+    """A photo found by a search.
 
     Attributes:
         path: Absolute path; bytes that are not UTF-8 are surrogates, as in `os.fsdecode`.
-        relevance: How much it stands out, as a z-score, calibrated for this query and library.
-        score: Cosine similarity with the first text or image of the query, -1 to 1.
+        relevance: z-score, calibrated for this query and library.
+        score: Cosine similarity to the first text or image of the query, -1 to 1.
         taken: Local time from its EXIF data, such as "2026-05-01T12:30:00".
         camera: Make and model.
         latitude: Degrees north.
         longitude: Degrees east.
-        width: Pixels, upright.
-        height: Pixels, upright.
-        size: Bytes of the file.
-        hash: Hash of its content, 16 bytes.
-        look: Hash of its look, 64 bits.
+        width: In pixels, upright.
+        height: In pixels, upright.
+        size: File size in bytes.
+        hash: Content hash, 16 bytes.
+        look: Perceptual hash, 64 bits.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Match:
     look: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What can be written as JSON: everything but the hashes."""
+        """All fields except the hashes, as JSON values."""
         values = {name: getattr(self, name) for name in FIELDS}
         values["relevance"], values["score"] = round(self.relevance, 3), round(self.score, 4)
         return values

@@ -1,4 +1,4 @@
-"""Date, camera and place of a photo, from its EXIF data, which may be wrong or hostile."""
+"""Date, camera and location from EXIF data, which may be wrong or hostile."""
 
 import math
 import re
@@ -18,7 +18,7 @@ DATE_FORMAT = re.compile(r"(\d{4}):(\d\d):(\d\d)[ T](\d\d):(\d\d):(\d\d)")
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a photo says of itself.
+    """EXIF metadata of a photo.
 
     Attributes:
         taken: Local time, such as "2026-05-01T12:30:00".
@@ -34,7 +34,7 @@ class Metadata:
 
 
 def read_metadata(image: Image.Image) -> Metadata:
-    """Read the EXIF data of an opened image; whatever is missing or makes no sense is None."""
+    """Read the EXIF data of an open image; missing and invalid values are None."""
     try:
         exif = image.getexif()
         details, gps = exif.get_ifd(EXIF_IFD), exif.get_ifd(GPS_IFD)
@@ -58,15 +58,15 @@ def _date(value: Any) -> str | None:
     try:
         text = "{}-{}-{}T{}:{}:{}".format(*match.groups()) if match else ""
         return datetime.fromisoformat(text).isoformat()
-    except ValueError:  # nothing, or such as 0000:00:00
+    except ValueError:  # missing, or invalid such as 0000:00:00
         return None
 
 
 def _camera(make: Any, model: Any) -> str | None:
-    maker, name = _text(make), _text(model)
-    if name.lower().startswith(maker.lower().partition(" ")[0]):
-        maker = ""  # "Canon" and "Canon EOS R5"
-    return f"{maker} {name}".strip()[:MAX_CAMERA] or None
+    make_name, model_name = _text(make), _text(model)
+    if model_name.lower().startswith(make_name.lower().partition(" ")[0]):
+        make_name = ""  # "Canon" and "Canon EOS R5"
+    return f"{make_name} {model_name}".strip()[:MAX_CAMERA] or None
 
 
 def _text(value: Any) -> str:
@@ -74,13 +74,13 @@ def _text(value: Any) -> str:
     return "".join(c for c in text[:1000] if c.isprintable()).strip()
 
 
-def _degrees(parts: Any, reference: Any, negative: str, limit: int) -> float | None:
-    """Degrees, minutes and seconds as one number."""
+def _degrees(dms: Any, reference: Any, negative_reference: str, limit: int) -> float | None:
+    """Convert degrees, minutes and seconds to signed degrees; None if invalid."""
     try:
-        degrees, minutes, seconds = (float(part) for part in parts)
+        degrees, minutes, seconds = (float(part) for part in dms)
     except (TypeError, ValueError, ZeroDivisionError):
         return None
     value = degrees + minutes / 60 + seconds / 3600
     if not math.isfinite(value) or not 0 <= value <= limit:
         return None
-    return -value if _text(reference).upper().startswith(negative) else value
+    return -value if _text(reference).upper().startswith(negative_reference) else value

@@ -1,4 +1,4 @@
-"""Photos that look alike: a hash of the look, and groups of equal, near and similar photos."""
+"""Find near duplicates by perceptual hash, and similar photos by embedding."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 8
-MAX_BITS = 4  # of 64 that differ between near duplicates, as after saving again or resizing
-NEAR_COSINE = 0.9  # plain pictures have the same look; the model must agree
-BAND_BITS = 13  # five bands: with four wrong bits at least one band is right
-BLOCK = 2048  # rows compared at once
+MAX_DISTANCE = 4  # Hamming distance of near duplicates, such as re-encoded or resized copies
+NEAR_COSINE = 0.9  # hashes of plain pictures collide, so embeddings must agree
+BAND_BITS = 13  # five bands: if at most four bits differ, one band is equal
+BLOCK = 2048  # rows per comparison
 
 
-def look(image: Image.Image) -> int:
-    """A 64-bit hash of an image's look: where brightness rises to the right, in 8 x 8 places.
+def difference_hash(image: Image.Image) -> int:
+    """64-bit perceptual hash: whether brightness rises to the right, at 8 x 8 positions.
 
-    Source: the difference hash ("dHash") of Neal Krawetz, 2013. It is signed, as SQLite's integers.
+    Source: difference hash ("dHash"), Neal Krawetz, 2013. Signed, like SQLite integers.
     """
     small = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     values = np.asarray(small, np.int16)
@@ -26,32 +26,32 @@ def look(image: Image.Image) -> int:
     return int.from_bytes(bits.tobytes(), "big", signed=True)
 
 
-def differing_bits(a: int, b: int) -> int:
-    """Number of bits in which two looks differ."""
+def hamming_distance(a: int, b: int) -> int:
+    """Number of bits in which two 64-bit hashes differ."""
     return ((a ^ b) & 0xFFFF_FFFF_FFFF_FFFF).bit_count()
 
 
-def near(a: int | None, b: int | None) -> bool:
-    """Whether two photos look nearly the same."""
-    return a is not None and b is not None and differing_bits(a, b) <= MAX_BITS
+def hashes_match(a: int | None, b: int | None) -> bool:
+    """Whether two perceptual hashes are close."""
+    return a is not None and b is not None and hamming_distance(a, b) <= MAX_DISTANCE
 
 
-def near_pairs(looks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Pairs of indices whose looks differ in at most MAX_BITS bits, by bands that are equal."""
+def near_pairs(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Index pairs within MAX_DISTANCE bits, found among hashes that share a band."""
     seen: set[tuple[int, int]] = set()
     for band in range(-(-64 // BAND_BITS)):
-        same = defaultdict(list)
-        for i, value in enumerate(looks):
-            same[value >> band * BAND_BITS & (1 << BAND_BITS) - 1].append(i)
-        for members in same.values():
-            # Equal looks are linked in a chain, so that a thousand of them are not half a million.
-            by_look = defaultdict(list)
+        buckets = defaultdict(list)
+        for i, value in enumerate(hashes):
+            buckets[value >> band * BAND_BITS & (1 << BAND_BITS) - 1].append(i)
+        for members in buckets.values():
+            # Chain equal hashes: n - 1 pairs instead of n (n - 1) / 2.
+            by_hash = defaultdict(list)
             for i in members:
-                by_look[looks[i]].append(i)
-            for group in by_look.values():
+                by_hash[hashes[i]].append(i)
+            for group in by_hash.values():
                 yield from pairwise(group) if band == 0 else ()
-            for a, b in combinations([group[0] for group in by_look.values()], 2):
-                if (a, b) not in seen and differing_bits(looks[a], looks[b]) <= MAX_BITS:
+            for a, b in combinations([group[0] for group in by_hash.values()], 2):
+                if (a, b) not in seen and hamming_distance(hashes[a], hashes[b]) <= MAX_DISTANCE:
                     seen.add((a, b))
                     yield a, b
 
@@ -59,7 +59,7 @@ def near_pairs(looks: Sequence[int]) -> Iterator[tuple[int, int]]:
 def similar_pairs(
     rows: NDArray[np.float32], threshold: float, on_progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Pairs of indices of rows (N, E), unit rows, whose cosine similarity reaches a threshold."""
+    """Index pairs of unit rows (N, E) with cosine similarity >= threshold."""
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         for other in range(start, len(rows), BLOCK):
@@ -71,8 +71,8 @@ def similar_pairs(
             on_progress(len(block))
 
 
-def groups(pairs: Iterable[tuple[int, int]], count: int) -> list[list[int]]:
-    """Connected groups of at least two of `count` indices, each in order."""
+def connected_components(pairs: Iterable[tuple[int, int]], count: int) -> list[list[int]]:
+    """Connected components with at least two of `count` indices, each sorted."""
     parent = list(range(count))
 
     def find(i: int) -> int:

@@ -1,4 +1,4 @@
-"""What a search returns: a sequence of matches with forms for programs, tables and notebooks."""
+"""Search results: a sequence of matches, with exports to lists, pandas and HTML."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +11,13 @@ MAX_IN_NOTEBOOK = 60  # thumbnails
 
 
 class SearchResults(Sequence[Match]):
-    """Photos that were found, the best first.
+    """Matching photos, the best first.
 
     Attributes:
-        query: What was asked for.
-        total: Photos that are relevant, of which at most k are here.
-        photos: Photos in the library.
-        calibrated: Whether relevance was judged; in a small library it cannot be.
+        query: The query as text.
+        total: Number of relevant photos, of which at most k are included.
+        photos: Number of photos in the library.
+        calibrated: Whether irrelevant photos were left out; small libraries only rank.
         nearest: The nearest photo, if none is relevant.
     """
 
@@ -41,11 +41,11 @@ class SearchResults(Sequence[Match]):
         return [match.path for match in self._matches]
 
     def to_list(self) -> list[dict[str, Any]]:
-        """A dictionary for each photo."""
+        """One dictionary per photo."""
         return [match.to_dict() for match in self._matches]
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame with a row for each photo; needs pandas."""
+        """DataFrame with one row per photo; needs pandas."""
         import pandas as pd
 
         frame = pd.DataFrame(self.to_list(), columns=FIELDS)
@@ -53,16 +53,16 @@ class SearchResults(Sequence[Match]):
         return frame
 
     def to_html(self) -> str:
-        """A page with thumbnails, which needs no other file."""
+        """Self-contained HTML page with thumbnails."""
         return page(self.query, self._matches, self.summary())
 
     def summary(self) -> str:
-        """The outcome in one sentence."""
+        """One-line summary."""
         if not self._matches:
-            nearest = f"; the nearest is {Path(self.nearest.path).name}" if self.nearest else ""
-            return f"no photo of {self.photos} shows this{nearest}"
+            nearest = f"; nearest: {Path(self.nearest.path).name}" if self.nearest else ""
+            return f"no photo shows this ({self.photos} searched{nearest})"
         if not self.calibrated:
-            return f"{len(self)} of {self.photos} photos, ranked without a judgement of relevance"
+            return f"{len(self)} of {self.photos} photos, without a relevance threshold"
         more = f", of which {len(self)} are listed" if self.total > len(self) else ""
         return f"{self.total} of {self.photos} photos{more}"
 

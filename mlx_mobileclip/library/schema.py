@@ -1,4 +1,4 @@
-"""The index file: an SQLite database with its schema, migrations and journal modes."""
+"""The index file: an SQLite database, its schema, migrations and journal modes."""
 
 import os
 import re
@@ -16,12 +16,12 @@ from ..terminal import say
 
 APPLICATION_ID = 0x4D434C50  # "MCLP"
 PAGE_SIZE = 16384
-BUSY_S = 5.0  # how long to wait for another process that writes
+BUSY_S = 5.0  # wait for a lock of another process
 INDEX_NAME = "photos.db"
-NEW_AND_PRIVATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+CREATE_EXCLUSIVE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
-# Paths are bytes, as file names need not be UTF-8. A file without a slot has no vector: it could
-# not be read, or is still to be embedded.
+# Paths are bytes, as file names need not be UTF-8. A file without a slot has no vector: it was
+# unreadable, or is pending.
 FIRST_SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE root(id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE);
@@ -36,25 +36,25 @@ CREATE TABLE vector(chunk INTEGER PRIMARY KEY, rows BLOB NOT NULL);
 CREATE TABLE free_slot(slot INTEGER PRIMARY KEY);
 CREATE TABLE text(key BLOB PRIMARY KEY, vector BLOB NOT NULL);
 """
-MIGRATIONS = (FIRST_SCHEMA,)  # the n-th leads from version n to n + 1
+MIGRATIONS = (FIRST_SCHEMA,)  # item n migrates from version n to n + 1
 TABLES = {"meta", "root", "file", "vector", "free_slot", "text"}
-# File systems on which processes of several machines cannot share the memory that WAL needs.
+# Network file systems, where WAL does not work: it needs memory shared by all processes.
 NETWORK = re.compile(r"nfs|cifs|smb|afp|webdav|sshfs|9p|ceph|gluster|lustre|afs$|fuse\.rclone")
 ESCAPED_SPACE = "\\040"
-MOUNT_LINE = re.compile(r"^.* on (.*) \((\w+)[,)]", re.MULTILINE)  # of mount(8) on macOS
+MOUNT_LINE = re.compile(r"^.* on (.*) \((\w+)[,)]", re.MULTILINE)  # output of mount(8) on macOS
 
 
 def default_index() -> Path:
-    """Path of the user's index: in the platform's directory for data of programs."""
+    """Path of the user's index, in the platform's application data directory."""
     if sys.platform == "darwin":
         return user_path("~/Library/Application Support/mlx-mobileclip") / INDEX_NAME
-    home = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return user_path(home) / "mlx-mobileclip" / INDEX_NAME
+    data_dir = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return user_path(data_dir) / "mlx-mobileclip" / INDEX_NAME
 
 
 @contextmanager
 def index_errors(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite into one line that says what to do."""
+    """Convert SQLite errors to one-line DataErrors with a remedy."""
     try:
         yield
     except sqlite3.Error as error:
@@ -75,14 +75,14 @@ def index_errors(path: Path) -> Iterator[None]:
 
 
 def open_index(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """Open an index, for writing where that is possible.
+    """Open an index, for writing if possible.
 
     Args:
         path: The file.
-        create: Create it, with its directory, if it does not exist. Only the user can read it.
+        create: Create the file and its directory if missing, readable only by the user.
 
     Raises:
-        DataError: there is none, or it cannot be used.
+        DataError: it does not exist, or cannot be used.
     """
     with index_errors(path):
         if not os.path.lexists(path):
@@ -107,9 +107,9 @@ def is_writable(connection: sqlite3.Connection) -> bool:
 def _create(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, NEW_AND_PRIVATE, 0o600))
+        os.close(os.open(path, CREATE_EXCLUSIVE, 0o600))
     except FileExistsError:
-        pass  # by another run meanwhile
+        pass  # created meanwhile by another process
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be created ({reason}); choose another --index") from error
@@ -121,49 +121,49 @@ def _check_file(path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason}); choose another --index") from error
-    if not stat.S_ISREG(mode):  # SQLite would wait for a pipe
+    if not stat.S_ISREG(mode):  # SQLite would block on a pipe
         raise DataError(f"{path}: is not a file; choose another --index")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Connect for writing; else read-only, at last without any lock, as on a read-only volume."""
+    """Connect for writing, else read-only, else without locks as on a read-only volume."""
     if os.access(path, os.W_OK) and os.access(path.absolute().parent, os.W_OK):
-        connection = _connect_as(path, "mode=rw")
+        connection = _connect_uri(path, "mode=rw")
         connection.execute("PRAGMA query_only=0")
         return connection
     for options in ("mode=ro", "mode=ro&immutable=1"):
-        connection = _connect_as(path, options)
+        connection = _connect_uri(path, options)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError:
             connection.close()
             continue
         connection.execute("PRAGMA query_only=1")
-        if "immutable" in options and _size(Path(f"{path}-wal")):
-            say(f"note: {path}: the last changes are in {path.name}-wal, which cannot be read here")
+        if "immutable" in options and _size_or_zero(Path(f"{path}-wal")):
+            say(f"note: {path}: recent changes are in {path.name}-wal, which cannot be read here")
         return connection
     raise DataError(f"{path}: cannot be opened; check its permissions, or choose another --index")
 
 
-def _size(path: Path) -> int:
+def _size_or_zero(path: Path) -> int:
     with suppress(OSError):
         return path.stat().st_size
     return 0
 
 
-def _connect_as(path: Path, options: str) -> sqlite3.Connection:
+def _connect_uri(path: Path, options: str) -> sqlite3.Connection:
     uri = f"file:{quote(os.fsencode(path.absolute()))}?{options}"
     connection = sqlite3.connect(
         uri, uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False
     )
-    # A foreign schema must not run functions, nor a damaged page be trusted.
+    # Do not run functions of a foreign schema, and do not trust damaged pages.
     connection.execute("PRAGMA trusted_schema=OFF")
     connection.execute("PRAGMA cell_size_check=ON")
     return connection
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Check that the file is ours, and bring its schema up to date."""
+    """Check that the file is an index, and migrate its schema."""
     empty = not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if empty and is_writable(connection):
         connection.execute(f"PRAGMA page_size={PAGE_SIZE}")
@@ -178,12 +178,12 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         )
     if is_writable(connection):
         mode = "DELETE" if on_network(path) else "WAL"
-        connection.execute(f"PRAGMA journal_mode={mode}").fetchone()  # what it can, if not WAL
+        connection.execute(f"PRAGMA journal_mode={mode}").fetchone()  # may not be granted
         connection.execute("PRAGMA synchronous=NORMAL" if mode == "WAL" else "PRAGMA synchronous=2")
         if version < len(MIGRATIONS):
             _migrate(connection)
     elif version < len(MIGRATIONS):
-        raise DataError(f"{path}: is of an older version, and cannot be updated; copy it first")
+        raise DataError(f"{path}: has an older schema and is read-only; use a writable copy")
     with closing(connection.execute("SELECT type, name FROM sqlite_master")) as cursor:
         objects = cursor.fetchall()
     tables = {name for kind, name in objects if kind == "table"}
@@ -192,7 +192,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Run the missing migrations in one transaction; another process may have been faster."""
+    """Run missing migrations in one transaction, unless another process just did."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         [version] = connection.execute("PRAGMA user_version").fetchone()
@@ -209,7 +209,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 
 def on_network(path: Path) -> bool:
-    """Whether a path is on a network volume, as far as the system tells."""
+    """Whether a path is on a network volume, according to the mount table."""
     try:
         mounts = Path("/proc/self/mounts").read_text(errors="surrogateescape")
     except OSError:
@@ -219,14 +219,14 @@ def on_network(path: Path) -> bool:
         fields = line.split()
         if len(fields) < 3:
             continue
-        point = fields[1].replace(ESCAPED_SPACE, " ")
-        if len(point) >= len(best) and path.resolve().is_relative_to(point):
-            best, kind = point, fields[2]
+        mount_point = fields[1].replace(ESCAPED_SPACE, " ")
+        if len(mount_point) >= len(best) and path.resolve().is_relative_to(mount_point):
+            best, kind = mount_point, fields[2]
     return bool(NETWORK.search(kind))
 
 
 def _macos_mounts() -> str:
-    """The output of mount(8) in the form of /proc/self/mounts."""
+    """Output of mount(8) in the format of /proc/self/mounts."""
     import subprocess
 
     try:

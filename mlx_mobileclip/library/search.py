@@ -1,4 +1,4 @@
-"""Search the vectors of an index: scan all, calibrate, filter, rank."""
+"""Search an index: scan all vectors, calibrate, filter and rank."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,42 +11,42 @@ from ..errors import DataError
 from ..preprocess.image import find_image
 from . import relevance
 from .match import Match
-from .near_duplicates import NEAR_COSINE, near
-from .queries import Query, filter_slots, load_recorded
+from .near_duplicates import NEAR_COSINE, hashes_match
+from .queries import Query, filter_slots, load_index_model
 from .results import SearchResults
 from .scan import Stamp
 from .store import Store, absolute
 from .vectors import Vectors
 
-# Best by the scan, which are looked at exactly.
-FEW_CANDIDATES = 256
+# Best photos of the scan, which are rescored exactly.
+MIN_CANDIDATES = 256
 MAX_CANDIDATES = 4096
-SAMPLE = 128  # photos of the library that an image is compared with
+SAMPLE_SIZE = 128  # photos that serve as contrasts for an image query
 SORTS = ("relevance", "date")
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 MATCH_COLUMNS = "root, path, taken, camera, latitude, longitude, width, height, size, hash, look"
 
 
 @dataclass
-class _Part:
+class _QueryPart:
     """One text or image of a query.
 
     Attributes:
         vector: Unit vector (E,).
-        others: Sets of vectors (M, E) among which it must stand out: texts, or other photos.
-        mean, spread: Of its scores over the library.
+        contrasts: Sets of contrasting vectors (M, E): texts, or photos of the library.
+        mean, std: Statistics of its scores over the library.
     """
 
     vector: NDArray[np.float32]
-    others: list[NDArray[np.float32]]
+    contrasts: list[NDArray[np.float32]]
     mean: float = 0.0
-    spread: float = 1.0
+    std: float = 1.0
 
     def z(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """How much photos (N, E) stand out: z-scores (N,)."""
+        """Combined z-scores (N,) of photos (N, E)."""
         scores = rows @ self.vector
-        z: NDArray[np.float32] = ((scores - self.mean) / self.spread).astype(np.float32)
-        others = [relevance.among_others(scores, rows, vectors) for vectors in self.others]
+        z: NDArray[np.float32] = ((scores - self.mean) / self.std).astype(np.float32)
+        others = [relevance.contrast_z_scores(scores, rows, vectors) for vectors in self.contrasts]
         return relevance.combine(z, np.minimum.reduce(others))
 
 
@@ -65,13 +65,13 @@ def search(
 
     Args:
         store: The index.
-        vectors: Its vectors.
-        embed: Returns the vectors of texts.
+        vectors: Embeddings of its photos.
+        embed: Computes text embeddings.
         query: Texts, images and filters.
-        k: This and the others as for `Library.search`.
+        k: Maximum number of photos.
         sort: "relevance" or "date".
-        dedupe: Leave out near duplicates.
-        everything: Return the k nearest.
+        dedupe: Omit near duplicates of a better match.
+        everything: Return the k nearest photos, relevant or not.
 
     Raises:
         DataError: an argument cannot be used, or an image cannot be found.
@@ -85,24 +85,24 @@ def search(
     live[free] = False
     images = _image_parts(store, query.like, vectors, live) if query.like else []
     wanted = [*_text_parts(query.texts, embed), *images]
-    unwanted = _text_parts(query.without, embed)
+    excluded = _text_parts(query.without, embed)
     photos = int(live.sum())
-    allowed = _filtered(store, query, live)
+    allowed = _allowed_mask(store, query, live)
     if not wanted:
-        if unwanted:
-            raise DataError("say what to look for as well as what not to")
-        return _by_filters(store, query, allowed, k, photos)
-    rough = _scan(vectors, wanted, unwanted, live)
+        if excluded:
+            raise DataError("only excluded texts; also say what to look for")
+        return _filter_only(store, query, allowed, k, photos)
+    scan_scores = _scan(vectors, wanted, excluded, live)
     calibrated = photos >= relevance.MIN_PHOTOS and not everything
-    size = max(FEW_CANDIDATES, 4 * k)
+    size = max(MIN_CANDIDATES, 4 * k)
     while True:
-        slots = _best(rough, allowed, size)
+        slots = _top_slots(scan_scores, allowed, size)
         rows = vectors.rows(slots)
-        z, order = _rank(rows, wanted, unwanted)
+        z, order = _rank(rows, wanted, excluded)
         count = len(order)
         if calibrated:
             count = relevance.count_relevant(z[order], int(allowed.sum()))
-        # Where even the last candidate is relevant, there are more.
+        # If all candidates are relevant, there may be more.
         if count < len(order) or not calibrated or size >= min(MAX_CANDIDATES, allowed.sum()):
             break
         size *= 4
@@ -114,7 +114,7 @@ def search(
     nearest = matches(order[:1]) if not count else []
     order = order[:count]
     if dedupe:
-        found = _distinct(matches(order), rows[order])
+        found = _without_duplicates(matches(order), rows[order])
         count = len(found)
     else:
         found = matches(order[:k])
@@ -132,38 +132,41 @@ def search(
 
 
 def _scan(
-    vectors: Vectors, wanted: Sequence[_Part], unwanted: Sequence[_Part], live: NDArray[np.bool_]
+    vectors: Vectors,
+    wanted: Sequence[_QueryPart],
+    excluded: Sequence[_QueryPart],
+    live: NDArray[np.bool_],
 ) -> NDArray[np.float32]:
-    """Set the mean and the spread of each part; returns z-scores of all wanted ones (N,)."""
-    parts = [*wanted, *unwanted]
+    """Set each part's mean and std; returns the minimum z-scores of the wanted parts (N,)."""
+    parts = [*wanted, *excluded]
     scores = vectors.scores(np.stack([part.vector for part in parts]))
     for part, row in zip(parts, scores, strict=True):
-        part.mean, part.spread = relevance.among_photos(row[live]) if live.any() else (0.0, 1.0)
-    z = [(row - part.mean) / part.spread for part, row in zip(wanted, scores, strict=False)]
+        part.mean, part.std = relevance.score_statistics(row[live]) if live.any() else (0.0, 1.0)
+    z = [(row - part.mean) / part.std for part, row in zip(wanted, scores, strict=False)]
     return z[0] if len(z) == 1 else np.minimum.reduce(z)
 
 
 def _rank(
-    rows: NDArray[np.float32], wanted: Sequence[_Part], unwanted: Sequence[_Part]
+    rows: NDArray[np.float32], wanted: Sequence[_QueryPart], excluded: Sequence[_QueryPart]
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """z-scores of photos (N, E), and the order of those that may be shown, the best first."""
+    """z-scores of photos (N, E), and indices without excluded photos, the best first."""
     z: NDArray[np.float32] = np.minimum.reduce([part.z(rows) for part in wanted])
-    for part in unwanted:
-        z[relevance.is_likely(part.z(rows))] = -np.inf
+    for part in excluded:
+        z[relevance.is_significant(part.z(rows))] = -np.inf
     order = np.argsort(-z, kind="stable")
     return z, order[np.isfinite(z[order])]
 
 
-def _text_parts(texts: Sequence[str], embed: Embed) -> list[_Part]:
+def _text_parts(texts: Sequence[str], embed: Embed) -> list[_QueryPart]:
     parts = []
     for text in texts:
         if not text.strip():
             raise DataError("the query is empty; say what to look for")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise DataError("the query is not UTF-8 text")
-        others = relevance.contrasts(text)
-        rows = embed([text, *others, *relevance.COMMON])
-        parts.append(_Part(rows[0], [rows[1 : 1 + len(others)], rows[1 + len(others) :]]))
+        others = relevance.contrast_texts(text)
+        rows = embed([text, *others, *relevance.COMMON_TEXTS])
+        parts.append(_QueryPart(rows[0], [rows[1 : 1 + len(others)], rows[1 + len(others) :]]))
     return parts
 
 
@@ -172,31 +175,31 @@ def _image_parts(
     images: Sequence[str | os.PathLike[str]],
     vectors: Vectors,
     live: NDArray[np.bool_],
-) -> list[_Part]:
-    """Vectors of images: from the index if it has the same content, else by the model."""
+) -> list[_QueryPart]:
+    """Image embeddings, from the index if it has the same content, else by the model."""
     from .file_hash import file_hash
 
     parts, missing = [], []
     slots = np.flatnonzero(live)
-    sample = vectors.rows(slots[:: -(-len(slots) // SAMPLE) or 1])
+    sample = vectors.rows(slots[:: -(-len(slots) // SAMPLE_SIZE) or 1])
     for image in images:
         path = find_image(image)
         status = path.stat()
         digest = file_hash(os.fsencode(path), Stamp(status.st_size, status.st_mtime_ns))
-        same = store.copy_of(digest) if digest else None
-        if same is None:
+        indexed = store.find_by_hash(digest) if digest else None
+        if indexed is None:
             missing.append(os.fspath(image))
         else:
-            row = vectors.rows([same[1]])[0]
-            parts.append(_Part(row / np.linalg.norm(row), [sample]))
+            row = vectors.rows([indexed[1]])[0]
+            parts.append(_QueryPart(row / np.linalg.norm(row), [sample]))
     if missing:
-        model, processor = load_recorded(store, whole=True)
+        model, processor = load_index_model(store, whole=True)
         rows = np.asarray(model.encode_image(processor.images(missing), normalize=True))
-        parts += [_Part(row, [sample]) for row in rows.astype(np.float32)]
+        parts += [_QueryPart(row, [sample]) for row in rows.astype(np.float32)]
     return parts
 
 
-def _filtered(store: Store, query: Query, live: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _allowed_mask(store: Store, query: Query, live: NDArray[np.bool_]) -> NDArray[np.bool_]:
     slots = filter_slots(store, query)
     if slots is None:
         return live
@@ -205,8 +208,8 @@ def _filtered(store: Store, query: Query, live: NDArray[np.bool_]) -> NDArray[np
     return mask & live
 
 
-def _best(z: NDArray[np.float32], allowed: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
-    """Slots of the best `count` among the allowed ones."""
+def _top_slots(z: NDArray[np.float32], allowed: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
+    """Slots of the `count` best allowed photos, unordered."""
     slots = np.flatnonzero(allowed)
     if count >= len(slots):
         return slots
@@ -214,13 +217,13 @@ def _best(z: NDArray[np.float32], allowed: NDArray[np.bool_], count: int) -> NDA
     return best
 
 
-def _by_filters(
+def _filter_only(
     store: Store, query: Query, allowed: NDArray[np.bool_], k: int, photos: int
 ) -> SearchResults:
-    """Without a text or an image: what the filters let pass, the latest first."""
+    """Results of a query with filters only, the newest first."""
     slots = np.flatnonzero(allowed)
-    none = np.zeros(len(slots), np.float32)
-    found = _matches(store, slots, none, none)
+    zeros = np.zeros(len(slots), np.float32)
+    found = _matches(store, slots, zeros, zeros)
     found.sort(key=lambda match: match.taken or "", reverse=True)
     return SearchResults(query.name, found[:k], total=len(found), photos=photos, calibrated=False)
 
@@ -231,7 +234,7 @@ def _matches(
     roots = store.roots()
     found = []
     for slot, relevance_z, cosine in zip(slots.tolist(), z.tolist(), cosines.tolist(), strict=True):
-        # A slot can be without a file only if another process has just dropped it.
+        # There is no row if another process has just removed the file.
         for row in store.rows(f"SELECT {MATCH_COLUMNS} FROM file WHERE slot=?", slot):
             root, path, *rest = row
             name = os.fsdecode(absolute(roots.get(root, b""), bytes(path)))
@@ -239,13 +242,13 @@ def _matches(
     return found
 
 
-def _distinct(matches: list[Match], rows: NDArray[np.float32]) -> list[Match]:
-    """Matches without those that equal or look like a better one."""
+def _without_duplicates(matches: list[Match], rows: NDArray[np.float32]) -> list[Match]:
+    """Remove duplicates and near duplicates of better matches."""
     kept: list[int] = []
     for i, match in enumerate(matches):
         if not any(
             match.hash == matches[j].hash
-            or (near(match.look, matches[j].look) and rows[i] @ rows[j] >= NEAR_COSINE)
+            or (hashes_match(match.look, matches[j].look) and rows[i] @ rows[j] >= NEAR_COSINE)
             for j in kept
         ):
             kept.append(i)

@@ -1,4 +1,4 @@
-"""Rows of files in the index: what is known, what changes, in transactions."""
+"""Read and write the file rows of an index."""
 
 import os
 import sqlite3
@@ -25,7 +25,7 @@ SET_COLUMNS = ", ".join(f"{name}=excluded.{name}" for name in (*COLUMNS, "slot")
 
 @dataclass(slots=True)
 class Photo:
-    """What the index keeps of a file besides its vector."""
+    """Index entry of a file, without its vector."""
 
     path: bytes  # relative to its root
     stamp: Stamp | None = None
@@ -33,22 +33,22 @@ class Photo:
     metadata: Metadata = field(default_factory=Metadata)
     width: int | None = None
     height: int | None = None
-    look: int | None = None
+    perceptual_hash: int | None = None
     error: str | None = None
 
     def values(self) -> tuple[Any, ...]:
-        """Values of COLUMNS."""
+        """Values in the order of COLUMNS."""
         stamp, data = self.stamp, self.metadata
         return (
             *((stamp.size, stamp.mtime_ns) if stamp else (None, None)),
             *(self.hash, data.taken, data.camera, data.latitude, data.longitude),
-            *(self.width, self.height, self.look, self.error),
+            *(self.width, self.height, self.perceptual_hash, self.error),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What a scan compares a file with."""
+class IndexedFile:
+    """State of an indexed file, compared with a scan."""
 
     id: int
     size: int | None
@@ -80,14 +80,14 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is written within is kept, or nothing of it."""
+        """Commit all writes of the block, or roll all of them back."""
         with index_errors(self.path):
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")
             except BaseException:
-                with suppress(sqlite3.Error):  # SQLite may have rolled back itself
+                with suppress(sqlite3.Error):  # SQLite may have rolled back already
                     self.connection.execute("ROLLBACK")
                 raise
 
@@ -97,23 +97,23 @@ class Store:
             return self.connection.execute(sql, values).fetchall()
 
     def meta(self, key: str) -> Any:
-        """A setting of the index; None if it is not set."""
+        """A setting of the index, or None."""
         found = self.rows("SELECT value FROM meta WHERE key=?", key)
         return found[0][0] if found else None
 
     def set_meta(self, **values: Any) -> None:
-        """Set settings of the index."""
+        """Change settings of the index."""
         with self.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?)", values.items())
 
     def roots(self) -> dict[int, bytes]:
-        """Absolute paths of the roots by id."""
+        """Absolute paths of the indexed folders, by id."""
         return {number: bytes(path) for number, path in self.rows("SELECT id, path FROM root")}
 
     def root_for(self, folder: bytes) -> tuple[int, bytes]:
-        """The root that contains a folder, and the root's path; a new one if there is none.
+        """Return id and path of the root that contains a folder; add one if there is none.
 
-        Roots within a new one become part of it.
+        Existing roots within a new one are merged into it.
         """
         roots = self.roots()
         for number, path in roots.items():
@@ -133,13 +133,13 @@ class Store:
                     connection.execute("DELETE FROM root WHERE id=?", (other,))
         return number, folder
 
-    def known(self, root: int, under: bytes) -> dict[bytes, Known]:
-        """Files of a root within a folder, by their relative path."""
+    def indexed_files(self, root: int, under: bytes) -> dict[bytes, IndexedFile]:
+        """Indexed files of a root in a folder, by relative path."""
         rows = self.rows(
             "SELECT path, id, size, mtime_ns, error, slot IS NOT NULL FROM file WHERE root=?", root
         )
         return {
-            bytes(path): Known(number, size, mtime, error, bool(has_vector))
+            bytes(path): IndexedFile(number, size, mtime, error, bool(has_vector))
             for path, number, size, mtime, error, has_vector in rows
             if not under or is_within(path, under)
         }
@@ -147,7 +147,7 @@ class Store:
     def put(
         self, root: int, photos: Sequence[Photo], vectors: Sequence[NDArray[np.float16] | None]
     ) -> None:
-        """Insert or replace files with their vectors; None for those that could not be read."""
+        """Insert or replace files with their vectors; None for unreadable files."""
         with self.transaction() as connection:
             old = [
                 connection.execute(
@@ -166,7 +166,7 @@ class Store:
                 (root, photo.path, *photo.values(), None if vector is None else next(remaining))
                 for photo, vector in zip(photos, vectors, strict=True)
             ]
-            # A freed slot may go to another of these files before its own row is replaced.
+            # A freed slot may be reassigned before the row that held it is replaced.
             connection.executemany(
                 "UPDATE file SET slot=NULL WHERE root=? AND path=?", [row[:2] for row in values]
             )
@@ -177,8 +177,8 @@ class Store:
                 values,
             )
 
-    def copy_of(self, digest: bytes) -> tuple[Photo, int] | None:
-        """A file with the same content that has a vector: its data, and its slot."""
+    def find_by_hash(self, digest: bytes) -> tuple[Photo, int] | None:
+        """Find an embedded file with this content hash; returns its entry and slot."""
         found = self.rows(
             f"SELECT path, {', '.join(COLUMNS)}, slot FROM file "
             "WHERE hash=? AND slot IS NOT NULL LIMIT 1",
@@ -201,7 +201,7 @@ class Store:
         return np.frombuffer(data, np.float16)
 
     def drop(self, ids: Sequence[int]) -> None:
-        """Remove files."""
+        """Remove files and free their slots."""
         with self.transaction() as connection:
             values = [(number,) for number in ids]
             connection.executemany(
@@ -211,8 +211,8 @@ class Store:
             )
             connection.executemany("DELETE FROM file WHERE id=?", values)
 
-    def moved(self, ids: Sequence[int]) -> list[int]:
-        """Those of some files whose content another file of the index has, too."""
+    def with_copies(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the files whose content is also indexed under another path."""
         gone = set(ids)
         return [
             number
@@ -225,8 +225,8 @@ class Store:
             )
         ]
 
-    def forget_vectors(self) -> None:
-        """Remove all vectors and texts, so that every file is embedded again."""
+    def delete_vectors(self) -> None:
+        """Delete all vectors and cached texts, so that every file is embedded again."""
         with self.transaction() as connection:
             for statement in (
                 "UPDATE file SET slot=NULL, error=NULL",
@@ -238,15 +238,15 @@ class Store:
 
 
 def is_within(path: bytes, folder: bytes) -> bool:
-    """Whether a path is a folder or lies within it."""
+    """Whether a path is a folder itself or inside it."""
     return path == folder or path.startswith(folder.rstrip(b"/") + b"/")
 
 
 def relative(path: bytes, folder: bytes) -> bytes:
-    """A path within a folder, relative to it; empty for the folder itself."""
+    """Path relative to a folder that contains it; empty for the folder itself."""
     return b"" if path == folder else path[len(folder.rstrip(b"/")) + 1 :]
 
 
 def absolute(root: bytes, path: bytes) -> bytes:
-    """The absolute path of a file of a root."""
+    """Absolute path of a file in a root."""
     return root.rstrip(b"/") + b"/" + path

@@ -1,4 +1,4 @@
-"""Small JPEG copies of photos, for pages, notebooks and terminals."""
+"""JPEG thumbnails for HTML pages, notebooks and terminals."""
 
 import base64
 import io
@@ -13,12 +13,12 @@ from ..preprocess.image import open_resized
 
 SIDE = 256
 QUALITY = 80
-KITTY_CHUNK = 4096  # most characters of a transmission, by the protocol
+KITTY_CHUNK = 4096  # maximum characters per chunk, by the protocol
 TERMINAL_ROWS = 8
 
 
 def thumbnail(path: str, side: int = SIDE) -> bytes | None:
-    """A JPEG of at most side x side px, upright; None if the photo cannot be read any more."""
+    """Upright JPEG of at most side x side px; None if the photo cannot be read."""
 
     def shrink(image: Image.Image) -> Image.Image:
         image.thumbnail((side, side), Image.Resampling.BICUBIC)
@@ -34,13 +34,13 @@ def thumbnail(path: str, side: int = SIDE) -> bytes | None:
 
 
 def thumbnails(paths: Sequence[str]) -> list[bytes | None]:
-    """Thumbnails of photos, made in threads."""
+    """Create thumbnails in parallel."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(thumbnail, paths))
 
 
 def terminal_protocol() -> str | None:
-    """How the terminal shows images: "kitty", "iterm2", or not at all."""
+    """Graphics protocol of the terminal: "kitty", "iterm2" or None."""
     program, kind = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
     if os.environ.get("KITTY_WINDOW_ID") or "kitty" in kind or program == "ghostty":
         return "kitty"
@@ -48,9 +48,9 @@ def terminal_protocol() -> str | None:
 
 
 def escape_sequence(jpeg: bytes, protocol: str) -> str:
-    """The escape sequence that shows a thumbnail.
+    """Escape sequence that displays a thumbnail.
 
-    Sources: Kitty's graphics protocol (PNG, in chunks), iTerm2's inline images (OSC 1337).
+    Sources: Kitty graphics protocol (chunked PNG), iTerm2 inline images (OSC 1337).
     """
     if protocol == "iterm2":
         data = base64.b64encode(jpeg).decode()

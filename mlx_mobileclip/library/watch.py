@@ -1,4 +1,4 @@
-"""Wait for changes in the folders of an index: by the system's notice, else by looking again."""
+"""Wait for changes in indexed folders: by file system events, else by polling."""
 
 import os
 import time
@@ -9,29 +9,29 @@ from pathlib import Path
 from ..terminal import say
 from .library import Library
 
-LOOK_AGAIN_S = 60.0  # without watchfiles
-QUIET_MS = 2000  # files that are being written change many times
+POLL_S = 60.0  # polling interval without watchfiles
+DEBOUNCE_MS = 2000  # milliseconds; a file being written changes many times
 
 
 def changes(library: Library, *, quiet: bool = True) -> Iterator[None]:
-    """Yield whenever something may have changed; ends on Ctrl-C."""
+    """Yield whenever files may have changed, until Ctrl-C."""
     folders = [folder["path"] for folder in library.status()["folders"]]
     if find_spec("watchfiles") is None:
         if not quiet:
             say(
-                f"looking again every {LOOK_AGAIN_S:.0f} s; to be told of changes: "
+                f"checking for changes every {POLL_S:.0f} s; to react at once: "
                 'pip install "mlx-fastvlm[photos]"'
             )
         while True:
-            time.sleep(LOOK_AGAIN_S)
+            time.sleep(POLL_S)
             yield
     from watchfiles import watch
 
-    there = [folder for folder in folders if Path(folder).is_dir()]
+    existing = [folder for folder in folders if Path(folder).is_dir()]
     if not quiet:
-        say(f"watching {len(there)} folders; Ctrl-C ends it")
-    own = os.fspath(library.path.absolute())
-    for changed in watch(*there, debounce=QUIET_MS, raise_interrupt=True):
-        # The index may be in a folder of photos; its own changes would never end.
-        if any(not path.startswith(own) for _, path in changed):
+        say(f"watching {len(existing)} folders; press Ctrl-C to stop")
+    index_path = os.fspath(library.path.absolute())
+    for events in watch(*existing, debounce=DEBOUNCE_MS, raise_interrupt=True):
+        # Ignore changes of the index itself, which may be in a watched folder.
+        if any(not path.startswith(index_path) for _, path in events):
             yield

@@ -272,7 +272,7 @@ class Stage(nn.Module):
         return x
 
     def parts(self) -> list[nn.Module]:
-        """Its layers, in order."""
+        """Layers of the stage, in order."""
         return [part for part in (self.downsample, self.pos_emb, *self.blocks) if part is not None]
 
 

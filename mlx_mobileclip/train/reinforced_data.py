@@ -169,7 +169,7 @@ def read_shard(path: Path) -> Iterator[Reinforced]:
 
 
 class _LimitedReader(io.BufferedIOBase):
-    """A file with a limit on the bytes read from it, because tarfile has none."""
+    """A file that limits how much tarfile may read, because tarfile itself does not."""
 
     def __init__(self, file: BinaryIO, path: Path):
         self._file, self._path, self.remaining = file, path, 0
@@ -326,7 +326,7 @@ def _embeddings(
 
 
 def _read_npz(data: bytes, where: str) -> dict[str, NDArray[np.float32]]:
-    """Read arrays of embeddings by name; checked to be float, 2-D, finite, of the declared size."""
+    """Read arrays of embeddings by name; each must be 2-D, finite floats of the declared size."""
     arrays: dict[str, NDArray[np.float32]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -15,7 +15,7 @@ from ..errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """One caption per image of a batch: the ground-truth ones, or one sample of synthetic ones.
+    """Embeddings of one caption per image: ground truth, or sampled from the synthetic ones.
 
     Attributes:
         texts: Student embeddings, unit rows (B, E).

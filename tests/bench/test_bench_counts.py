@@ -115,7 +115,7 @@ def test_reading_graphs_changes_no_state() -> None:
 def test_compiled_functions_become_one_kernel(
     function: Callable[..., mx.array], shapes: list[tuple[int, ...]], dtype: mx.Dtype
 ) -> None:
-    """In MLX's own graphs; `gpu_graphs` relies on it."""
+    """MLX's own graphs show them as one primitive, which `gpu_graphs` relies on."""
     listing = io.StringIO()
     arrays = [mx.ones(shape, dtype if shape != BIASES else mx.float32) for shape in shapes]
     mx.export_to_dot(listing, function(*arrays))

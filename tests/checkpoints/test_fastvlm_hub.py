@@ -111,7 +111,7 @@ def test_directory_named_like_a_repository_is_not_used(hub: HubServer, tmp_path:
 
 
 def test_image_processor_config_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
-    """In the nested form of transformers 5 and in the earlier one."""
+    """Both the nested form of transformers 5 and the earlier one are downloaded."""
     path = hub.directory
     synthetic.write_layout(path, "fast_vlm")
     for name in path.glob("model-*"):

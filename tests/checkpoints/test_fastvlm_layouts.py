@@ -170,7 +170,7 @@ def test_unfused_listing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_app_export_listings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, size: str, bits: int | None
 ) -> None:
-    """With the image tower of the original checkpoint."""
+    """App exports are read with the image tower of the original checkpoint."""
     config = synthetic.apple_config(size, 1024, tie_word_embeddings=False, vision_config={})
     if bits:
         config["quantization"] = {"group_size": 64, "bits": bits}
@@ -284,7 +284,7 @@ def dequantized(tensors: dict[str, Any], settings: dict[str, dict[str, Any]]) ->
 def test_quantized_checkpoints_equal_their_float_values(
     layout: str, mixed: bool, tmp_path: Path
 ) -> None:
-    """Also with v_proj quantised differently from q and k, as in mlx-lm's mixed recipes."""
+    """This includes v_proj quantised unlike q and k, as in mlx-lm's mixed recipes."""
     name = synthetic.mlx_vlm_name if layout == "mlx-vlm" else synthetic.app_export_name
     floats = synthetic.renamed(synthetic.apple_tensors(), name)
     floats = {k: synthetic.mlx_layout(k, v) for k, v in floats.items()}

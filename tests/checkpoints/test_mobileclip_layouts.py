@@ -110,7 +110,7 @@ def test_only_causal_towers_ignore_ids_after_the_end(variant: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_s0_image_tower_is_the_same_in_timm_layout(fused: bool) -> None:
-    """Its text tower exists in Apple's layout only."""
+    """The text tower of S0 exists in Apple's layout only."""
     config = tiny_config("MobileCLIP-S0")
     apple = values(tiny_shapes("MobileCLIP-S0", "apple", fused))
     expected = canonical(apple, config, "apple")

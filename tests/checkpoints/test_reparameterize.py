@@ -93,7 +93,7 @@ def test_folding_in_threads_keeps_the_default_device(
 def test_every_operation_runs_on_the_cpu(
     layout: str, unfused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a stream it would run on a GPU, which has no float64."""
+    """An operation without a stream would run on the GPU, which lacks float64."""
     expected = fold(layout, unfused)
 
     def require_cpu(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

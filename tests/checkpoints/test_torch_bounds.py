@@ -1,4 +1,4 @@
-"""Small PyTorch files that are costly to read are refused within bounds of time and memory."""
+"""Small PyTorch files made to be slow to read are refused within limits of time and memory."""
 
 import struct
 import threading

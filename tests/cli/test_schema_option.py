@@ -80,7 +80,7 @@ def test_unusable_constraints_are_refused_before_loading(
 ) -> None:
     for options, message in [
         (["--regex", "("], "regex cannot be used: unclosed group"),
-        (["--choice", "a,,b"], "choice must be a list of texts of at least one character"),
+        (["--choice", "a,,b"], "choice must be a list of at least one non-empty string"),
         (["--choice", "a,b", "--stop", "a"], "choice and stop texts cannot be combined"),
         (["--schema", '{"oneOf": [{"type": "string"}, {}]}'], "oneOf"),
     ]:

@@ -61,7 +61,7 @@ def test_mobileclip_suggests_spellings(
 
 
 def test_convert_suggests_spellings(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also for a required option that was misspelled."""
+    """A misspelled required option gets a suggestion, too."""
     line = usage_error(convert_parser().parse_args, ["--model", "x", "--mlx-pth", "y"], capsys)
     assert "required: --mlx-path; did you mean --mlx-path?" in line
 

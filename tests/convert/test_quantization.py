@@ -272,7 +272,7 @@ def test_bits_are_allocated_where_they_save_most() -> None:
 
 
 def test_mixed_bits_diverge_less(fastvlm: Path, tmp_path: Path) -> None:
-    """With somewhat more bits than uniform quantisation, a mixture diverges less."""
+    """A mixture with slightly more bits diverges less than uniform quantisation."""
     sizes, kls = {}, {}
     for name, options in {
         "uniform": ["--q-bits", "3"],

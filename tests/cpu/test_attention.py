@@ -37,7 +37,7 @@ def exact_attention(qkv: mx.array, causal: bool = False) -> np.ndarray:
 def test_attention_from_products_is_exact(
     spread: float, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As exact as MLX's own, also with scores thousands apart."""
+    """The error is about that of MLX, even with scores thousands apart."""
     qkv = spread * mx.random.normal((2, 256, 3, 2, 32))
     exact = exact_attention(qkv, causal)
     found = np.array(attend(qkv, causal))
@@ -52,7 +52,7 @@ def test_attention_from_products_is_exact(
 def test_attention_of_the_last_positions(
     causal: bool, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With several query heads per key head, as after a prompt with a cached prefix."""
+    """Several query heads share a key head, and queries are those after a cached prefix."""
     queries, keys, values = (
         mx.random.normal((2, heads, positions, 64))
         for heads, positions in ((6, length), (2, 256), (2, 256))

@@ -118,7 +118,7 @@ def test_elementwise_functions_work_strip_by_strip(
 def test_image_tower_divided_among_cores_is_the_same(
     images: int, three_cores: list[mx.Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In strips that stay apart between layers, or by images with several parts per core."""
+    """Work is divided into strips of rows, or by images with several parts per core."""
     monkeypatch.setattr(depthwise, "MIN_POSITIONS", 1)
     monkeypatch.setattr(executor, "LARGEST_PART", 1 << 16)
     config = replace(PRESETS["mci0"], layers=(2, 2, 1, 1), embed_dims=(16, 32, 64, 128))

@@ -46,7 +46,7 @@ def test_parts_are_divided_on_their_own_core(
 
 @pytest.mark.parametrize("cores", [2, 5])
 def test_work_divided_among_cores_is_the_same(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in unequal parts, and in no more parts than images, rows of tiles or heads."""
+    """Parts may be unequal; there are at most as many as images, rows of tiles or heads."""
     layer = DepthwiseConv(8, 7)
     layer.weight = mx.random.normal(layer.weight.shape)
     layer.eval()

@@ -1,10 +1,9 @@
-"""How often a search is right about drawn scenes: that nothing matches, and what it shows.
+"""Search accuracy on drawn scenes, for queries with and without matches.
 
 PYTHONPATH=. python tests/demo/measure_search.py [MODEL] [--photos N] [--json]
 
-A library is drawn of scenes and of their variations without a dozen of the 48 things. Queries about
-these match nothing. They and all others are Python objects with a truth; nothing here chooses a
-threshold.
+The library has scenes and variations without a dozen of the 48 objects, so queries for these match
+nothing. Each query has a ground-truth predicate. No threshold is tuned here.
 """
 
 import argparse
@@ -31,9 +30,9 @@ from mlx_mobileclip.library.vectors import Vectors
 
 SEED = HELD_OUT + 40_000_000
 ABSENT_THINGS = 12
-EACH = 200  # queries that nothing matches, and queries that something matches
-# Things that no scene of this world can show.
-ELSEWHERE = (
+QUERIES = 200  # with matches, and as many without
+# Objects that no drawn scene can show.
+OUT_OF_DOMAIN = (
     "a dog on a beach", "a red car in the snow", "two people at a table", "a bridge over a river",
     "a birthday cake", "a cat asleep on a sofa", "a plate of food", "a train at a station",
     "mountains at sunset", "a child with a kite", "a phone on a desk", "a street at night",
@@ -43,20 +42,20 @@ ELSEWHERE = (
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A query, its kind, and whether a scene shows it."""
+class LabelledQuery:
+    """A query, its kind, and its ground-truth predicate."""
 
     kind: str
     text: str
-    is_shown: Callable[[Scene], bool]
+    matches: Callable[[Scene], bool]
 
 
-def shows(*names: str) -> Callable[[Scene], bool]:
+def shows_all(*names: str) -> Callable[[Scene], bool]:
     return lambda scene: set(names) <= {shape.name for shape in scene.shapes}
 
 
-def draw(count: int, absent: set[str]) -> list[Scene]:
-    """Scenes, and for every third of them four variations, none of which has an absent thing."""
+def draw_scenes(count: int, absent: set[str]) -> list[Scene]:
+    """Scenes, every third with its four variations, without absent objects."""
     scenes: list[Scene] = []
     seed = SEED
     while len(scenes) < count:
@@ -66,37 +65,37 @@ def draw(count: int, absent: set[str]) -> list[Scene]:
     return scenes[:count]
 
 
-def ask(scenes: list[Scene], absent: set[str], rng: random.Random) -> list[Asked]:
-    """Queries of all kinds, more than needed."""
-    asked: dict[str, Asked] = {
-        text: Asked("elsewhere", text, lambda _: False) for text in ELSEWHERE
+def make_queries(scenes: list[Scene], absent: set[str], rng: random.Random) -> list[LabelledQuery]:
+    """Create queries of all kinds, more than needed."""
+    by_text: dict[str, LabelledQuery] = {
+        text: LabelledQuery("elsewhere", text, lambda _: False) for text in OUT_OF_DOMAIN
     }
 
-    def add(kind: str, text: str, is_shown: Callable[[Scene], bool]) -> None:
-        asked[text] = Asked(kind, text, is_shown)
+    def add(kind: str, text: str, matches: Callable[[Scene], bool]) -> None:
+        by_text[text] = LabelledQuery(kind, text, matches)
 
     for name in LABELS:
         for opening in dict.fromkeys(OPENINGS):
-            add("thing", opening + article(name), shows(name))
+            add("thing", opening + article(name), shows_all(name))
     missing = sorted(absent)
-    for _ in range(EACH):
+    for _ in range(QUERIES):
         one, other = rng.sample(LABELS, 2)
-        add("two things", f"{article(one)} and {article(other)}", shows(one, other))
+        add("two things", f"{article(one)} and {article(other)}", shows_all(one, other))
         one = rng.choice(missing)
         other = rng.choice([name for name in LABELS if name != one])
-        add("two things", f"{article(one)} and {article(other)}", shows(one, other))
-    others = [s for n in range(EACH) for s in variations(SEED - 1000 - n)]
-    for each in [*rng.sample(scenes, min(len(scenes), EACH)), *rng.sample(others, EACH)]:
-        if said := detailed(each):
-            add("details", said, lambda s, said=said: detailed(s) == said)
-    return list(asked.values())
+        add("two things", f"{article(one)} and {article(other)}", shows_all(one, other))
+    others = [s for n in range(QUERIES) for s in variations(SEED - 1000 - n)]
+    for each in [*rng.sample(scenes, min(len(scenes), QUERIES)), *rng.sample(others, QUERIES)]:
+        if caption := detailed(each):
+            add("details", caption, lambda s, caption=caption: detailed(s) == caption)
+    return list(by_text.values())
 
 
 def measure(model_name: str, photos: int) -> dict[str, Any]:
-    """Shares of right answers by kind of query."""
+    """Accuracy by kind of query."""
     rng = random.Random(photos)
     absent = set(rng.sample(LABELS, ABSENT_THINGS))
-    scenes = draw(photos, absent)
+    scenes = draw_scenes(photos, absent)
     model, processor = load(model_name)
     rows = []
     for i in range(0, photos, 32):
@@ -108,33 +107,33 @@ def measure(model_name: str, photos: int) -> dict[str, Any]:
         parts = [processor.texts(texts[i : i + 64]) for i in range(0, len(texts), 64)]
         return np.concatenate([np.asarray(model.encode_text(p, normalize=True)) for p in parts])
 
-    queries = ask(scenes, absent, rng)
+    queries = make_queries(scenes, absent, rng)
     rng.shuffle(queries)
-    nothing = [q for q in queries if not any(map(q.is_shown, scenes))][:EACH]
-    something = [q for q in queries if any(map(q.is_shown, scenes))][:EACH]
+    without_match = [q for q in queries if not any(map(q.matches, scenes))][:QUERIES]
+    with_match = [q for q in queries if any(map(q.matches, scenes))][:QUERIES]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "photos.db", create=True)
         root, _ = store.root_for(b"/drawn")
         store.put(root, [Photo(str(i).encode()) for i in range(photos)], rows)
         vectors = Vectors(store.connection, model.config.embed_dim)
         report: dict[str, Any] = {"model": model_name, "photos": photos}
-        for what, group in (("nothing", nothing), ("something", something)):
+        for label, group in (("nothing", without_match), ("something", with_match)):
             for kind in ("all", *sorted({q.kind for q in group})):
-                asked = [q for q in group if kind in ("all", q.kind)]
-                found = [search(store, vectors, embed, Query([q.text]), k=photos) for q in asked]
-                true = [
-                    [q.is_shown(scenes[int(Path(path).name)]) for path in results.paths]
-                    for q, results in zip(asked, found, strict=True)
+                selected = [q for q in group if kind in ("all", q.kind)]
+                found = [search(store, vectors, embed, Query([q.text]), k=photos) for q in selected]
+                hits = [
+                    [q.matches(scenes[int(Path(path).name)]) for path in results.paths]
+                    for q, results in zip(selected, found, strict=True)
                 ]
-                there = sum(sum(map(q.is_shown, scenes)) for q in asked)
-                shown, right = sum(map(len, true)), sum(map(sum, true))
-                entry = {"queries": len(asked), "answered": sum(map(bool, true)) / len(asked)}
-                if what == "something":
-                    answered = [sum(t) / len(t) for t in true if t]
-                    entry["precision"] = right / shown if shown else None
+                relevant = sum(sum(map(q.matches, scenes)) for q in selected)
+                shown, correct = sum(map(len, hits)), sum(map(sum, hits))
+                entry = {"queries": len(selected), "answered": sum(map(bool, hits)) / len(selected)}
+                if label == "something":
+                    answered = [sum(t) / len(t) for t in hits if t]
+                    entry["precision"] = correct / shown if shown else None
                     entry["precision_per_query"] = float(np.mean(answered)) if answered else None
-                    entry["recall"] = right / there
-                report[f"{what}: {kind}"] = entry
+                    entry["recall"] = correct / relevant
+                report[f"{label}: {kind}"] = entry
         store.close()
     return report
 

@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# PyPI has no CPU build of torchvision for Linux; its Python part is all that timm needs.
+# PyPI's torchvision for Linux is built for CUDA; timm needs its Python modules only.
 with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
     import torch
     import torchvision  # noqa: F401

@@ -49,7 +49,7 @@ def trunk(model: MobileCLIP) -> dict[str, mx.array]:
 
 
 def open_clip(model: MobileCLIP) -> dict[str, np.ndarray]:
-    """Both towers, with open_clip's names."""
+    """The tensors of both towers, with open_clip's names."""
     out = {f"visual.trunk.{name}": tensor for name, tensor in trunk(model).items()}
     for name, tensor in named_parameters(model).items():
         key = name.removeprefix("text.")

@@ -48,7 +48,7 @@ def test_paragraphs_are_short(name: str) -> None:
 
 
 def test_anchors_equal_those_of_github(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GitHub: punctuation is dropped, and a repeated heading gets a number."""
+    """GitHub drops punctuation and numbers repeated headings."""
     (tmp_path / "a.md").write_text(
         "# A_b: the `x.py` - file\n\n## Load\n\n## load\n\n[l](b.md#c)\n"
     )

@@ -128,7 +128,7 @@ def test_single_image_needs_no_suffix(tmp_path: Path) -> None:
 
 
 def test_unreachable_folders_are_skipped(tmp_path: Path) -> None:
-    """They are nested too deeply for the operating system."""
+    """Folders nested too deeply for the operating system are skipped."""
     top = tmp_path / "top"
     top.mkdir()
     paint(top / "a.png", "red")

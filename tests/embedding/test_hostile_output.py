@@ -74,7 +74,7 @@ APPEARS: dict[str, Callable[[Path], object]] = {
 def test_files_created_meanwhile_are_kept(
     name: str, suffix: str, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also on a file system without hard links; finished rows are kept."""
+    """This holds without hard links, too; finished rows are kept."""
     output, precious = tmp_path / f"x{suffix}", tmp_path / "precious"
     precious.write_text("precious")
     paths = paint_many(tmp_path)
@@ -171,7 +171,7 @@ def test_other_kinds_do_not_discard_a_log(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when closing the file tries to write the same bytes again."""
+    """The error is reported even if closing the file writes the same bytes again."""
     paths, output = paint_many(tmp_path), tmp_path / "x.npz"
     monkeypatch.setattr(resume_log.os, "fdopen", lambda fd, mode: Full(open(fd, mode)))  # noqa: PTH123, SIM115
     with pytest.raises(DataError, match=r"No space left.*free some space and run the same"):

@@ -1,4 +1,4 @@
-"""iter_embeddings: order, batches, errors as values, and the end of its threads."""
+"""Tests of iter_embeddings: order, batch sizes, errors as results, and thread shutdown."""
 
 import threading
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def test_new_changed_removed_and_kept_images(tmp_path: Path, suffix: str) -> Non
 
 
 def test_images_removed_with_their_folder(tmp_path: Path) -> None:
-    """They are kept, as a disk may be absent, unless the folder above was searched."""
+    """Rows of a missing folder are kept, in case of an unmounted disk, unless a parent is given."""
     for folder in ("a", "b", "b/c", "disk"):
         (tmp_path / folder).mkdir()
     paths = [paint(tmp_path / f"{d}/x.png", "red", seed=i) for i, d in enumerate(("a", "b", "b/c"))]

@@ -118,8 +118,8 @@ def test_valid_option_types(demo: Any, options: dict[str, Any]) -> None:
         ({"seed": 1.5}, "seed is 1.5; it must be an integer"),
         ({"temperature": None}, "temperature is None; it must be a number"),
         ({"top_k": np.float32(3)}, "top_k is "),
-        ({"stop": 3}, "stop must be a text or a list of texts, not a int"),
-        ({"stop": [None]}, "a stop text must be a text"),
+        ({"stop": 3}, "stop must be a string or a list of strings, not a int"),
+        ({"stop": [None]}, "every stop text must be a non-empty string"),
         ({"system": 3}, "system must be a text, not a int"),
     ],
 )

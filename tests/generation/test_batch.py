@@ -1,4 +1,4 @@
-"""Answers in a batch equal those given one by one."""
+"""Batched answers equal those of `generate`."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,9 @@ from mlx_fastvlm.models.fastvlm import IMAGE_TOKEN
 
 SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
 A, B = (np.full((30, 40, 3), value, np.uint8) for value in (30, 220))
-SAME = 1e-4  # logits that differ by less may change places
+TIE = 1e-4  # logits that differ by less may be ranked either way
 Loaded = tuple[FastVLM, Processor]
-answers: dict[Request, Result] = {}  # given alone; a request is used with one model only
+answers: dict[Request, Result] = {}  # of `generate`; each request is used with one model only
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def alone(loaded: Loaded, request: Request) -> Result:
 
 
 def margins(loaded: Loaded, request: Request, tokens: list[int]) -> np.ndarray:
-    """Difference of the two best logits at each token, computed in one pass without a cache."""
+    """Difference of the two largest logits at each token, in one pass without a cache."""
     model, processor = loaded
     inputs = processor(request.prompt, request.images, system=request.system)
     ids = mx.array([[*inputs.input_ids.tolist(), *tokens]])
@@ -66,7 +66,7 @@ def margins(loaded: Loaded, request: Request, tokens: list[int]) -> np.ndarray:
 
 
 def assert_same(loaded: Loaded, request: Request, result: Result) -> None:
-    """Equal to the answer alone, up to a token that two logits as good as equal decide."""
+    """Check equality with `generate`, up to the first token whose two best logits tie."""
     expected = alone(loaded, request)
     one, other = result.token_ids, expected.token_ids
     if one == other:
@@ -76,7 +76,7 @@ def assert_same(loaded: Loaded, request: Request, result: Result) -> None:
         return
     first = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
     assert first is not None and request.temperature == 0, (result, expected)
-    assert margins(loaded, request, other)[first] <= SAME, (result, expected)
+    assert margins(loaded, request, other)[first] <= TIE, (result, expected)
 
 
 def assert_all_same(loaded: Loaded, requests: list[Request], **given: Any) -> list[Result]:
@@ -107,7 +107,7 @@ MIXED = [
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_mixed_requests(demo: Loaded, size: int) -> None:
-    """Ragged lengths, text and images, several images, sampling and stop texts side by side."""
+    """Mixed lengths, text, one or several images, sampling and stop texts in one batch."""
     assert_all_same(demo, MIXED, max_batch_size=size)
 
 
@@ -117,10 +117,10 @@ def test_mixed_requests_with_random_weights(tiny: Loaded) -> None:
         for n in range(8)
     ]
     results = assert_all_same(tiny, requests, max_batch_size=5)
-    assert len({tuple(result.token_ids) for result in results}) > 4  # answers that could mix
+    assert len({tuple(result.token_ids) for result in results}) > 4  # so that mix-ups show
 
 
-def test_padding_changes_no_logits(demo: Loaded) -> None:
+def test_padding_does_not_change_logits(demo: Loaded) -> None:
     """The decoder alone, on rows of very different lengths."""
     model, processor = demo
     rng, lengths = np.random.default_rng(0), [5, 17, 600, 64, 2]
@@ -136,10 +136,10 @@ def test_padding_changes_no_logits(demo: Loaded) -> None:
         together = model(new, batch, last_only=True)
         for i, single in enumerate(singles):
             alone = model(new[i : i + 1], single, last_only=True)
-            assert mx.max(mx.abs(together[i] - alone[0])).item() < SAME / 2
+            assert mx.max(mx.abs(together[i] - alone[0])).item() < TIE / 2
 
 
-def test_very_long_beside_very_short(demo: Loaded) -> None:
+def test_very_long_and_very_short_prompts(demo: Loaded) -> None:
     long = Request("7" * 1500, max_tokens=30)
     short = [Request("Hi", max_tokens=2), Request("What is this?", SCENE)]
     assert_all_same(demo, [short[0], long, *short, short[1]], max_batch_size=3)
@@ -168,7 +168,7 @@ def test_constraints(demo: Loaded) -> None:
 
 
 def test_undecided_tokens_are_sampled_again(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Top-p that needs a full sort in some rows only, beside rows that have gone ahead."""
+    """Top-p needs a full sort in some rows, while others have already continued."""
     monkeypatch.setattr("mlx_fastvlm.generation.sampling.BLOCKS", 2)
     monkeypatch.setattr("mlx_fastvlm.generation.sampling.BLOCK", 4)
     requests = [
@@ -208,7 +208,7 @@ def test_log_probabilities(demo: Loaded) -> None:
 
 
 def test_image_and_prompt_caches(demo: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each image is encoded once, and a common beginning is computed once, also within a batch."""
+    """Each image is encoded once, and shared prefixes are computed once, also within a batch."""
     encoded: list[int] = []
     encode = FastVLM.encode_image
     monkeypatch.setattr(FastVLM, "encode_image", lambda *a: encoded.append(1) or encode(*a))
@@ -223,7 +223,7 @@ def test_image_and_prompt_caches(demo: Loaded, monkeypatch: pytest.MonkeyPatch) 
     assert len(encoded) == 1
     known = [result.stats.cached_tokens for result in results]
     assert known[0] == 0 and min(known[1:]) > results[0].stats.image_tokens
-    again = assert_all_same(demo, requests, **caches)  # alone with the default image cache
+    again = assert_all_same(demo, requests, **caches)  # `generate` uses the default image cache
     assert [r.token_ids for r in again] == [r.token_ids for r in results]
     assert all(r.stats.cached_tokens == r.stats.prompt_tokens - 1 for r in again)
     history = [
@@ -232,12 +232,12 @@ def test_image_and_prompt_caches(demo: Loaded, monkeypatch: pytest.MonkeyPatch) 
         {"role": "user", "content": "Why?"},
     ]
     [turn] = generate_batch(*demo, [Request(history, max_tokens=3)], **caches)
-    assert turn.stats.cached_tokens > results[0].stats.prompt_tokens  # the answer is known too
+    assert turn.stats.cached_tokens > results[0].stats.prompt_tokens  # the answer is cached too
     assert_same(demo, Request(history, max_tokens=3), turn)
     assert IMAGE_TOKEN not in turn.token_ids
 
 
-def test_errors_are_those_of_one_request(demo: Loaded) -> None:
+def test_errors_affect_only_their_request(demo: Loaded) -> None:
     damaged = SCENE.read_bytes()[:2000]
     requests = [
         Request("How many circles are there?", SCENE),
@@ -255,7 +255,7 @@ def test_errors_are_those_of_one_request(demo: Loaded) -> None:
     kinds = [type(result.error) for result in results[1:5]]
     assert kinds == [ImageError, ImageError, PromptError, PromptError]
     batch = BatchGenerator(*demo)
-    for request in (requests[1], *requests[3:5]):  # found at once
+    for request in (requests[1], *requests[3:5]):  # raised by `add`
         with pytest.raises(ModelError):
             batch.add(request)
     assert len(batch) == 0 and batch.step() == []
@@ -266,5 +266,5 @@ def test_errors_are_those_of_one_request(demo: Loaded) -> None:
             BatchGenerator(*demo, max_batch_size=size)
 
 
-def test_nothing_asked_nothing_answered(demo: Loaded) -> None:
+def test_no_requests(demo: Loaded) -> None:
     assert generate_batch(*demo, []) == []

@@ -1,4 +1,4 @@
-"""The life of requests in a batch: room, removal, errors in the middle, threads, memory."""
+"""Requests in a batch: admission, removal, errors, threads and memory."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ Loaded = tuple[FastVLM, Processor]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A model whose answers do not end by themselves."""
+    """A model without stop tokens: answers end at `max_tokens`."""
     model, processor = load(synthetic.write_layout(tmp_path_factory.mktemp("tiny"), "llava_qwen2"))
     processor.tokenizer.stop_ids = frozenset()
     return model, processor
@@ -45,7 +45,7 @@ def expected(tiny: Loaded, n: int, tokens: int = 6, **options: Any) -> list[int]
 
 
 def drain(batch: BatchGenerator, tokens: dict[int, list[int]] | None = None) -> dict[int, Any]:
-    """Step until nothing is left; the tokens of each request."""
+    """Step until the batch is empty; return the tokens of each request."""
     tokens = {} if tokens is None else tokens
     while len(batch):
         take(batch, tokens)
@@ -58,7 +58,7 @@ def take(batch: BatchGenerator, tokens: dict[int, list[int]]) -> None:
         tokens.setdefault(request_id, []).append(chunk.token)
 
 
-def test_one_is_admitted_a_step_and_an_end_makes_room(tiny: Loaded) -> None:
+def test_one_request_is_admitted_per_step(tiny: Loaded) -> None:
     batch = BatchGenerator(*tiny, max_batch_size=2)
     ids = [batch.add(request(n, tokens)) for n, tokens in ((1, 4), (2, 2), (3, 3))]
     assert len(set(ids)) == 3 and (batch.waiting, batch.running, len(batch)) == (3, 0, 3)
@@ -78,7 +78,7 @@ def test_one_is_admitted_a_step_and_an_end_makes_room(tiny: Loaded) -> None:
 @pytest.mark.parametrize("after", range(6))
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_removal_in_every_state(tiny: Loaded, which: int, after: int) -> None:
-    """Waiting, after its prefill, running as any row, at its end, or ended; others go on."""
+    """Remove a waiting, prefilled, running or finished request; the others continue."""
     batch = BatchGenerator(*tiny, max_batch_size=3)
     ids = [batch.add(request(n, 5 + n)) for n in range(4)]
     tokens: dict[int, list[int]] = {}
@@ -96,7 +96,7 @@ def test_removal_in_every_state(tiny: Loaded, which: int, after: int) -> None:
     assert batch._decoder.nbytes == 0
 
 
-def test_removed_request_frees_its_place_before_the_next_step(tiny: Loaded) -> None:
+def test_removed_request_frees_its_row_before_the_next_step(tiny: Loaded) -> None:
     batch = BatchGenerator(*tiny, max_batch_size=1)
     first, second = batch.add(request(1)), batch.add(request(2))
     batch.step()
@@ -115,7 +115,7 @@ def test_end_at_the_first_token(tiny: Loaded) -> None:
     assert results[2].token_ids == expected(tiny, 5, 9)
 
 
-def test_fifty_in_a_queue(tiny: Loaded) -> None:
+def test_fifty_queued_requests(tiny: Loaded) -> None:
     requests = [request(n % 7, 1 + n % 5) for n in range(50)]
     results = generate_batch(*tiny, requests, max_batch_size=4)
     alone = [expected(tiny, n, 5) for n in range(7)]
@@ -124,7 +124,7 @@ def test_fifty_in_a_queue(tiny: Loaded) -> None:
 
 
 def test_memory_is_bounded_and_freed(tiny: Loaded) -> None:
-    """The cache has the length of the longest running sequence, in steps, and shrinks with it."""
+    """The cache is as long as the longest running sequence, rounded up, and shrinks with it."""
     batch = BatchGenerator(*tiny, max_batch_size=3)
     batch.add(request(5, 9))
     long = batch.add(request(900, 4))
@@ -141,8 +141,8 @@ def test_memory_is_bounded_and_freed(tiny: Loaded) -> None:
 
 
 @pytest.mark.parametrize("tokens", [10, STEP + 20])
-def test_cache_that_grows_holds_what_single_ones_hold(tokens: int) -> None:
-    """Rows of other lengths come and go while the buffers grow."""
+def test_batch_cache_equals_single_caches(tokens: int) -> None:
+    """Rows of different lengths are added and dropped while the buffers grow."""
     rng = np.random.default_rng(0)
 
     def new(length: int) -> mx.array:
@@ -175,7 +175,7 @@ def test_cache_that_grows_holds_what_single_ones_hold(tokens: int) -> None:
             )
 
 
-def nan_at(model: FastVLM, monkeypatch: pytest.MonkeyPatch, passes: int, row: int) -> None:
+def inject_nan(model: FastVLM, monkeypatch: pytest.MonkeyPatch, passes: int, row: int) -> None:
     call, count = FastVLM.__call__, iter(range(10**6))
 
     def spy(*args: Any, **kwargs: Any) -> mx.array:
@@ -189,7 +189,7 @@ def nan_at(model: FastVLM, monkeypatch: pytest.MonkeyPatch, passes: int, row: in
 
 def test_overflow_ends_one_request_only(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     right = [expected(tiny, n) for n in range(3)]
-    nan_at(tiny[0], monkeypatch, 7, 1)  # three prefills and four passes before
+    inject_nan(tiny[0], monkeypatch, 7, 1)  # after three prefills and four passes
     results = generate_batch(*tiny, [request(n) for n in range(3)])
     assert [results[0].token_ids, results[2].token_ids] == [right[0], right[2]]
     assert results[1].finish_reason == "error" and isinstance(results[1].error, ModelError)
@@ -199,11 +199,11 @@ def test_overflow_ends_one_request_only(tiny: Loaded, monkeypatch: pytest.Monkey
 def test_overflow_leaves_no_trace_in_the_prompt_cache(
     tiny: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither of a batch nor of a single answer."""
+    """For a batch and for a single answer."""
     for single in (True, False):
         cache, right = PromptCache(), expected(tiny, 30)
         with monkeypatch.context() as patch:
-            nan_at(tiny[0], patch, 3, 0)
+            inject_nan(tiny[0], patch, 3, 0)
             if single:
                 with pytest.raises(ModelError, match="not finite"):
                     expected(tiny, 30, prompt_cache=cache)
@@ -219,7 +219,7 @@ def test_overflow_leaves_no_trace_in_the_prompt_cache(
 
 
 def test_failing_prefill_is_reported_alone(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whatever kind the error is."""
+    """The error may be of any type."""
     batch = BatchGenerator(*tiny)
     good, bad = batch.add(request(1)), batch.add(request(2, images=IMAGE))
 
@@ -237,7 +237,7 @@ def test_failing_prefill_is_reported_alone(tiny: Loaded, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [RuntimeError("memory"), KeyboardInterrupt()])
-def test_failing_step_ends_what_runs_and_nothing_else(
+def test_failing_step_ends_only_running_requests(
     tiny: Loaded, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     batch = BatchGenerator(*tiny, max_batch_size=2)
@@ -272,7 +272,7 @@ def test_two_batches_at_once(tiny: Loaded) -> None:
 
 
 def test_threads(tiny: Loaded) -> None:
-    """Steps in several threads, while others add and remove requests."""
+    """Several threads step, while others add and remove requests."""
     batch, taken = BatchGenerator(*tiny, max_batch_size=3), {}
     wanted: dict[int, int] = {}
     added = threading.Event()

@@ -276,18 +276,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schema": {"a": float("nan")}}, "schema is not JSON"),
     ({"schema": {"a": {1, 2}}}, "schema is not JSON"),
     ({"schema": "{}"}, "schema must be a JSON schema as a dictionary"),
-    ({"choice": []}, "choice must be a list of texts"),
-    ({"choice": "red,green"}, "choice must be a list of texts"),
-    ({"choice": ["a", ""]}, "choice must be a list of texts"),
+    ({"choice": []}, "choice must be a list of at least one non-empty"),
+    ({"choice": "red,green"}, "choice must be a list of at least one non-empty"),
+    ({"choice": ["a", ""]}, "choice must be a list of at least one non-empty"),
     ({"choice": ["\ud800"]}, "choice contains a surrogate"),
-    ({"regex": b"a"}, "regex must be a text, not a bytes"),
+    ({"regex": b"a"}, "regex must be a string, not a bytes"),
     ({"regex": "a\\"}, "regex ends in a single backslash"),
     ({"regex": "(a"}, "regex cannot be used: unclosed group"),
     ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
     # Too large.
     ({"regex": "a" * MAX_CHARACTERS + "a"}, "more than 100000 characters"),
     ({"schema": {"enum": [f"value {i}" for i in range(20_000)]}}, "more than 100000 characters"),
-    ({"regex": "(" * 50_000 + "a" + ")" * 50_000}, "regex takes more than 100000"),
+    ({"regex": "(" * 50_000 + "a" + ")" * 50_000}, "regex has more than 100000"),
     ({"regex": "(" * 5_000 + "a" + ")" * 5_000}, "regex cannot be used"),
     # Too complex.
     ({"schema": {"allOf": [{"anyOf": [{"required": [f"{i}"]}, {"required": [f"a{i}"]}]}

@@ -1,4 +1,4 @@
-"""The depthwise kernel against MLX's convolution: its source in C++, and itself on a GPU."""
+"""The depthwise kernel against MLX's convolution: compiled as C++, and on a GPU."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ from mlx_mobileclip.device import backend
 from mlx_mobileclip.errors import ModelError
 from mlx_mobileclip.gpu import depthwise
 
-# Odd sizes, strips that end outside, maps smaller than the kernel, several images.
+# Odd sizes, partial strips, maps smaller than the kernel, several images.
 SHAPES = [(2, 9, 13, 8), (1, 1, 1, 8), (1, 16, 17, 12), (3, 5, 2, 24)]
 HALF = {mx.float16: 2**-11, mx.bfloat16: 2**-8}  # relative error of one rounding
 
@@ -21,7 +21,7 @@ def cpp_kernel(tmp_path_factory: pytest.TempPathFactory) -> CppKernel:
 
 
 def check(form: tuple[int, ...], shape: tuple[int, ...], dtype: mx.Dtype, bound: float) -> None:
-    """Compare the kernel with a plain grouped convolution in float32 of the same numbers."""
+    """Compare the kernel with a float32 grouped convolution of the same values."""
     size, stride, outputs, count = form
     channels = shape[-1]
     rng = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def test_kernel_on_a_gpu(form: tuple[int, ...], shape: tuple[int, ...], dtype: m
 
 def test_unsupported_inputs() -> None:
     weight = mx.zeros((6, 3, 3, 1))
-    assert not depthwise.supports(mx.zeros((1, 4, 4, 6)), weight, 1)  # not in fours
+    assert not depthwise.supports(mx.zeros((1, 4, 4, 6)), weight, 1)  # not a multiple of 4
     assert depthwise.supports(mx.zeros((1, 4, 4, 6)), weight, 2)
     assert not depthwise.supports(mx.zeros((1, 4, 4, 6), mx.float16), weight, 2)
     assert not depthwise.supports(mx.zeros((1, 1, 1, 4)), mx.zeros((4, 3, 3, 1)), 1)
@@ -73,7 +73,7 @@ def test_unsupported_inputs() -> None:
     assert not depthwise.supports(huge, mx.zeros((8, 3, 3, 1)), 1)
 
 
-def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(depthwise.SWITCH, raising=False)
     monkeypatch.setattr(depthwise, "backend", lambda: "metal")
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M9"})

@@ -1,4 +1,4 @@
-"""Limits by what the machine has, with MLX's functions replaced, as no machine here has Metal."""
+"""Memory limits, with MLX's functions mocked, as they must run without Metal."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -76,7 +76,7 @@ def test_wired_limit_is_restored_after_an_error(metal: Metal) -> None:
     assert metal.history == [5 * GB, 7]
 
 
-def test_nothing_is_wired_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_wired_without_metal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "set_wired_limit", pytest.fail)
     monkeypatch.setattr(memory, "backend", lambda: "cuda")
     with memory.wired_weights():
@@ -84,7 +84,7 @@ def test_nothing_is_wired_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("on_cpu", "rows"), [(True, 1280), (False, 512)])
-def test_cache_reserves_only_a_step_on_a_gpu(
+def test_kv_cache_allocates_one_step_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, on_cpu: bool, rows: int
 ) -> None:
     monkeypatch.setattr(device, "on_cpu", lambda: on_cpu)

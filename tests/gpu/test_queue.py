@@ -1,4 +1,4 @@
-"""Layers as on a GPU, computed on the CPU: what is queued, and the values."""
+"""GPU code paths of layers, run on the CPU: what is queued, and the values."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ def tower(monkeypatch: pytest.MonkeyPatch) -> FastViT:
 
 
 def test_work_is_queued_in_pieces(monkeypatch: pytest.MonkeyPatch, tower: FastViT) -> None:
-    """At most what QUEUED_BYTES says is in flight, whatever the layers' sizes."""
+    """At most QUEUED_BYTES are in flight, whatever the sizes of the layers."""
     events: list[tuple[str, int]] = []
     right, wait = mx.async_eval, mx.eval
     monkeypatch.setattr(queue, "PIECE_BYTES", 100_000)
@@ -46,7 +46,7 @@ def test_one_large_layer_is_queued_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(waited) == 2 and all(a is b for a, b in zip(waited, outputs, strict=False))
 
 
-def test_transformations_still_work(monkeypatch: pytest.MonkeyPatch, tower: FastViT) -> None:
+def test_compile_and_gradients_still_work(monkeypatch: pytest.MonkeyPatch, tower: FastViT) -> None:
     monkeypatch.setattr(queue, "PIECE_BYTES", 1)
     stage = tower.stages[0]
     x = mx.random.normal((1, 4, 4, stage.blocks[0].mlp.fc2.bias.size))
@@ -59,10 +59,10 @@ def test_transformations_still_work(monkeypatch: pytest.MonkeyPatch, tower: Fast
     assert mx.isfinite(gradient).all().item()
 
 
-def test_tower_with_our_own_kernel(
+def test_tower_with_the_custom_kernel(
     monkeypatch: pytest.MonkeyPatch, tower: FastViT, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """All its convolutions, by the kernel's source in C++."""
+    """All depthwise convolutions, by the kernel compiled as C++."""
     pixels = mx.random.uniform(shape=(2, 128, 64, 3))
     expected = np.array(tower(pixels))
     kernel, calls = CppKernel(tmp_path_factory.mktemp("kernel")), []

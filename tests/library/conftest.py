@@ -1,4 +1,4 @@
-"""A small library: drawn scenes that the demo model knows, indexed once."""
+"""A small library of drawn scenes of the demo model's domain, indexed once."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def indexed(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The index of these scenes; not to be changed."""
+    """The index of these scenes; read-only."""
     path = tmp_path_factory.mktemp("index") / "photos.db"
     with Library(path) as library:
         summary = library.index(drawn, model="demo")
@@ -32,7 +32,7 @@ def indexed(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
-    """A folder of five scenes."""
+    """Folder of five scenes."""
     root = tmp_path / "few"
     root.mkdir()
     for i, each in enumerate(SCENES[:5]):
@@ -42,14 +42,14 @@ def few(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Iterator[Library]:
-    """An index that does not exist yet."""
+    """A library whose index does not exist yet."""
     with Library(tmp_path / "index" / "photos.db") as opened:
         yield opened
 
 
 @pytest.fixture
 def copied(indexed: Path, tmp_path: Path) -> Path:
-    """A copy of the index that may be changed."""
+    """Writable copy of the index."""
     path = tmp_path / "copy.db"
     with sqlite3.connect(indexed) as source, sqlite3.connect(path) as target:
         source.backup(target)

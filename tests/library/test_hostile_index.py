@@ -1,4 +1,4 @@
-"""Index files that are foreign, damaged, read-only, full or in use: one line, nothing lost."""
+"""Foreign, damaged, read-only, full and locked indexes: one-line errors, no data loss."""
 
 import os
 import shutil
@@ -12,26 +12,26 @@ from mlx_mobileclip.library import schema
 from mlx_mobileclip.library.schema import on_network
 
 
-def refused(path: Path, match: str) -> None:
+def assert_rejected(path: Path, match: str) -> None:
     with pytest.raises(DataError, match=match) as caught, Library(path) as library:
         library.search("a red circle")
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "none.db", "no index")
+def test_foreign_files_are_rejected(tmp_path: Path) -> None:
+    assert_rejected(tmp_path / "none.db", "no index")
     (tmp_path / "text.db").write_text("some text " * 2000)
-    refused(tmp_path / "text.db", "not an index")
+    assert_rejected(tmp_path / "text.db", "not an index")
     with sqlite3.connect(tmp_path / "foreign.db") as foreign:
         foreign.execute("CREATE TABLE file(id)")
-    refused(tmp_path / "foreign.db", "another program")
+    assert_rejected(tmp_path / "foreign.db", "another program")
     os.mkfifo(tmp_path / "pipe.db")
-    refused(tmp_path / "pipe.db", "not a file")
-    refused(tmp_path, "not a file")
+    assert_rejected(tmp_path / "pipe.db", "not a file")
+    assert_rejected(tmp_path, "not a file")
     assert (tmp_path / "text.db").read_text() == "some text " * 2000
 
 
-def change(path: Path, *statements: str) -> Path:
+def execute(path: Path, *statements: str) -> Path:
     with sqlite3.connect(path) as connection:
         for statement in statements:
             connection.execute(statement)
@@ -51,14 +51,14 @@ def change(path: Path, *statements: str) -> Path:
         ("UPDATE meta SET value=10000000 WHERE key='dim'", "rebuild"),
     ],
 )
-def test_altered_indexes_are_refused(copied: Path, statement: str, message: str) -> None:
-    refused(change(copied, statement), message)
+def test_altered_indexes_are_rejected(copied: Path, statement: str, message: str) -> None:
+    assert_rejected(execute(copied, statement), message)
 
 
-def test_truncated_indexes_are_refused(copied: Path, indexed: Path) -> None:
+def test_truncated_indexes_are_detected(copied: Path, indexed: Path) -> None:
     whole = indexed.read_bytes()
-    for share in (0.1, 0.5, 0.9):
-        copied.write_bytes(whole[: int(len(whole) * share)])
+    for fraction in (0.1, 0.5, 0.9):
+        copied.write_bytes(whole[: int(len(whole) * fraction)])
         with Library(copied) as library:
             try:
                 problems = library.verify()
@@ -68,7 +68,7 @@ def test_truncated_indexes_are_refused(copied: Path, indexed: Path) -> None:
                 assert problems
 
 
-def test_another_writer_is_waited_for_and_told(
+def test_lock_of_another_writer_is_reported(
     copied: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema, "BUSY_S", 0.05)
@@ -77,33 +77,33 @@ def test_another_writer_is_waited_for_and_told(
     with Library(copied) as library:
         with pytest.raises(DataError, match="another process is writing"):
             library.index(drawn, model="demo")
-        assert library.search(k=100).total == 40  # readers are not in its way
+        assert library.search(k=100).total == 40  # readers are not blocked
         other.execute("ROLLBACK")
         assert library.index(drawn, model="demo").unchanged == 40
 
 
-def test_a_full_disk_loses_nothing(copied: Path, few: Path) -> None:
-    long = few.with_name("x" * 200)
-    few.rename(long)
-    for path in list(long.iterdir()):
+def test_full_disk_keeps_committed_batches(copied: Path, few: Path) -> None:
+    long_folder = few.with_name("x" * 200)
+    few.rename(long_folder)
+    for path in list(long_folder.iterdir()):
         for i in range(20):
-            shutil.copy(path, long / f"{'y' * 200}{i}{path.name}")
+            shutil.copy(path, long_folder / f"{'y' * 200}{i}{path.name}")
     with Library(copied) as library:
         store = library._open()
         [(pages,)] = store.rows("PRAGMA page_count")
         store.rows(f"PRAGMA max_page_count={pages}")
         with pytest.raises(DataError, match="free some space"):
-            library.index(long, model="demo", batch_size=8)
+            library.index(long_folder, model="demo", batch_size=8)
         assert not library.verify()
-    with Library(copied) as library:  # with whole batches of the new photos
-        kept = library.search(k=1000).total - 40
-        assert 0 <= kept < 100 and kept % 8 == 0
-        assert library.index(long).unchanged == kept
+    with Library(copied) as library:  # only whole batches were committed
+        committed = library.search(k=1000).total - 40
+        assert 0 <= committed < 100 and committed % 8 == 0
+        assert library.index(long_folder).unchanged == committed
 
 
 def test_read_only_indexes_can_be_searched(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    change(copied, "PRAGMA journal_mode=WAL")
-    # As root everything is writable, so the answer of the system is replaced.
+    execute(copied, "PRAGMA journal_mode=WAL")
+    # Root can write everything, so os.access is patched.
     monkeypatch.setattr(os, "access", lambda *_: False)
     with Library(copied) as library:
         assert library.search("a red circle", everything=True)
@@ -111,7 +111,7 @@ def test_read_only_indexes_can_be_searched(copied: Path, monkeypatch: pytest.Mon
             library.index()
 
 
-def test_volumes_without_write_ahead_log(tmp_path: Path, few: Path) -> None:
+def test_network_volumes_use_rollback_journal(tmp_path: Path, few: Path) -> None:
     assert not on_network(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "on_network", lambda _: True)

@@ -1,4 +1,4 @@
-"""Indexing: what is embedded, re-used, kept and dropped."""
+"""Indexing: embedded, reused, unchanged, kept and dropped files."""
 
 import os
 import shutil
@@ -22,24 +22,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def index(library: Library, *paths: Path, **options: object) -> tuple[int, int, int, int, int]:
-    done = library.index(paths, model="demo", **options)  # type: ignore[arg-type]
-    return done.embedded, done.reused, done.unchanged, done.dropped, done.kept
+    summary = library.index(paths, model="demo", **options)  # type: ignore[arg-type]
+    return summary.embedded, summary.reused, summary.unchanged, summary.dropped, summary.kept
 
 
 def paths_of(library: Library) -> set[str]:
     return {Path(path).name for path in library.search(k=100).paths}
 
 
-def test_only_what_changed_is_embedded(library: Library, few: Path) -> None:
+def test_only_changed_files_are_embedded(library: Library, few: Path) -> None:
     assert index(library, few) == (5, 0, 0, 0, 0)
     assert index(library, few) == (0, 0, 5, 0, 0)
     Image.new("RGB", (30, 20), "red").save(few / "s0.png")
     assert index(library, few) == (1, 0, 4, 0, 0)
-    assert index(library) == (0, 0, 5, 0, 0)  # all known folders
+    assert index(library) == (0, 0, 5, 0, 0)  # all indexed folders
     assert not library.verify(files=True)
 
 
-def test_vectors_equal_those_of_the_model(library: Library, few: Path) -> None:
+def test_vectors_match_the_model(library: Library, few: Path) -> None:
     index(library, few)
     model, processor = mlx_mobileclip.load("demo")
     for path in sorted(few.iterdir()):
@@ -58,7 +58,7 @@ def test_moved_and_copied_files_reuse_their_vectors(library: Library, few: Path)
     assert not library.verify(files=True)
 
 
-def test_few_that_vanish_are_dropped_and_many_are_kept(library: Library, few: Path) -> None:
+def test_few_missing_files_are_dropped_and_many_are_kept(library: Library, few: Path) -> None:
     index(library, few)
     (few / "s0.png").unlink()
     assert index(library, few) == (0, 0, 4, 1, 0)
@@ -72,7 +72,7 @@ def test_few_that_vanish_are_dropped_and_many_are_kept(library: Library, few: Pa
     assert not library.verify()
 
 
-def test_freed_slots_are_used_again(library: Library, few: Path) -> None:
+def test_freed_slots_are_reused(library: Library, few: Path) -> None:
     index(library, few)
     (few / "s0.png").unlink()
     index(library, few)
@@ -83,27 +83,27 @@ def test_freed_slots_are_used_again(library: Library, few: Path) -> None:
     assert slots == 4
 
 
-def test_bad_files_are_recorded_and_the_run_goes_on(library: Library, few: Path) -> None:
-    whole = (few / "s0.png").read_bytes()
-    (few / "cut.png").write_bytes(whole[: len(whole) // 2])
+def test_unreadable_files_are_recorded_and_skipped(library: Library, few: Path) -> None:
+    png = (few / "s0.png").read_bytes()
+    (few / "cut.png").write_bytes(png[: len(png) // 2])
     (few / "text.jpg").write_text("no image")
     (few / "empty.png").touch()
     (few / "link.png").symlink_to("nowhere")
     (few / "folder.png").mkdir()
     os.mkfifo(few / "pipe.png")
-    done = library.index(few, model="demo")
-    assert done.embedded == 5
-    names = {Path(path).name for path in done.errors}
+    summary = library.index(few, model="demo")
+    assert summary.embedded == 5
+    names = {Path(path).name for path in summary.errors}
     assert names == {"cut.png", "text.jpg", "empty.png", "link.png", "pipe.png"}
     report = library.status()
     assert report["errors"] == 5 and all(entry["reason"] for entry in report["failed"])
-    assert not library.index(few, model="demo").errors  # unchanged, so not tried again
+    assert not library.index(few, model="demo").errors  # unchanged, so not retried
     assert len(library.index(few, model="demo", retry=True).errors) == 5
-    (few / "cut.png").write_bytes(whole)
+    (few / "cut.png").write_bytes(png)
     assert index(library, few) == (0, 1, 9, 0, 0)
 
 
-def test_names_of_any_bytes_survive(library: Library, few: Path) -> None:
+def test_non_utf8_and_odd_names(library: Library, few: Path) -> None:
     names = [b"\xff\xfe.png", "ä\u202e.png".encode(), b"a\nb.png", b"~x.png", b"-0 '\".png"]
     for name in names:
         shutil.copy(few / "s0.png", os.fsencode(few) + b"/" + name)
@@ -113,7 +113,7 @@ def test_names_of_any_bytes_survive(library: Library, few: Path) -> None:
     assert not library.verify(files=True)
 
 
-def test_folders_may_contain_each_other(library: Library, few: Path) -> None:
+def test_nested_folders(library: Library, few: Path) -> None:
     inner = few / "inner"
     inner.mkdir()
     shutil.copy(few / "s0.png", inner / "x.png")
@@ -125,14 +125,14 @@ def test_folders_may_contain_each_other(library: Library, few: Path) -> None:
     assert len(library.search(folder=few)) == 6
 
 
-def test_excluded_files_are_left_out(library: Library, few: Path) -> None:
+def test_exclude_globs(library: Library, few: Path) -> None:
     (few / "old").mkdir()
     shutil.copy(few / "s0.png", few / "old" / "x.png")
     assert index(library, few, exclude=["old", "s[12].png"])[0] == 3
     assert paths_of(library) == {"s0.png", "s3.png", "s4.png"}
 
 
-def test_another_model_is_told(library: Library, few: Path) -> None:
+def test_other_model_is_an_error(library: Library, few: Path) -> None:
     index(library, few)
     with pytest.raises(DataError, match=r"was made with demo.*--rebuild"):
         library.index(few, model="demo", dtype="float16")
@@ -142,14 +142,14 @@ def test_another_model_is_told(library: Library, few: Path) -> None:
     assert not library.verify()
 
 
-def test_the_index_is_private(library: Library, few: Path) -> None:
+def test_index_is_readable_by_owner_only(library: Library, few: Path) -> None:
     index(library, few)
     files = list(library.path.parent.iterdir())
     assert files and {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
-def test_killed_runs_lose_nothing(tmp_path: Path, drawn: Path) -> None:
-    """Killed after its first batches, a run leaves whole batches, and the next one goes on."""
+def test_killed_runs_resume(tmp_path: Path, drawn: Path) -> None:
+    """A killed run leaves whole batches, and the next run resumes."""
     database = tmp_path / "killed.db"
     command = [sys.executable, "-m", "mlx_mobileclip", "index", "--model", "demo", "--quiet"]
     command += ["--index", str(database), "--batch-size", "1", str(drawn)]
@@ -169,17 +169,17 @@ def test_killed_runs_lose_nothing(tmp_path: Path, drawn: Path) -> None:
         assert not library.verify()
         before = library.status()["photos"]
         assert before >= 3
-        done = library.index(drawn, model="demo")
-        assert done.unchanged == before and done.embedded == 40 - before
+        summary = library.index(drawn, model="demo")
+        assert summary.unchanged == before and summary.embedded == 40 - before
         assert not library.verify(files=True)
 
 
-def test_watching_looks_again(
+def test_watch_by_polling(
     library: Library, few: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index(library, few)
     monkeypatch.setattr(watch, "find_spec", lambda _: None)
-    monkeypatch.setattr(watch, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
     for _, _ in zip(range(2), watch.changes(library, quiet=False), strict=False):
         shutil.copy(few / "s0.png", few / "new.png")
         index(library)
@@ -187,7 +187,7 @@ def test_watching_looks_again(
     assert "new.png" in paths_of(library)
 
 
-def test_watching_is_told_of_changes(library: Library, few: Path) -> None:
+def test_watch_by_events(library: Library, few: Path) -> None:
     pytest.importorskip("watchfiles", reason="pip install watchfiles, the extra photos")
     index(library, few)
     changes = watch.changes(library)

@@ -1,4 +1,4 @@
-"""The commands: output, exit status, pages, hostile names."""
+"""Library commands: output, exit status, HTML pages, hostile file names."""
 
 import html
 import json
@@ -18,7 +18,7 @@ from mlx_mobileclip.library.thumbnails import escape_sequence, terminal_protocol
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
-def test_search_prints_and_exits_as_grep_does(
+def test_search_output_and_exit_status(
     copied: Path, drawn: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     def run(*options: str) -> tuple[int, bytes]:
@@ -48,11 +48,11 @@ def test_search_starts_without_mlx(copied: Path, drawn: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, stdout=subprocess.DEVNULL)
 
 
-HOSTILE = "<script>document.title='run'</script>\x1b[31m\u202e&\"'.png"
+HOSTILE_NAME = "<script>document.title='run'</script>\x1b[31m\u202e&\"'.png"
 
 
-def hostile(few: Path, tmp_path: Path) -> Path:
-    name = HOSTILE.replace("/", "\u2215")
+def index_hostile_names(few: Path, tmp_path: Path) -> Path:
+    name = HOSTILE_NAME.replace("/", "\u2215")
     (few / "s0.png").rename(few / name)
     (few / "s1.png").rename(few / "with\nnewline.png")
     database = tmp_path / "hostile.db"
@@ -64,7 +64,7 @@ def hostile(few: Path, tmp_path: Path) -> Path:
 def test_hostile_names_are_escaped(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    database, page = hostile(few, tmp_path), tmp_path / "page.html"
+    database, page = index_hostile_names(few, tmp_path), tmp_path / "page.html"
     assert main(["search", "--index", str(database)]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\u202e" not in shown and len(shown.splitlines()) == 5
@@ -84,8 +84,8 @@ def test_hostile_names_are_escaped(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_page_in_chromium(few: Path, tmp_path: Path) -> None:
-    database, page = hostile(few, tmp_path), tmp_path / "page.html"
+def test_page_runs_no_script_in_chromium(few: Path, tmp_path: Path) -> None:
+    database, page = index_hostile_names(few, tmp_path), tmp_path / "page.html"
     assert main(["search", "--index", str(database), "--html", str(page)]) == 0
     assert CHROMIUM
     # A preloaded BLAS keeps Chromium from starting its own processes.
@@ -101,7 +101,7 @@ def test_the_page_in_chromium(few: Path, tmp_path: Path) -> None:
     assert title == "photos"
 
 
-def test_care_of_an_index(
+def test_maintenance_commands(
     library: Library, few: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shutil.copy(few / "s0.png", few / "copy.png")
@@ -131,7 +131,7 @@ def test_care_of_an_index(
     assert main(["export", *index, "--output", str(output)]) == 1  # exists
 
 
-def test_thumbnails_in_terminals(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_thumbnails(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg = thumbnail(str(drawn / "s00.png"), 64)
     assert jpeg and jpeg[:2] == b"\xff\xd8"
     assert thumbnail(str(drawn / "gone.png")) is None

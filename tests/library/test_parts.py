@@ -1,4 +1,4 @@
-"""Vectors, relevance, near duplicates, dates and EXIF data by themselves."""
+"""Unit tests of vectors, relevance, near duplicates, dates and EXIF data."""
 
 import sqlite3
 from datetime import date
@@ -9,9 +9,14 @@ from PIL import Image
 
 from mlx_mobileclip.library import relevance
 from mlx_mobileclip.library.metadata import Metadata, read_metadata
-from mlx_mobileclip.library.near_duplicates import differing_bits, groups, look, near_pairs
+from mlx_mobileclip.library.near_duplicates import (
+    connected_components,
+    difference_hash,
+    hamming_distance,
+    near_pairs,
+)
 from mlx_mobileclip.library.queries import day_after, distance_km, first_day
-from mlx_mobileclip.library.scan import matches
+from mlx_mobileclip.library.scan import matches_glob
 from mlx_mobileclip.library.schema import FIRST_SCHEMA
 from mlx_mobileclip.library.vectors import CHUNK_ROWS, Vectors, write_vectors
 
@@ -21,14 +26,14 @@ def unit_rows(count: int, dim: int, seed: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_both_scans_give_the_scores() -> None:
+def test_float16_and_int8_scans_are_accurate() -> None:
     connection = sqlite3.connect(":memory:")
     connection.executescript(FIRST_SCHEMA)
     count, dim = 2 * CHUNK_ROWS + 77, 48
     rows = unit_rows(count, dim, 0).astype(np.float16)
-    rows[5] = 0  # also numbers that float16 stores without an exponent
+    rows[5] = 0  # zeros and subnormal float16 values
     rows[6, :3] = [6e-8, -5e-5, 0]
-    for start in range(0, count, 700):  # in parts that cross chunks
+    for start in range(0, count, 700):  # batches cross chunk boundaries
         end = min(start + 700, count)
         write_vectors(connection, range(start, end), rows[start:end])
     write_vectors(connection, [3, CHUNK_ROWS + 1], rows[[3, CHUNK_ROWS + 1]])
@@ -40,38 +45,39 @@ def test_both_scans_give_the_scores() -> None:
     assert (vectors.rows([0, 6, count - 1]) == rows[[0, 6, count - 1]]).all()
 
 
-def test_contrasts_exchange_one_word() -> None:
-    texts = relevance.contrasts("two red cars on a Beach")
+def test_contrast_texts_replace_one_word() -> None:
+    texts = relevance.contrast_texts("two red cars on a Beach")
     assert "three red cars on a Beach" in texts and "two blue cars on a Beach" in texts
     assert "two red dogs on a Beach" in texts and "two red cars on a river" in texts
     assert "two red cars on a Beach" not in texts
-    assert relevance.contrasts("granny's garden party") == list(relevance.COMMON)
-    assert len(relevance.contrasts(" ".join(["red dog"] * 100))) <= relevance.MAX_CONTRASTS
+    assert relevance.contrast_texts("granny's garden party") == list(relevance.COMMON_TEXTS)
+    assert len(relevance.contrast_texts(" ".join(["red dog"] * 100))) <= relevance.MAX_CONTRASTS
 
 
-def test_how_many_are_relevant() -> None:
+def test_false_discovery_rate() -> None:
     rng = np.random.default_rng(0)
-    chance = np.sort(rng.standard_normal((200, 1000)))[:, ::-1].astype(np.float32)
-    none = [relevance.count_relevant(z[:256], 1000) for z in chance]
-    assert sum(count > 0 for count in none) <= 10  # 1 % is expected
-    with_seven = np.concatenate([np.full(7, 6.0, np.float32), chance[0]])
-    assert relevance.count_relevant(with_seven[:256], 1007) == 7 + none[0]
-    assert relevance.count_relevant(with_seven[:0], 1007) == 0
+    null_scores = np.sort(rng.standard_normal((200, 1000)))[:, ::-1].astype(np.float32)
+    false_positives = [relevance.count_relevant(z[:256], 1000) for z in null_scores]
+    assert sum(count > 0 for count in false_positives) <= 10  # 1 % is expected
+    with_seven_relevant = np.concatenate([np.full(7, 6.0, np.float32), null_scores[0]])
+    assert relevance.count_relevant(with_seven_relevant[:256], 1007) == 7 + false_positives[0]
+    assert relevance.count_relevant(with_seven_relevant[:0], 1007) == 0
 
 
-def test_looks_and_groups() -> None:
+def test_hashes_and_components() -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (9, 8, 3), np.uint8)).resize((200, 150))
     other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert differing_bits(look(picture), look(picture.resize((64, 48)))) <= 4
-    assert differing_bits(look(picture), look(other)) > 20
-    assert -(2**63) <= look(other) < 2**63 and differing_bits(-1, 0) == 64
-    looks = [0, 0b1011, -1, 1 << 62, 0, -2]
-    assert set(near_pairs(looks)) >= {(0, 4), (0, 1), (0, 3), (2, 5)}
-    assert groups([(4, 0), (1, 0), (2, 5)], 6) == [[0, 1, 4], [2, 5]]
+    original, mirrored = difference_hash(picture), difference_hash(other)
+    assert hamming_distance(original, difference_hash(picture.resize((64, 48)))) <= 4
+    assert hamming_distance(original, mirrored) > 20
+    assert -(2**63) <= mirrored < 2**63 and hamming_distance(-1, 0) == 64
+    hashes = [0, 0b1011, -1, 1 << 62, 0, -2]
+    assert set(near_pairs(hashes)) >= {(0, 4), (0, 1), (0, 3), (2, 5)}
+    assert connected_components([(4, 0), (1, 0), (2, 5)], 6) == [[0, 1, 4], [2, 5]]
 
 
-def test_many_equal_looks_are_few_pairs() -> None:
+def test_equal_hashes_give_linearly_many_pairs() -> None:
     assert len(list(near_pairs([0] * 5000))) < 5000
 
 
@@ -81,8 +87,9 @@ def test_dates_and_distances() -> None:
     assert day_after("2024-02-29") == date(2024, 3, 1)
     assert distance_km(52.52, 13.405, 48.137, 11.575) == pytest.approx(504, rel=0.01)
     assert distance_km(None, 0, 0, 0) is None  # type: ignore[arg-type]
-    assert matches("a/b/c.png", "b") and matches("a/b/c.png", "a/*") and matches("c.png", "*.png")
-    assert not matches("a/b.png", "b")
+    assert matches_glob("a/b/c.png", "b") and matches_glob("a/b/c.png", "a/*")
+    assert matches_glob("c.png", "*.png")
+    assert not matches_glob("a/b.png", "b")
 
 
 @pytest.mark.parametrize(
@@ -95,14 +102,14 @@ def test_dates_and_distances() -> None:
         ({}, {1: "N", 2: (1.0, 0.0, 0.0)}),
     ],
 )
-def test_senseless_exif_is_nothing(tags: dict[int, object], gps: dict[int, object]) -> None:
+def test_invalid_exif_is_ignored(tags: dict[int, object], gps: dict[int, object]) -> None:
     image = Image.new("RGB", (4, 4))
     image.getexif().update(tags)
     image.getexif().get_ifd(0x8825).update(gps)
     assert read_metadata(image) == Metadata()
 
 
-def test_cameras_are_printable_and_short() -> None:
+def test_camera_names_are_printable_and_short() -> None:
     image = Image.new("RGB", (4, 4))
     image.getexif().update({0x010F: "Canon\x1b[31m", 0x0110: "\u202eX" * 500})
     camera = read_metadata(image).camera

@@ -1,4 +1,4 @@
-"""Searching: relevance, several texts and images, filters, caches."""
+"""Search: relevance, combined texts and images, filters and caches."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ def index_of(match: Match) -> int:
     return int(Path(match.path).stem[1:])
 
 
-def test_photos_that_show_it_come_first(indexed: Path) -> None:
+def test_matching_photos_rank_first(indexed: Path) -> None:
     with Library(indexed) as library:
         best = []
         for name in sorted(set().union(*NAMES)):
@@ -27,25 +27,26 @@ def test_photos_that_show_it_come_first(indexed: Path) -> None:
         assert sum(best) >= 0.8 * len(best) >= 20
 
 
-def test_nothing_is_an_answer(indexed: Path) -> None:
-    every = set().union(*NAMES)
-    absent = [f"a {c} {k}" for c in ("purple", "black") for k in ("heart", "cross", "star")]
-    absent = [text for text in absent if text[2:] not in every] + ["a steam locomotive"]
+def test_absent_objects_give_no_result(indexed: Path) -> None:
+    all_names = set().union(*NAMES)
+    absent_texts = [f"a {c} {k}" for c in ("purple", "black") for k in ("heart", "cross", "star")]
+    absent_texts = [text for text in absent_texts if text[2:] not in all_names]
+    absent_texts.append("a steam locomotive")
     with Library(indexed) as library:
-        answers = [library.search(text) for text in absent]
-    assert absent and sum(not answer for answer in answers) >= 0.8 * len(absent)
-    empty = next(answer for answer in answers if not answer)
-    assert empty.nearest is not None and "no photo" in empty.summary()
+        answers = [library.search(text) for text in absent_texts]
+    assert absent_texts and sum(not answer for answer in answers) >= 0.8 * len(absent_texts)
+    no_result = next(answer for answer in answers if not answer)
+    assert no_result.nearest is not None and "no photo shows this" in no_result.summary()
 
 
-def test_small_libraries_are_ranked_without_judgement(library: Library, few: Path) -> None:
+def test_small_libraries_are_not_calibrated(library: Library, few: Path) -> None:
     library.index(few, model="demo")
     results = library.search("a steam locomotive", k=3)
     assert len(results) == 3 and not results.calibrated
-    assert "without a judgement" in results.summary()
+    assert "without a relevance threshold" in results.summary()
 
 
-def test_images_are_found_by_their_content(indexed: Path, drawn: Path, tmp_path: Path) -> None:
+def test_search_by_image(indexed: Path, drawn: Path, tmp_path: Path) -> None:
     with Library(indexed) as library:
         results = library.search(like=drawn / "s07.png", everything=True)
         assert index_of(results[0]) == 7 and results[0].score == pytest.approx(1, abs=1e-3)
@@ -67,7 +68,7 @@ def test_repeated_queries_need_no_model(
     assert again.to_list() == first.to_list()
 
 
-def test_the_text_tower_is_loaded_alone(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_text_tower_is_loaded(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_mobileclip.loader, "load_checkpoint", lambda *_: pytest.fail("whole"))
     with Library(copied) as library:
         assert library.search("a query that nobody has asked yet", everything=True)
@@ -75,13 +76,13 @@ def test_the_text_tower_is_loaded_alone(copied: Path, monkeypatch: pytest.Monkey
     assert "image" not in model
 
 
-def test_texts_to_show_and_not_to_show(indexed: Path) -> None:
+def test_also_and_without(indexed: Path) -> None:
     with Library(indexed) as library:
         one = library.search("a red circle", everything=True, k=40)
         both = library.search("a red circle", also="a blue star", everything=True, k=40)
         assert {m.path for m in one} == {m.path for m in both}
         relevance = {m.path: m.relevance for m in one}
-        # The mean and the spread are those of a scan, which is exact to 0.002.
+        # Mean and std are from a scan, which is accurate to 0.002.
         assert all(m.relevance <= relevance[m.path] + 0.02 for m in both)
         [name, *_] = next(names for names in NAMES if len(names) == 1)
         best = library.search(f"a {name}", everything=True).paths[0]
@@ -144,7 +145,9 @@ def test_filters(dated: Library, few: Path) -> None:
         ({"without": "x"}, "what to look for"),
     ],
 )
-def test_bad_queries_are_told(indexed: Path, options: dict[str, object], message: str) -> None:
+def test_invalid_queries_are_errors(
+    indexed: Path, options: dict[str, object], message: str
+) -> None:
     with Library(indexed) as library, pytest.raises(DataError, match=message):
         library.search(**options)  # type: ignore[arg-type]
 
@@ -174,7 +177,7 @@ def test_dedupe_and_duplicates(library: Library, few: Path) -> None:
         library.duplicates("close")
 
 
-def test_results_in_other_forms(indexed: Path) -> None:
+def test_result_formats(indexed: Path) -> None:
     pandas = pytest.importorskip("pandas", reason="pip install pandas, for to_pandas")
     with Library(indexed) as library:
         results = library.search("a red circle", everything=True, k=4)

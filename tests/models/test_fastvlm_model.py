@@ -142,7 +142,7 @@ def test_mlx_lm_generates_with_our_model(
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_cache(bits: int, tiny: tuple[FastVLM, Processor]) -> None:
-    """It returns the quantised values, however they were appended, and needs less memory."""
+    """The cache returns the quantised values, however they were appended, and takes less memory."""
     mx.random.seed(0)
     keys, values = mx.random.normal((2, 1, 2, 300, 64))
     cache, floats = QuantizedKVCache(10, bits, 32), KVCache(10)

@@ -1,4 +1,4 @@
-"""In training mode every device computes the plain forms, with finite and exact gradients."""
+"""Training mode uses plain MLX operations on every device, with exact gradients."""
 
 from collections.abc import Callable
 from typing import Any

@@ -256,7 +256,7 @@ def load(module: Any, tensors: Tensors, prefix: str, names: dict[str, str]) -> N
 
 
 def export(module: Any, given: Any, path: Path, *, half: bool, target: Any = None) -> Any:
-    """Trace with the input `given`, convert and save."""
+    """Trace the model on an example input, convert it to Core ML, and save the package."""
     pixels = given.ndim == 4
     if isinstance(module, Features):
         kind = ct.TensorType(name="images", shape=given.shape)

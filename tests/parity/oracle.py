@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 import synthetic
 
-# PyPI has no CPU build of torchvision for Linux. Its Python part imports without the compiled
-# operators if the registration of their fakes is disabled.
+# PyPI's torchvision for Linux is built for CUDA, so its operators do not load with a CPU build of
+# torch. Its Python modules can be imported if `register_fake` does nothing.
 with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
     import torch
     import torchvision  # noqa: F401

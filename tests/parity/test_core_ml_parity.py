@@ -92,7 +92,7 @@ def test_fastvithd_equals_pytorch(tmp_path: Path) -> None:
 def test_mobileclip_towers_equal_pytorch(
     variant: str, stem: str, half: bool, tmp_path: Path
 ) -> None:
-    """In float32 coremltools folds; in float16 PyTorch has the same rounded weights."""
+    """In float32, coremltools folds; in float16, PyTorch gets the same rounded weights."""
     config = VARIANTS[variant]
     towers = core_ml_export.apple_towers(config, values(listing(variant, "apple", fused=True)))
     if half:

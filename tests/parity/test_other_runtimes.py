@@ -89,7 +89,7 @@ def test_transformers_gives_the_same_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("question", ["Describe the image.", "What colour is the background?"])
 def test_transformers_ends_its_answers(question: str, tmp_path: Path) -> None:
-    """With the files of the directory alone, and also without generation_config.json."""
+    """The directory's files suffice, even without generation_config.json."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     convert(tmp_path / "there", "--layout", "transformers")

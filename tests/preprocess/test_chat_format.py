@@ -172,7 +172,7 @@ def test_saved_tokenizer_is_read_by_tokenizers(
 
 
 def test_control_tokens_may_have_any_ids(tmp_path: Path) -> None:
-    """In this vocabulary they come first; saving keeps every id."""
+    """Control tokens come first in this vocabulary; saving keeps every id."""
     from tokenizers import Tokenizer
 
     vocab, merges, added = synthetic.tokenizer_tables()

@@ -50,7 +50,7 @@ def test_usual_numbers_of_marks_are_accepted() -> None:
 @pytest.mark.filterwarnings("ignore:text ")
 @pytest.mark.parametrize("name", SLOW)
 def test_slow_texts_take_less_than_half_a_second(name: str) -> None:
-    """Even at a hundred times the length, most of which is not read."""
+    """This holds even at a hundred times the length, most of which is not read."""
     encode = clip_tokenizer()
     started = time.process_time()
     encode([SLOW[name] * 100])

@@ -177,7 +177,7 @@ def test_flags_are_read_from_older_files(both: bool, tmp_path: Path) -> None:
 
 
 def test_named_tokens_without_flags_are_special(tmp_path: Path) -> None:
-    """As in transformers, but Qwen's control tokens are special even if not named."""
+    """This is as in transformers, but Qwen's control tokens are special even if not named."""
     synthetic.write_tokenizer(tmp_path, split=True)
     _, _, added = synthetic.tokenizer_tables()
     names = ("<loc_1>", "<|vision_start|>", "<named>", "<mapped>", "<extra>", "<image>")

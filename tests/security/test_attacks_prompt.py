@@ -72,7 +72,7 @@ def test_endless_prompt_is_refused_at_once(processor: Processor, text: str) -> N
     "unit", ["x", " ", "\n", "\t ", "'s", "1", "\u0301", "漢", " \r", "aA1!", "\U0001f468\u200d"]
 )
 def test_longest_prompt_is_tokenized_in_time(processor: Processor, unit: str) -> None:
-    """With as much text as the limit on characters allows."""
+    """The prompt has as many characters as the limit allows."""
     text = (unit * 70000)[: 8 * processor.max_length - 200]
     started = time.perf_counter()
     with pytest.raises(PromptError, match=r"has \d+ tokens"):

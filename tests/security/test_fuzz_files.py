@@ -81,7 +81,7 @@ def load_mobileclip(directory: Path) -> None:
 
 
 def read_source(directory: Path) -> None:
-    """Its weights do not fit, so that only its config is tested."""
+    """The source's weights do not match, so that only its config is tested."""
     read_mobileclip(Checkpoint(directory, "fuzzed"))
 
 

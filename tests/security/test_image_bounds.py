@@ -143,7 +143,7 @@ CODINGS = {
 @pytest.mark.parametrize("rows", [8, 100])
 @pytest.mark.parametrize("coding", CODINGS)
 def test_sound_tiffs_are_read(coding: str, rows: int) -> None:
-    """In one strip and in many; a JPEG-coded strip is a JPEG of its own."""
+    """TIFFs have one strip or many; a JPEG-coded strip is a JPEG file itself."""
     image = Image.effect_noise((90, 100), 50).convert(CODINGS[coding])
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[278] = rows

@@ -16,7 +16,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="session")
 def server(models: Models) -> Iterator[LiveServer]:
-    """One server for all tests that leave it as it is."""
+    """One server, shared by tests that do not change it."""
     live = LiveServer(models)
     yield live
     live.close()
@@ -24,7 +24,7 @@ def server(models: Models) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def start(models: Models) -> Iterator[Starter]:
-    """Starts servers with other settings or another batch."""
+    """Start servers with other settings or another batch."""
     running: list[LiveServer] = []
 
     def start_server(*args: object, **options: object) -> LiveServer:
@@ -38,5 +38,5 @@ def start(models: Models) -> Iterator[Starter]:
 
 @pytest.fixture(scope="session")
 def scene() -> str:
-    """A data URI."""
+    """The scene as a data URI."""
     return "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""Host, Origin, key, and limits on size and number."""
+"""Host, Origin, API key, and limits on sizes and counts."""
 
 import http.client
 import json
@@ -21,7 +21,7 @@ HOSTS = {
     "LOCALHOST:8080": 200,
     "127.0.0.1:1": 200,
     "[::1]:8080": 200,
-    "192.168.0.7": 200,  # an address cannot be rebound to another one
+    "192.168.0.7": 200,  # addresses cannot be rebound
     "mac.example:8080": 200,
     "evil.example": 403,
     "localhost.evil.example": 403,
@@ -33,14 +33,14 @@ HOSTS = {
 }
 
 
-def test_host(start: Starter) -> None:
+def test_allowed_hosts(start: Starter) -> None:
     server = start(Settings(hosts=frozenset({"mac.example"})), SlowBatch)
     replies = {host: server.get("/v1/models", Host=host) for host in HOSTS}
     assert {host: reply.status for host, reply in replies.items()} == HOSTS
     assert all(reply.error for reply in replies.values() if reply.status != 200)
 
 
-def test_origin(server: LiveServer) -> None:
+def test_other_origins_are_refused(server: LiveServer) -> None:
     host = f"localhost:{server.port}"
     assert server.get("/v1/models", Host=host, Origin=f"http://{host}").status == 200
     for origin in ("http://evil.example", "null", "http://localhost:1", f"file://{host}"):
@@ -48,7 +48,7 @@ def test_origin(server: LiveServer) -> None:
         assert reply.status == 403 and reply.error["type"] == "permission_error"
 
 
-def test_key(start: Starter) -> None:
+def test_api_key(start: Starter) -> None:
     server = start(Settings(api_key=KEY), SlowBatch)
     for path in ("/v1/models", "/metrics", "/nothing"):
         for value in (None, "", KEY, f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer k\xe9y"):
@@ -61,12 +61,12 @@ def test_key(start: Starter) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "with space", "schlüssel", "tab\t"])
-def test_keys_that_a_header_cannot_have(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_api_keys(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "demo", "--port", "0", "--api-key", key]) == 1
     assert "API key must be" in capsys.readouterr().err
 
 
-def test_key_is_required_for_other_addresses(
+def test_api_key_is_required_beyond_loopback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
@@ -74,7 +74,7 @@ def test_key_is_required_for_other_addresses(
     assert "others can reach 0.0.0.0, so a key is required" in capsys.readouterr().err
 
 
-def test_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["--model", "demo", "--port", str(port)]) == 1
@@ -82,13 +82,13 @@ def test_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.startswith(f"error: cannot listen on port {port} of 127.0.0.1 (Address already")
 
 
-def test_size_of_a_body(start: Starter) -> None:
+def test_body_size_limit(start: Starter) -> None:
     server = start(Settings(max_body_bytes=100_000), SlowBatch)
     too_large = json.dumps({"model": "x" * 200_000}).encode()
-    reply = server.post("/v1/chat/completions", too_large)  # by its stated size
+    reply = server.post("/v1/chat/completions", too_large)  # by its Content-Length
     assert reply.status == 413 and reply.headers["connection"] == "close" and reply.error
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-    connection.request(  # in chunks, without one
+    connection.request(  # chunked, without Content-Length
         "POST",
         "/v1/chat/completions",
         iter([b"x" * 50_000] * 10),
@@ -101,27 +101,27 @@ def test_size_of_a_body(start: Starter) -> None:
     assert server.chat("Hi", max_tokens=1).status == 200
 
 
-def test_bodies_that_are_read_at_the_same_time_share_a_limit(start: Starter) -> None:
+def test_bodies_read_at_the_same_time_share_a_limit(start: Starter) -> None:
     server = start(Settings(max_body_bytes=100_000), SlowBatch)
     head = (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         b"Content-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
     )
-    begun = [server.connect() for _ in range(4)]
-    for connection in begun:
+    partial = [server.connect() for _ in range(4)]
+    for connection in partial:
         connection.sendall(head + b"x" * 89_000)
     for _ in range(50):
         reply = server.post("/v1/chat/completions", json.dumps({"model": "x" * 80_000}).encode())
         if reply.status == 429:
             break
     assert reply.status == 429 and reply.headers["retry-after"] == "1"
-    for connection in begun:
+    for connection in partial:
         connection.close()
     server.wait_for("answers_running", 0)
     assert server.post("/v1/chat/completions", {"model": "x" * 80_000}).status == 400
 
 
-def test_number_of_images(start: Starter, scene: str) -> None:
+def test_image_count_limit(start: Starter, scene: str) -> None:
     server = start(Settings(max_images=2))
     parts = [{"type": "image_url", "image_url": {"url": scene}}] * 3
     assert server.chat(parts[:2], max_tokens=1).status == 200
@@ -150,7 +150,7 @@ def test_full_queue(start: Starter) -> None:
     assert server.chat(max_tokens=1).status == 200
 
 
-def test_requests_while_the_models_load(start: Starter) -> None:
+def test_requests_while_models_load(start: Starter) -> None:
     server = start(Settings(), SlowBatch)
     server.app._engine = None  # as before `begin`
     assert server.get("/health").status == 503
@@ -160,7 +160,7 @@ def test_requests_while_the_models_load(start: Starter) -> None:
     assert "still loading" in reply.error["message"]
 
 
-def test_model_that_cannot_be_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "./nothing", "--port", "0", "--quiet"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ./nothing: no such directory")

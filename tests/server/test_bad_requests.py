@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request is a 4xx in OpenAI's shape that names it."""
+"""Invalid requests get a 4xx error in OpenAI's format that names the field."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ def image(url: Any) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
 
 
-FIELDS: list[tuple[dict[str, Any], str]] = [  # fields besides model and messages; what is named
+FIELDS: list[tuple[dict[str, Any], str]] = [  # fields to set, and the field that the error names
     ({"n": 2}, "n"),
     ({"n": True}, "n"),
     ({"tools": [{"type": "function"}]}, "tools"),
@@ -88,14 +88,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [  # fields besides model and message
 
 
 @pytest.mark.parametrize(("fields", "named"), FIELDS, ids=lambda v: str(v)[:60])
-def test_fields_are_refused_by_name(server: LiveServer, fields: dict[str, Any], named: str) -> None:
+def test_invalid_fields_are_named(server: LiveServer, fields: dict[str, Any], named: str) -> None:
     reply = server.post(CHAT, {"model": "demo", "messages": [USER]} | fields)
     assert reply.status == 400, reply.data
     assert reply.error["param"] == named and named in reply.error["message"]
     assert "\n" not in reply.error["message"] and len(reply.error["message"]) < 400
 
 
-MODELS: list[tuple[dict[str, Any], str]] = [  # what the model itself refuses
+MODEL_ERRORS: list[tuple[dict[str, Any], str]] = [  # raised by the model's own checks
     ({"messages": [{"role": "assistant", "content": "Hi"}]}, "last message must be the user's"),
     ({"messages": [USER, {"role": "system", "content": ""}, USER]}, "can only come first"),
     ({"messages": [{"role": "user", "content": "word " * 60_000}]}, "Shorten it"),
@@ -111,8 +111,8 @@ MODELS: list[tuple[dict[str, Any], str]] = [  # what the model itself refuses
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), MODELS)
-def test_what_the_model_refuses(server: LiveServer, fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("fields", "message"), MODEL_ERRORS)
+def test_errors_of_the_model(server: LiveServer, fields: dict[str, Any], message: str) -> None:
     body = {"model": "demo", "messages": [USER]} | fields
     for stream in (False, True):
         reply = server.post(CHAT, body | {"stream": stream})
@@ -128,13 +128,13 @@ def test_damaged_image_is_named(server: LiveServer, scene: str) -> None:
 
 
 BODIES = {
-    "nothing": b"",
+    "empty": b"",
     "not JSON": b"{",
     "a list": b"[]",
     "null": b"null",
     "NaN": b'{"model": "demo", "temperature": NaN}',
     "infinity": b'{"model": "demo", "temperature": -Infinity}',
-    "deep": b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep lists": b'{"model": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
     "many values": b'{"model": [' + b"[]," * 400_000 + b"[]]}",
     "huge integer": b'{"model": "demo", "max_tokens": ' + b"9" * 5000 + b"}",
@@ -144,21 +144,21 @@ BODIES = {
     "not UTF-8": b'{"model": "\xff"}',
     "UTF-16": '{"model": "demo"}'.encode("utf-16"),
     "byte order mark": b'\xef\xbb\xbf{"model": "demo"}',
-    "key twice": b'{"model": "demo", "model": "demo"}',
+    "duplicate key": b'{"model": "demo", "model": "demo"}',
     "NUL": b'{"model": "demo"}\0',
 }
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/v1/classify"])
-def test_bodies_that_are_no_request(server: LiveServer, path: str, body: bytes) -> None:
+def test_invalid_bodies(server: LiveServer, path: str, body: bytes) -> None:
     reply = server.post(path, body)
     assert reply.status == 400 and reply.error["type"] == "invalid_request_error", reply.data
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
 def test_other_content_types_are_refused(server: LiveServer, kind: str) -> None:
-    """A browser would send them for any web page, without asking the server first."""
+    """Browsers send them cross-origin without a preflight request."""
     reply = server.request("POST", CHAT, b"{}", {"Content-Type": kind})
     assert reply.status == 415 and reply.error
 

@@ -1,4 +1,4 @@
-"""Chat completions of the demo model, over a socket."""
+"""Chat completions of the demo model, over HTTP."""
 
 import base64
 import io
@@ -31,9 +31,7 @@ def answer(server: LiveServer, content: Any, **fields: Any) -> str:
     return str(reply.json["choices"][0]["message"]["content"])
 
 
-def test_answers_and_counts_are_those_of_generate(
-    server: LiveServer, models: Models, scene: str
-) -> None:
+def test_answers_and_usage_match_generate(server: LiveServer, models: Models, scene: str) -> None:
     reply = server.chat([part(scene), text(CIRCLES)])
     expected = generate(models.model, models.processor, CIRCLES, str(SCENE))
     [choice] = reply.json["choices"]
@@ -47,7 +45,7 @@ def test_answers_and_counts_are_those_of_generate(
     assert usage["prompt_tokens_details"]["image_tokens"] == expected.stats.image_tokens
 
 
-def test_stream_has_the_same_text_in_pieces(server: LiveServer, scene: str) -> None:
+def test_stream_has_the_same_text(server: LiveServer, scene: str) -> None:
     content = [part(scene), text(CIRCLES)]
     whole = answer(server, content)
     reply = server.chat(content, stream=True, stream_options={"include_usage": True})
@@ -63,13 +61,13 @@ def test_stream_has_the_same_text_in_pieces(server: LiveServer, scene: str) -> N
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] > 3
 
 
-def test_stream_without_usage_does_not_mention_it(server: LiveServer) -> None:
+def test_stream_without_usage(server: LiveServer) -> None:
     events = server.chat("Hi", stream=True, max_tokens=1).events
     assert all("usage" not in event for event in events)
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_images_may_be_anywhere_in_the_messages(server: LiveServer, models: Models) -> None:
+def test_images_anywhere_in_the_messages(server: LiveServer, models: Models) -> None:
     colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     uris, images = {}, {}
     for name, colour in colours.items():
@@ -103,7 +101,7 @@ def test_images_may_be_anywhere_in_the_messages(server: LiveServer, models: Mode
     assert expected.stats.image_tokens == 2 * (models.processor.image_size // 64) ** 2
 
 
-def test_first_system_and_developer_messages_are_joined(server: LiveServer) -> None:
+def test_leading_system_and_developer_messages_are_merged(server: LiveServer) -> None:
     def prompt_tokens(*messages: tuple[str, str]) -> int:
         listed = [{"role": role, "content": content} for role, content in messages]
         reply = server.post(
@@ -117,7 +115,7 @@ def test_first_system_and_developer_messages_are_joined(server: LiveServer) -> N
     )
 
 
-def test_stop_texts_and_limits_end_an_answer(server: LiveServer, scene: str) -> None:
+def test_stop_texts_and_max_tokens_end_an_answer(server: LiveServer, scene: str) -> None:
     content = [part(scene), text(CIRCLES)]
     assert answer(server, content) == "There are 2 circles."
     assert answer(server, content, stop=" circles") == "There are 2"
@@ -128,7 +126,7 @@ def test_stop_texts_and_limits_end_an_answer(server: LiveServer, scene: str) -> 
         assert reply.json["usage"]["completion_tokens"] == 2
 
 
-def test_seed_repeats_a_sampled_answer(server: LiveServer) -> None:
+def test_seed_makes_sampling_repeatable(server: LiveServer) -> None:
     def sample(seed: int) -> str:
         return answer(server, "Hi", temperature=5, seed=seed, max_tokens=20)
 
@@ -144,7 +142,7 @@ def test_log_probabilities(server: LiveServer, scene: str) -> None:
     for token in tokens:
         assert bytes(token["bytes"]).decode() == token["token"]
         best, second = token["top_logprobs"]
-        assert best["token"] == token["token"]  # the answer is greedy
+        assert best["token"] == token["token"]  # greedy decoding
         assert math.isclose(best["logprob"], token["logprob"], abs_tol=1e-5)
         assert second["logprob"] <= best["logprob"] <= 0
     events = server.chat(content, logprobs=True, top_logprobs=2, stream=True).events
@@ -170,7 +168,7 @@ SCHEMA = {
 }
 
 
-def test_answers_in_a_schema(server: LiveServer, scene: str) -> None:
+def test_schema_constrains_answers(server: LiveServer, scene: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
     value = json.loads(answer(server, [part(scene), text(CIRCLES)], response_format=form))
     assert value.keys() == {"count", "shape"} and isinstance(value["count"], int)
@@ -181,7 +179,7 @@ def test_answers_in_a_schema(server: LiveServer, scene: str) -> None:
     assert choice["message"]["content"].startswith("{")
 
 
-def test_answers_at_the_same_time_are_not_mixed_up(server: LiveServer, scene: str) -> None:
+def test_concurrent_answers_are_not_mixed_up(server: LiveServer, scene: str) -> None:
     questions: list[Any] = [
         [part(scene), text(CIRCLES)],
         "Hello",

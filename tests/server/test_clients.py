@@ -1,4 +1,4 @@
-"""Real clients that others wrote."""
+"""Third-party clients."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from mlx_fastvlm.server.settings import Settings
 
-openai = pytest.importorskip("openai", reason="pip install openai, a client")
+openai = pytest.importorskip("openai", reason="needs pip install openai")
 
 
 class Shapes(BaseModel):
@@ -47,7 +47,7 @@ def test_openai_chat(client: Any, messages: list[Any]) -> None:
     )
     [choice] = answer.choices
     assert "circles" in choice.message.content and choice.finish_reason == "stop"
-    assert len(choice.logprobs.content) == answer.usage.completion_tokens - 1  # without the end
+    assert len(choice.logprobs.content) == answer.usage.completion_tokens - 1  # not the end
     assert answer.usage.total_tokens > answer.usage.prompt_tokens > 0
 
 
@@ -92,7 +92,7 @@ def test_openai_errors(client: Any, messages: list[Any]) -> None:
     assert client.models.list().data[0].id == client.models.retrieve("demo").id == "demo"
 
 
-def test_openai_key_and_error_amid_a_stream(start: Any) -> None:
+def test_openai_key_and_error_during_a_stream(start: Any) -> None:
     server = start(Settings(api_key="right", drain_s=0), SlowBatch)
     url = f"http://127.0.0.1:{server.port}/v1"
     with (
@@ -112,7 +112,7 @@ def test_openai_key_and_error_amid_a_stream(start: Any) -> None:
 
 @pytest.mark.clients
 def test_litellm(server: LiveServer, messages: list[Any]) -> None:
-    """pip install litellm; in a process of its own, as its import takes seconds and warns."""
+    """Runs in a subprocess, as importing litellm takes seconds and warns."""
     code = f"""
 import json, sys
 import litellm

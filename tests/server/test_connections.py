@@ -1,4 +1,4 @@
-"""Clients that are slow, go away, or do not speak HTTP; the end of the server."""
+"""Clients that are slow, disconnect or send malformed HTTP; graceful shutdown."""
 
 import http.client
 import json
@@ -43,7 +43,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_goes_away_frees_its_place(start: Starter, stream: bool) -> None:
+def test_disconnected_client_frees_its_slot(start: Starter, stream: bool) -> None:
     batch = SlowBatch(size=1)
     server = start(Settings(max_batch=1, max_queue=4), lambda: batch)
     running, queued = server.connect(), server.connect()
@@ -62,8 +62,8 @@ def test_client_that_goes_away_frees_its_place(start: Starter, stream: bool) -> 
     assert server.metric('answers_total{finish_reason="cancelled"}') == 2
 
 
-def test_place_is_free_within_a_step(start: Starter) -> None:
-    """The step after the server noticed serves the next request."""
+def test_slot_is_free_at_the_next_step(start: Starter) -> None:
+    """The step after the disconnect was noticed serves the next request."""
     batch = SlowBatch(size=1, step_s=0.3)
     server = start(Settings(max_batch=1, max_queue=4), lambda: batch)
     connection = server.connect()
@@ -75,7 +75,7 @@ def test_place_is_free_within_a_step(start: Starter) -> None:
     assert batch.steps[-1] == [2] and len(batch.steps) - done <= 2
 
 
-def test_clients_that_go_away_amid_the_body_or_the_images(start: Starter, scene: str) -> None:
+def test_disconnect_during_the_body_or_image_decoding(start: Starter, scene: str) -> None:
     server = start()
     image = {"type": "image_url", "image_url": {"url": scene}}
     whole = chat_request(messages=[{"role": "user", "content": [image]}], max_tokens=1)
@@ -88,7 +88,7 @@ def test_clients_that_go_away_amid_the_body_or_the_images(start: Starter, scene:
     server.wait_until_idle()
 
 
-def test_slow_heads_and_bodies_end(start: Starter) -> None:
+def test_slow_heads_and_bodies_time_out(start: Starter) -> None:
     server = start(Settings(header_s=0.3, body_s=0.3), SlowBatch)
     silent, head, body = server.connect(), server.connect(), server.connect()
     head.sendall(b"GET /health HTTP/1.1\r\nHost:")
@@ -115,7 +115,7 @@ def test_slow_heads_and_bodies_end(start: Starter) -> None:
     assert read_all(used).startswith(b"HTTP/1.1 200 ")
 
 
-def test_client_that_reads_nothing_is_given_up(start: Starter) -> None:
+def test_client_that_does_not_read_is_disconnected(start: Starter) -> None:
     batch = SlowBatch(step_s=0.0, text="x" * 20_000)
     server = start(Settings(write_s=0.3, max_tokens=1 << 20), lambda: batch)
     connection = server.connect(receive_buffer=4096)
@@ -125,7 +125,7 @@ def test_client_that_reads_nothing_is_given_up(start: Starter) -> None:
     assert batch.removed == [1]
 
 
-def test_number_of_connections(start: Starter) -> None:
+def test_connection_limit(start: Starter) -> None:
     server = start(Settings(max_connections=3), SlowBatch)
     connections = [server.connect() for _ in range(3)]
     assert read_all(server.connect()) == b""
@@ -146,7 +146,7 @@ def test_number_of_connections(start: Starter) -> None:
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
     ],
 )
-def test_what_is_not_http(server: LiveServer, data: bytes) -> None:
+def test_malformed_http(server: LiveServer, data: bytes) -> None:
     connection = server.connect()
     connection.sendall(data)
     head, _, body = read_all(connection).partition(b"\r\n\r\n")
@@ -154,7 +154,7 @@ def test_what_is_not_http(server: LiveServer, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("start_of_head", [b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: "])
-def test_endless_heads_are_cut_off(server: LiveServer, start_of_head: bytes) -> None:
+def test_endless_heads_are_refused(server: LiveServer, start_of_head: bytes) -> None:
     connection = server.connect()
     connection.sendall(start_of_head)
     with pytest.raises(OSError, match=r"reset|pipe"):
@@ -163,7 +163,7 @@ def test_endless_heads_are_cut_off(server: LiveServer, start_of_head: bytes) -> 
     assert server.get("/health").status == 200
 
 
-def test_chunks_that_are_none(server: LiveServer) -> None:
+def test_malformed_chunked_body(server: LiveServer) -> None:
     connection = server.connect()
     connection.sendall(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
@@ -173,7 +173,7 @@ def test_chunks_that_are_none(server: LiveServer) -> None:
     assert server.chat(max_tokens=1).status == 200
 
 
-def test_failure_of_the_engine_ends_only_its_answers(
+def test_failing_step_ends_only_running_answers(
     start: Starter, capfd: pytest.CaptureFixture[str]
 ) -> None:
     batches = iter([BrokenBatch(), SlowBatch()])
@@ -184,21 +184,21 @@ def test_failure_of_the_engine_ends_only_its_answers(
     assert server.chat(max_tokens=1).status == 200
 
 
-def test_running_answers_end_before_the_server_does(start: Starter) -> None:
+def test_running_answers_finish_before_shutdown(start: Starter) -> None:
     batch = SlowBatch()
     server = start(Settings(drain_s=20), lambda: batch)
-    kept, running = server.connect(), server.connect()
+    idle, running = server.connect(), server.connect()
     running.sendall(chat_request(stream=True, max_tokens=30))
     running.recv(10)
     server.signal()
-    kept.sendall(chat_request())
-    assert kept.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+    idle.sendall(chat_request())
+    assert idle.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
     assert server.get("/health").status == 503
     assert b"[DONE]" in read_all(running)
     server.close()
 
 
-def test_answers_that_take_too_long_are_cut_off(start: Starter) -> None:
+def test_answers_end_with_an_error_after_the_drain_timeout(start: Starter) -> None:
     server = start(Settings(drain_s=0.2), SlowBatch)
     running = server.connect()
     running.sendall(chat_request(stream=True, max_tokens=2000))
@@ -220,7 +220,7 @@ def post(port: int, path: str, body: object) -> int:
     return status
 
 
-def test_command_ends_at_a_signal() -> None:
+def test_signals_end_the_command() -> None:
     command = [sys.executable, "-m", "mlx_fastvlm.server", "--model", "demo", "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -237,5 +237,5 @@ def test_command_ends_at_a_signal() -> None:
     for process, (number, (status, message)) in zip(processes, ends.items(), strict=True):
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
-        # Nothing of what was asked is printed.
+        # Client input is never printed.
         assert (process.returncode, out, err.strip()) == (status, "", message)

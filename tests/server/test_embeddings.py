@@ -1,4 +1,4 @@
-"""Embeddings and labels of MobileCLIP, in the shapes of several servers."""
+"""Embeddings and classification with MobileCLIP, in the formats of several servers."""
 
 import base64
 from collections.abc import Callable
@@ -23,35 +23,35 @@ def embed(server: LiveServer, value: Any, **fields: Any) -> np.ndarray[Any, Any]
     return np.array([entry["embedding"] for entry in reply.json["data"]], np.float32)
 
 
-def of_texts(models: Models, *, normalize: bool = True) -> np.ndarray[Any, Any]:
+def expected_texts(models: Models, *, normalize: bool = True) -> np.ndarray[Any, Any]:
     assert models.clip is not None
     model, processor = models.clip
     return np.array(model.encode_text(processor.texts(TEXTS), normalize=normalize))
 
 
-def of_scene(models: Models) -> np.ndarray[Any, Any]:
+def expected_scene(models: Models) -> np.ndarray[Any, Any]:
     assert models.clip is not None
     model, processor = models.clip
     return np.array(model.encode_image(processor.images([str(SCENE)]), normalize=True))
 
 
-def test_texts(server: LiveServer, models: Models) -> None:
-    expected = of_texts(models)
+def test_text_embeddings(server: LiveServer, models: Models) -> None:
+    expected = expected_texts(models)
     np.testing.assert_allclose(embed(server, TEXTS), expected, atol=1e-6)
     np.testing.assert_allclose(embed(server, TEXTS[0]), expected[:1], atol=1e-6)
     lengths = np.linalg.norm(embed(server, TEXTS), axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-6)
 
 
-def test_base64_has_the_same_numbers(server: LiveServer) -> None:
+def test_base64_has_the_same_values(server: LiveServer) -> None:
     body = {"model": "demo", "input": TEXTS, "encoding_format": "base64"}
     data = server.post(EMBEDDINGS, body).json["data"]
     rows = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in data]
     np.testing.assert_array_equal(np.stack(rows), embed(server, TEXTS))
 
 
-def test_shapes_of_images(server: LiveServer, models: Models, scene: str) -> None:
-    expected = of_scene(models)
+def test_image_formats(server: LiveServer, models: Models, scene: str) -> None:
+    expected = expected_scene(models)
     plain = scene.partition(",")[2]
     shapes: list[tuple[Any, dict[str, Any]]] = [
         (scene, {"modality": "image"}),  # infinity
@@ -69,7 +69,8 @@ def test_shapes_of_images(server: LiveServer, models: Models, scene: str) -> Non
 
 def test_texts_and_images_keep_their_order(server: LiveServer, models: Models, scene: str) -> None:
     rows = embed(server, [{"text": TEXTS[0]}, {"image": scene}, TEXTS[1]])
-    expected = np.concatenate([of_texts(models)[:1], of_scene(models), of_texts(models)[1:]])
+    text_rows = expected_texts(models)
+    expected = np.concatenate([text_rows[:1], expected_scene(models), text_rows[1:]])
     np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
@@ -79,12 +80,12 @@ def test_many_texts_are_embedded_in_batches(server: LiveServer) -> None:
     assert len(rows) == 70
 
 
-def test_without_normalisation(server: LiveServer, models: Models) -> None:
+def test_unnormalised_embeddings(server: LiveServer, models: Models) -> None:
     rows = embed(server, TEXTS, normalized=False)
-    np.testing.assert_allclose(rows, of_texts(models, normalize=False), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows, expected_texts(models, normalize=False), rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_are_counted(server: LiveServer, models: Models) -> None:
+def test_token_usage(server: LiveServer, models: Models) -> None:
     assert models.clip is not None
     tokenizer = models.clip[1].tokenizer
     count = sum(len(tokenizer.encode(text)) + 2 for text in TEXTS)  # with start and end
@@ -92,7 +93,7 @@ def test_tokens_are_counted(server: LiveServer, models: Models) -> None:
     assert usage == {"prompt_tokens": count, "total_tokens": count}
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
+INVALID: list[tuple[dict[str, Any], str]] = [
     ({"input": None}, "input"),
     ({"input": []}, "input"),
     ({"input": ["a"] * 257}, "input"),
@@ -118,8 +119,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "named"), BAD, ids=lambda v: str(v)[:60])
-def test_what_cannot_be_embedded(server: LiveServer, fields: dict[str, Any], named: str) -> None:
+@pytest.mark.parametrize(("fields", "named"), INVALID, ids=lambda v: str(v)[:60])
+def test_invalid_embedding_requests(server: LiveServer, fields: dict[str, Any], named: str) -> None:
     reply = server.post(EMBEDDINGS, {"model": "demo", **fields})
     assert reply.status == 400 and reply.error["param"] == named, reply.data
 
@@ -127,7 +128,7 @@ def test_what_cannot_be_embedded(server: LiveServer, fields: dict[str, Any], nam
 LABELS = ["blue heart", "red heart", "green star"]
 
 
-def test_labels(server: LiveServer, models: Models, scene: str) -> None:
+def test_classification(server: LiveServer, models: Models, scene: str) -> None:
     assert models.clip is not None
     [expected] = classify(*models.clip, [str(SCENE)], LABELS, cache=False)
     body = {"model": "demo", "input": [scene, {"image": scene}], "labels": LABELS}
@@ -164,7 +165,7 @@ def test_many_labels_are_embedded_in_batches(server: LiveServer, scene: str) -> 
         ({"labels": ["a"], "input": "a text"}, "input"),
     ],
 )
-def test_what_cannot_be_classified(
+def test_invalid_classification_requests(
     server: LiveServer, scene: str, fields: dict[str, Any], named: str | None
 ) -> None:
     reply = server.post(CLASSIFY, {"model": "demo", "input": scene, **fields})
@@ -174,7 +175,7 @@ def test_what_cannot_be_classified(
 def test_embeddings_do_not_wait_for_running_answers(
     start: Callable[..., LiveServer], models: Models
 ) -> None:
-    """They are computed between two steps, in the same thread."""
+    """Embeddings are computed between two decoding steps, in the same thread."""
     batch = SlowBatch(step_s=0.05)
     server = start(None, lambda: batch)
     connection = server.connect()
@@ -184,7 +185,7 @@ def test_embeddings_do_not_wait_for_running_answers(
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     )
     server.wait_for("answers_running", 1)
-    np.testing.assert_allclose(embed(server, TEXTS), of_texts(models), atol=1e-6)
+    np.testing.assert_allclose(embed(server, TEXTS), expected_texts(models), atol=1e-6)
     assert len(batch) == 1 and mx.array(1).item() == 1
 
 

@@ -1,4 +1,4 @@
-"""The engine's thread by itself."""
+"""The engine without an HTTP server."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ def run(
     asyncio.run(asyncio.wait_for(body(), 20))
 
 
-def test_functions_run_in_its_thread_between_steps() -> None:
+def test_functions_run_in_the_engine_thread_between_steps() -> None:
     batch = SlowBatch()
 
     async def test(engine: Engine) -> None:
@@ -65,17 +65,17 @@ def test_function_of_a_cancelled_caller_is_skipped() -> None:
     run(lambda: SlowBatch(step_s=0.1), test)
 
 
-class Refusing(SlowBatch):
+class RefusingBatch(SlowBatch):
     def add(self, request: Request) -> int:
         raise PromptError("too long")
 
 
-def test_what_is_wrong_with_a_request() -> None:
+def test_invalid_request() -> None:
     async def test(engine: Engine) -> None:
         with pytest.raises(PromptError, match="too long"):
             await engine.answer(Request("Hi")).next()
 
-    run(Refusing, test)
+    run(RefusingBatch, test)
 
 
 def test_error_while_loading() -> None:
@@ -89,23 +89,23 @@ def test_error_while_loading() -> None:
     run(load, test)
 
 
-class Interrupted(SlowBatch):
+class ExitingBatch(SlowBatch):
     def step(self) -> list[tuple[int, Chunk]]:
         raise SystemExit
 
 
-def test_end_of_the_thread_is_noticed() -> None:
+def test_unexpected_end_of_the_thread() -> None:
     async def test(engine: Engine) -> None:
         answer = engine.answer(Request("Hi"))
         with pytest.raises(ApiError, match="shutting down"):
             await answer.next()
         with pytest.raises(SystemExit):
-            await engine.ended  # settled after the answers have failed
+            await engine.ended  # resolved after the answers have failed
 
-    run(Interrupted, test)
+    run(ExitingBatch, test)
 
 
-def test_end_fails_what_is_not_done() -> None:
+def test_stop_fails_unfinished_answers() -> None:
     async def test(engine: Engine) -> None:
         answer = engine.answer(Request("Hi", max_tokens=1000))
         await answer.next()

@@ -1,4 +1,4 @@
-"""The page of --ui: its headers, and what it does in a browser."""
+"""The web page of --ui: its headers, and its behaviour in a browser."""
 
 import base64
 import os
@@ -29,7 +29,7 @@ PASTE = DROP.replace(
 )
 
 
-def test_page_loads_nothing_from_elsewhere(start: Starter) -> None:
+def test_page_loads_no_external_resources(start: Starter) -> None:
     server = start(Settings(page=True))
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/")):
         reply = server.get(path)
@@ -52,7 +52,7 @@ def browser(start: Starter, tmp_path: Path) -> Iterator[Browser]:
 
 @needs_browser
 def test_page_in_a_browser(browser: Browser) -> None:
-    """Key, image by drop and paste, streamed answer, camera; in one go, since starting is slow."""
+    """API key, dropped and pasted image, streamed answer, camera; one test, as startup is slow."""
 
     def text(name: str) -> str:
         return str(browser.evaluate(f"document.getElementById('{name}').innerText"))

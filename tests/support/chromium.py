@@ -1,4 +1,4 @@
-"""Headless Chromium, steered by the DevTools protocol over pipes."""
+"""Headless Chromium, controlled by the DevTools protocol over pipes."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ OPTIONS = (
     *("--remote-debugging-pipe", "--window-size=900,1000"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 )
-# The protocol is on descriptors 3 and 4.
+# The protocol uses file descriptors 3 and 4.
 START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
     "os.execv(sys.argv[3], sys.argv[3:])"
@@ -76,7 +76,7 @@ class Browser:
         return json.loads(message)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of an expression in the page; promises are awaited."""
+        """Evaluate an expression in the page; promises are awaited."""
         result = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_mobileclip.gpu import depthwise
 
-# What a GPU's compiler provides, and one function for each set of template arguments.
+# Definitions that GPU compilers provide, and one function per set of template arguments.
 PROGRAM = """
 #include <cmath>
 #define FUNCTION inline
@@ -37,7 +37,7 @@ void kernel(const T* x, const int* x_shape, const T* w, const float* biases, T* 
 }
 """
 TYPES = {mx.float32: "float", mx.float16: "_Float16"}
-# Of all convolutions of an image tower: size, stride, outputs per channel, number of biases.
+# Every convolution of an image tower: size, stride, outputs per channel, number of biases.
 FORMS = ((3, 1, 1, 2), (7, 1, 1, 1), (3, 2, 1, 1), (7, 2, 2, 1), (3, 1, 2, 1))
 
 
@@ -46,7 +46,7 @@ def _name(dtype: mx.Dtype, *form: int) -> str:
 
 
 class CppKernel:
-    """A stand-in for what `mx.fast.metal_kernel` returns."""
+    """Replaces the callable that `mx.fast.metal_kernel` returns."""
 
     def __init__(self, folder: Path, forms: Sequence[tuple[int, ...]] = FORMS):
         """Compile the source for all forms; skips the test where there is no compiler."""
@@ -75,13 +75,13 @@ class CppKernel:
         output_dtypes: list[mx.Dtype],
         **_: Any,
     ) -> list[mx.array]:
-        """Run the kernel; outputs that it does not write are not a number."""
+        """Run the kernel; outputs that it does not write are NaN."""
         dtype, *form = (value for _, value in template)
         x, w, biases = (np.ascontiguousarray(np.array(array)) for array in inputs)
         assert x.dtype == w.dtype and biases.dtype == np.float32
         out = np.full(output_shapes[0], np.nan, x.dtype)
         shape = np.array(x.shape, np.int32)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, shape, w, biases, out)]
-        threads = -(-grid[0] // depthwise.THREADS) * depthwise.THREADS  # as CUDA rounds them up
+        threads = -(-grid[0] // depthwise.THREADS) * depthwise.THREADS  # whole blocks, as in CUDA
         getattr(self._library, _name(dtype, *form))(*pointers, ctypes.c_uint(threads))
         return [mx.array(out)]

@@ -1,4 +1,4 @@
-"""A server on a real socket, in a thread of the tests, and a plain client for it."""
+"""A server on a real socket in a thread, and a simple client for it."""
 
 import asyncio
 import http.client
@@ -41,14 +41,14 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """The events of a stream, without the [DONE] at its end."""
+        """The events of a stream, without the final [DONE]."""
         events = self.data.decode().split("\n\n")
         assert events[-2:] == ["data: [DONE]", ""]
         return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
 class LiveServer:
-    """Serves until `close`; with a `new_batch` without the model."""
+    """Serves until `close`; `new_batch` replaces the model."""
 
     def __init__(
         self,
@@ -81,18 +81,18 @@ class LiveServer:
         assert engine.join(5)
 
     def wait_until_idle(self, seconds: float = 5) -> None:
-        """Wait until no request is in progress; a client has its response a bit earlier."""
+        """Wait until no request is in progress; clients get their responses slightly earlier."""
         end = time.monotonic() + seconds
         while self.app.active:
             assert time.monotonic() < end
             time.sleep(0.01)
 
     def signal(self) -> None:
-        """What SIGTERM does."""
+        """Act as on SIGTERM."""
         self._server.handle_exit(15, None)
 
     def connect(self, receive_buffer: int | None = None) -> socket.socket:
-        """A connection, which the end of the server closes if the test does not."""
+        """Open a connection; `close` closes it if the test does not."""
         connection = socket.socket()
         self._connections.append(connection)
         connection.settimeout(10)
@@ -151,13 +151,13 @@ class LiveServer:
 
 
 class SlowBatch:
-    """Answers every request with the same text again and again, a token a step, without a model."""
+    """Answers every request with a repeated text, one token per step, without a model."""
 
     def __init__(self, size: int = 8, step_s: float = 0.02, text: str = "x"):
         self.size, self.step_s, self.text = size, step_s, text
         self.requests: dict[int, Request] = {}
         self.removed: list[int] = []
-        self.steps: list[Sequence[int]] = []  # the requests that each step has served
+        self.steps: list[Sequence[int]] = []  # request ids served by each step
         self._counts: dict[int, int] = {}
         self._last = 0
 
@@ -190,7 +190,7 @@ class SlowBatch:
 
 
 class BrokenBatch(SlowBatch):
-    """Fails at each step."""
+    """Raises an error at each step."""
 
     def step(self) -> list[tuple[int, Chunk]]:
         self._counts.clear()

@@ -190,7 +190,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_bfloat16_embeddings_are_read(tmp_path: Path) -> None:
-    """As in the data sets whose name ends in -bf16: a compressed PyTorch file."""
+    """Data sets with a name in -bf16 store a compressed PyTorch file."""
     rng = np.random.default_rng(0)
     arrays = {"image_emb": rng.random((3, WIDTH)), "text_emb": rng.random((3, WIDTH))}
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}

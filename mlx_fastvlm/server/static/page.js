@@ -1,17 +1,17 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
-const SIDE = 1536; // pixels; the model reads less
+const SIDE = 1536; // pixels; the model's input is not larger
 let imageUri = null;
 let running = null; // the AbortController of the answer in progress
-let key = ""; // kept in this page only
+let key = ""; // in memory only
 
 function headers() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-// What the server says is wrong.
-async function failure(response) {
+// The error message of a response.
+async function errorMessage(response) {
   try {
     return (await response.json()).error.message;
   } catch {
@@ -26,11 +26,11 @@ async function findModel() {
     at("model").textContent = (await response.json()).data[0].id;
   } else {
     at("model").textContent = "";
-    if (response.status !== 401 || key) showError(await failure(response));
+    if (response.status !== 401 || key) showError(await errorMessage(response));
   }
 }
 
-// As PNG or JPEG of at most SIDE pixels: the server reads few other formats.
+// Encode as PNG or JPEG of at most SIDE pixels; the server reads few other formats.
 async function toUri(source, width, height) {
   const scale = Math.min(1, SIDE / Math.max(width, height));
   const canvas = document.createElement("canvas");
@@ -125,7 +125,7 @@ async function ask(uri) {
       }),
       signal: own.signal,
     });
-    if (!response.ok) throw new Error(await failure(response));
+    if (!response.ok) throw new Error(await errorMessage(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       const text = event.choices[0]?.delta.content;

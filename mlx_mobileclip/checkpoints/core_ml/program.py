@@ -49,7 +49,7 @@ class Operation:
 
     @property
     def description(self) -> str:
-        """Its description in messages."""
+        """Description of the operation for error messages."""
         return f"operation {self.kind[:40]} {next(iter(self.outputs), '')[:80]!r}"
 
 
