@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DataError
 from .metadata import Metadata
 from .scan import Stamp
 from .schema import default_index, index_errors, is_writable, open_index
@@ -99,6 +100,8 @@ class Store:
     def meta(self, key: str) -> Any:
         """A setting of the index, or None."""
         found = self.rows("SELECT value FROM meta WHERE key=?", key)
+        if found and not isinstance(found[0][0], int if key == "dim" else str):
+            raise DataError(f"{self.path}: its setting {key} is damaged; run index with --rebuild")
         return found[0][0] if found else None
 
     def set_meta(self, **values: Any) -> None:

@@ -49,6 +49,11 @@ def execute(path: Path, *statements: str) -> Path:
         ("UPDATE vector SET rows=zeroblob(100)", "damaged"),
         ("UPDATE vector SET chunk=7", "damaged"),
         ("UPDATE meta SET value=10000000 WHERE key='dim'", "rebuild"),
+        ("UPDATE meta SET value='128' WHERE key='dim'", "setting dim is damaged"),
+        ("UPDATE meta SET value=NULL WHERE key='dim'", "setting dim is damaged"),
+        ("UPDATE meta SET value=1.5 WHERE key='dim'", "setting dim is damaged"),
+        ("UPDATE meta SET value=x'00' WHERE key='text_identity'", "text_identity is damaged"),
+        ("UPDATE meta SET value=7 WHERE key='text_identity'", "text_identity is damaged"),
     ],
 )
 def test_altered_indexes_are_rejected(copied: Path, statement: str, message: str) -> None:
